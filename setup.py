@@ -1,0 +1,54 @@
+"""Packaging. `kernels/` reaches the package through the symlink `tokenkit/kernels`: docs/architecture.md says why."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+EXTRAS = {
+    "train": [
+        "transformers>=5.3",
+        "tokenizers>=0.21",
+        "safetensors",
+        "peft>=0.15",
+        "datasets>=3",
+        "numpy",
+        "tyro>=0.9",
+        "omegaconf>=2.3",
+        "PyYAML",
+        "regex",
+        "rich",
+        "tqdm",
+        "matplotlib",
+    ],
+    "track": ["wandb", "tensorboard"],
+    "eval": ["lm_eval>=0.4.9"],
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "flash": ["flash-attn"],
+    "dev": [
+        "pytest",
+        "pytest-benchmark",
+        "hypothesis",
+        "liger-kernel",
+        "sentencepiece",
+        "protobuf",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="tokenkit",
+    version="0.1.0",
+    description="Move language models across tokenizers: fused cross-tokenizer distillation in PyTorch and Triton",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["tokenkit*"]),
+    package_data={"tokenkit": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["tokenkit=tokenkit.cli:main"]},
+)

@@ -1,0 +1,131 @@
+"""What passes between the stages. Torch alone is imported: other trainers pull this in with the losses.
+
+    text -> Tokens (one per tokenizer) -> Batch (two Sides, Chunks) -> HiddenStates (+ Head) -> LossTerm
+
+Dimensions: B documents, T student positions, S teacher positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+UNPAIRED = -1  # `Tokens.byte_ends` of a special token that the other tokenizer cannot write
+
+ChunkKind = Literal["unconstrained", "space", "unbiased"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenization of one document, laid along the axis that both tokenizations share.
+
+    The axis is the document's UTF-8 bytes in order, plus one unit for each template piece (BOS, the
+    start of a turn, a role, ...) that both tokenizers can write. A token spans from the end before it
+    to its own end; a token of no width (SentencePiece's lone dummy prefix, all but the last token of
+    a template piece) belongs to the chunk that follows it.
+    """
+
+    ids: NDArray[np.int32]
+    """[n] token ids."""
+    byte_ends: NDArray[np.int64]
+    """[n] position on the axis just past each token, never falling; UNPAIRED: no partner exists."""
+    special: NDArray[np.bool_]
+    """[n] the token was written by a template, not by text."""
+    trained: NDArray[np.bool_]
+    """[n] the loss mask: this token may be a target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One tokenization of a batch's documents, padded on the right."""
+
+    ids_BT: Tensor
+    """int64; padding holds any id inside the vocabulary."""
+    length_B: Tensor
+    """int64, tokens of each document, padding left out."""
+    trained_BT: Tensor
+    """bool, the loss mask; False at padding."""
+    space_V: Tensor | None = None
+    """bool, tokens that `space_mask_mode` counts as beginning with whitespace."""
+    eos_id: int | None = None
+
+    def to(self, device: torch.device | str) -> Side:
+        """Return the same side with its tensors on `device`."""
+        return replace(
+            self,
+            ids_BT=self.ids_BT.to(device, non_blocking=True),
+            length_B=self.length_B.to(device, non_blocking=True),
+            trained_BT=self.trained_BT.to(device, non_blocking=True),
+            space_V=None if self.space_V is None else self.space_V.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunk of each token, int32; -1: in none (padding, no partner, text that does not align).
+
+    Ids grow from left to right within a row and need not be consecutive.
+    """
+
+    student_BT: Tensor
+    teacher_BS: Tensor
+
+    def to(self, device: torch.device | str) -> Chunks:
+        """Return the same chunks on `device`."""
+        return Chunks(
+            self.student_BT.to(device, non_blocking=True),
+            self.teacher_BS.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The same documents in two tokenizations, and which tokens say the same thing."""
+
+    student: Side
+    teacher: Side
+    chunks: dict[str, Chunks]
+    """By `ChunkKind`."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch with its tensors on `device`."""
+        chunks = {kind: chunks.to(device) for kind, chunks in self.chunks.items()}
+        return Batch(self.student.to(device), self.teacher.to(device), chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """`logits = softcap(scale * (hidden @ weight.T + bias))`, `softcap(z) = c tanh(z / c)`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+    """Rows from here on are padding: they take no probability. None: every row is a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """Where a model stops: the states that its head would multiply, and that head."""
+
+    hidden_BTD: Tensor
+    head: Head
+    layers_BTD: tuple[Tensor, ...] = ()
+    """The states of every layer, where a loss asked for them."""
+
+
+class LossTerm(NamedTuple):
+    """A loss before its division. Sums add up over ranks and micro-batches; means do not."""
+
+    total: Tensor
+    """float32 scalar, nats; differentiable."""
+    count: Tensor
+    """Scalar: how many things `total` sums over."""
