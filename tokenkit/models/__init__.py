@@ -1,0 +1,1 @@
+"""Models that stop at hidden states and hand over their head."""

@@ -1,0 +1,244 @@
+"""Any Hugging Face causal language model as embedding + body + head; its logits are never formed.
+
+    ids -> embedding -> body -> hidden states, beside the head that would have multiplied them
+
+The body can be run with another `Vocabulary` than its own: that is how one copy of the weights serves
+as teacher (old tokenizer) and student (new tokenizer).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenkit.structs import Head, HiddenStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a pretrained model is read."""
+
+    revision: str | None = None
+    dtype: torch.dtype = torch.float32
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class Vocabulary(nn.Module):
+    """The two matrices that a tokenizer's ids index, detached from any body."""
+
+    def __init__(self, embedding: nn.Module, output: nn.Module, head: Mapping[str, Any]):
+        super().__init__()
+        self.embedding = embedding
+        self.output = output
+        self._head = dict(head)
+
+    def head(self) -> Head:
+        """Return the head as the kernels take it."""
+        return Head(weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head)
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face model that returns `HiddenStates`.
+
+    Args:
+        model: a `...ForCausalLM`; it keeps its parameter names, so its state dict stays its own.
+        vocab_size: number of real tokens; rows of the head beyond it are padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int):
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        rows = self.embedding.weight.shape[0]
+        if vocab_size > rows:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} ids but the model's embedding only {rows} rows: "
+                "this is not the tokenizer that the model was trained with; set tokenizer_name to its own"
+            )
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model itself, out of PEFT's wrapper where there is one."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return unwrap() if unwrap is not None else self.model
+
+    @property
+    def body(self) -> nn.Module:
+        """Everything between the embedding and the head."""
+        return self.causal_lm.base_model
+
+    @property
+    def embedding(self) -> Any:
+        """The input embedding module."""
+        return self.causal_lm.get_input_embeddings()
+
+    @property
+    def output(self) -> Any:
+        """The module whose weight is the head."""
+        return self.causal_lm.get_output_embeddings()
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.causal_lm.config
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether input and output embedding are one parameter."""
+        return effective_weight(self.output) is effective_weight(self.embedding)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers: the body's module list with the most parameters."""
+        lists = [module for module in self.body.modules() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            raise ValueError(f"{type(self.causal_lm).__name__} has no list of layers: it cannot be sharded")
+        return max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+
+    def vocabulary(self) -> Vocabulary:
+        """Return a frozen copy of this model's embedding and head, still tied where they are tied."""
+        embedding, output = copy.deepcopy((self.embedding, self.output))
+        return Vocabulary(embedding, output, self._head_options()).requires_grad_(False)
+
+    def head(self) -> Head:
+        """Return the head as the kernels take it; padding rows are marked, LoRA on the head is applied."""
+        return Head(
+            weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head_options()
+        )
+
+    def forward(self, ids_BT: Tensor, vocabulary: Vocabulary | None = None) -> HiddenStates:
+        """Run the body on right-padded ids.
+
+        No attention mask is passed: under a causal mask, padding on the right reaches no real token.
+
+        Args:
+            ids_BT: int64 token ids of `vocabulary`, or of the model's own when it is None.
+            vocabulary: embedding and head to use instead of the model's own.
+        """
+        embedding = self.embedding if vocabulary is None else vocabulary.embedding
+        outputs = self.body(inputs_embeds=embedding(ids_BT), use_cache=False)
+        return HiddenStates(
+            outputs.last_hidden_state, self.head() if vocabulary is None else vocabulary.head()
+        )
+
+    def replace_vocabulary(
+        self, embedding_VD: Tensor, output_VD: Tensor | None, bias_V: Tensor | None, vocab_size: int
+    ) -> None:
+        """Give the model other embedding rows, in place.
+
+        Args:
+            embedding_VD: new input embedding, padding rows included.
+            output_VD: new head; None ties it to the input embedding.
+            bias_V: new bias of the head, for a model whose head has one.
+            vocab_size: real tokens; the rows from there on are padding.
+        """
+        model, embedding, output = self.causal_lm, self.embedding, self.output
+        embedding.weight = nn.Parameter(embedding_VD)
+        embedding.num_embeddings, embedding.padding_idx = embedding_VD.shape[0], None
+        output.weight = embedding.weight if output_VD is None else nn.Parameter(output_VD)
+        output.out_features = embedding_VD.shape[0]
+        if bias_V is not None:
+            output.bias = nn.Parameter(bias_V)
+        model.config.vocab_size = embedding_VD.shape[0]
+        model.config.tie_word_embeddings = output_VD is None
+        self.vocab_size = vocab_size
+
+    def _head_options(self) -> dict[str, Any]:
+        config = self.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        if divisor := getattr(config, "logits_scaling", None):  # Granite divides
+            scale /= divisor
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return {"softcap": softcap, "scale": scale, "vocab_size": self.vocab_size}
+
+
+def effective_weight(module: Any) -> Tensor:
+    """Return the weight that multiplies, with PEFT's wrappers applied.
+
+    A head whose plain `.weight` is read would silently lose its LoRA delta.
+    """
+    saved = getattr(module, "modules_to_save", None)
+    if saved is not None and not getattr(module, "_disable_adapters", False):
+        return saved[_active(module)].weight
+    if hasattr(module, "original_module"):
+        return module.original_module.weight
+    if not hasattr(module, "base_layer"):
+        return module.weight
+    weight = module.base_layer.weight
+    if getattr(module, "_disable_adapters", False) or getattr(module, "merged", False):
+        return weight
+    for adapter in module.active_adapters:
+        weight = weight + module.get_delta_weight(adapter)
+    return weight
+
+
+def head_bias(module: Any) -> Tensor | None:
+    """Return the bias of a head, out of PEFT's wrapper where there is one."""
+    return getattr(getattr(module, "base_layer", module), "bias", None)
+
+
+def _active(module: Any) -> str:
+    active = module.active_adapter
+    return active[0] if isinstance(active, list) else active
+
+
+def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> CausalLM:
+    """Load a pretrained model from a folder or, by name, from the hub.
+
+    Only safetensors are read; code from the repository runs only with `trust_remote_code`.
+
+    Raises:
+        FileNotFoundError: `name_or_path` looks like a folder and is none.
+        ValueError: the folder holds no causal model that can be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_path(name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            revision=options.revision,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"{options.attn_implementation!r} attention cannot be used for {name_or_path!r}: {error}"
+        ) from error
+    except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
+            "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
+        ) from error
+    return CausalLM(model, vocab_size)
+
+
+def _check_path(name_or_path: str) -> None:
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name_or_path} has no config.json: it is not a Hugging Face model folder"
+            )
+        try:
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}/config.json is not JSON: {error}") from error
+    elif path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise FileNotFoundError(f"model folder {name_or_path} does not exist")

@@ -1,0 +1,104 @@
+"""LoRA through PEFT, and the switch that makes one body serve as teacher and student.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokenkit.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Which layers get an adapter, and how large it is."""
+
+    rank: int = 64
+    alpha: float | None = None
+    """Scales the adapter by alpha / rank; None: alpha = rank."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    """Module names; empty: every linear layer of the body."""
+    target_regex: str | None = None
+    """A pattern on full module names, instead of `targets`."""
+    layers: str | None = None
+    """Layer range such as "0-8" or "0-3,10"; None: all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapters."""
+
+
+def add_lora(student: CausalLM, options: LoraOptions) -> None:
+    """Put adapters into `student`, in place. Everything else in it is frozen.
+
+    Raises:
+        ValueError: a rank below 1, a range that names no layer, a target that names no module.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if options.rank < 1:
+        raise ValueError(f"model_lora_rank must be at least 1, got {options.rank}")
+    targets: Any = options.target_regex or list(options.targets) or "all-linear"
+    layers = parse_layers(options.layers, len(student.layers))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        modules_to_save=list(options.modules_to_save) or None,
+    )
+    try:
+        student.model = get_peft_model(student.causal_lm, config)
+    except (ValueError, re.error) as error:
+        raise ValueError(
+            f"no adapter could be placed with model_lora_targets={list(options.targets)}, "
+            f"model_lora_target_regex={options.target_regex!r}, model_lora_layers={options.layers!r}: {error}"
+        ) from error
+
+
+def parse_layers(text: str | None, num_layers: int) -> list[int] | None:
+    """Read "0-8" or "0-3,10" (ends included) as layer numbers.
+
+    Raises:
+        ValueError: not of that form, or beyond the model's last layer.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in str(text).split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(f"model_lora_layers must look like '0-8' or '0-3,10', got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= num_layers or first > last:
+            raise ValueError(f"model_lora_layers {text!r}: the model's layers are 0 to {num_layers - 1}")
+        layers += range(first, last + 1)
+    return sorted(set(layers))
+
+
+@contextmanager
+def as_teacher(model: nn.Module) -> Iterator[None]:
+    """Run `model` as it was before training: adapters off, dropout off.
+
+    Only the adapters' switch is flipped. PEFT's own `disable_adapter` also clears `requires_grad`, from
+    which FSDP2, if it sees that in its first forward, concludes that nothing is trained.
+    """
+    tuned: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    training = model.training
+    for module in tuned:
+        module._disable_adapters = True
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in tuned:
+            module._disable_adapters = False
+        model.train(training)
