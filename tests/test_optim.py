@@ -1,0 +1,150 @@
+"""Learning rates are pure functions of the step; every trainable parameter lands in one group."""
+
+import pytest
+import torch
+from torch import nn
+
+from tokenkit.optim import (
+    SCHEDULES,
+    LearningRate,
+    OptimizerOptions,
+    ParamGroup,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+
+
+def rates(schedule, total=8, warmup=2, **options):
+    options = OptimizerOptions(learning_rate=1.0, schedule=schedule, **options)
+    return [learning_rate(step, options, total, warmup) for step in range(total + 1)]
+
+
+def test_linear_warms_up_to_the_peak_and_falls_to_the_minimum():
+    assert rates("linear", lr_min_ratio=0.4) == pytest.approx([0.5, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+
+
+def test_cosine_is_half_way_down_in_the_middle_of_its_decay():
+    values = rates("cosine", lr_min_ratio=0.2)
+    assert values[2] == 1
+    assert values[5] == pytest.approx(0.6)
+    assert values[8] == pytest.approx(0.2)
+
+
+def test_constant_ignores_the_warm_up_and_constant_with_warmup_does_not():
+    assert rates("constant") == [1] * 9
+    assert rates("constant_with_warmup") == [0.5] + [1] * 8
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_spends_a_step_at_rate_zero_or_above_the_peak(schedule):
+    assert all(0 < rate <= 1 for rate in rates(schedule)[:-1])
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (5, 5), (5, 9)])
+def test_a_warm_up_as_long_as_the_run_is_no_division_by_zero(total, warmup):
+    assert all(0 <= rate <= 1 for rate in rates("cosine", total, warmup))
+
+
+def test_after_the_last_step_the_rate_stays_at_its_minimum():
+    options = OptimizerOptions(learning_rate=2.0, lr_min_ratio=0.25)
+    assert learning_rate(100, options, 10, 2) == pytest.approx(0.5)
+
+
+def test_the_two_names_of_a_schedule_mean_the_same_and_may_not_differ():
+    assert OptimizerOptions(lr_scheduler_type="linear").schedule_name == "linear"
+    OptimizerOptions(lr_scheduler_type="cosine", schedule="linear_warmup_cosine_decay")
+    with pytest.raises(ValueError, match="set one"):
+        OptimizerOptions(lr_scheduler_type="linear", schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, r"optimizer.learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("nan")}, "optimizer.learning_rate"),
+        ({"learning_rate": float("inf")}, "optimizer.learning_rate"),
+        ({"beta2": 1.0}, r"optimizer.beta2 must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay"),
+        ({"lr_min_ratio": 1.5}, "optimizer.lr_min_ratio"),
+        ({"max_grad_norm": -1.0}, "optimizer.max_grad_norm"),
+        ({"schedule": "cosin"}, "'cosin' is unknown: choose one of .*'cosine'"),
+        ({"name": "lion"}, "must be 'adamw', got 'lion'"),
+    ],
+)
+def test_bad_options_name_the_field_and_the_rule(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerOptions(**options)
+
+
+def test_bad_groups_are_refused():
+    with pytest.raises(ValueError, match="not a regular expression"):
+        ParamGroup(pattern="(")
+    with pytest.raises(ValueError, match="lr_scale"):
+        ParamGroup(pattern="a", lr_scale=-1.0)
+
+
+def model():
+    return nn.ModuleDict({"embedding": nn.Embedding(5, 4), "body": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+
+
+def test_matrices_are_decayed_and_vectors_are_not():
+    named = dict(model().named_parameters())
+    optimizer = build_optimizer(named.items(), OptimizerOptions(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in named.items()} == {
+        "embedding.weight": 0.3,
+        "body.weight": 0.3,
+        "body.bias": 0.0,
+        "norm.weight": 0.0,
+        "norm.bias": 0.0,
+    }
+
+
+def test_the_first_pattern_that_matches_sets_the_scale():
+    named = dict(model().named_parameters())
+    groups = (ParamGroup(pattern="embed", lr_scale=10.0), ParamGroup(pattern="weight$", lr_scale=0.5))
+    optimizer = build_optimizer(named.items(), OptimizerOptions(param_groups=groups))
+    set_learning_rate(optimizer, 2.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(named["embedding.weight"])] == 20.0
+    assert rate[id(named["body.weight"])] == 1.0
+    assert rate[id(named["body.bias"])] == 2.0
+
+
+def test_a_pattern_that_matches_nothing_trainable_is_an_error():
+    parameters = model()
+    parameters["embedding"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'embed' matches none of the 4 trainable parameters"):
+        build_optimizer(
+            parameters.named_parameters(), OptimizerOptions(param_groups=(ParamGroup(pattern="embed"),))
+        )
+
+
+def test_a_frozen_model_is_an_error():
+    with pytest.raises(ValueError, match="no parameter is trainable"):
+        build_optimizer(model().requires_grad_(False).named_parameters(), OptimizerOptions())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_three_steps_match_the_formula_of_adamw(fused, device):
+    options = OptimizerOptions(
+        learning_rate=0.1, weight_decay=0.1, schedule="linear", use_fused_adam=fused, epsilon=1e-6
+    )
+    schedule = LearningRate(options, total_steps=3, warmup_steps=2)
+    weight = nn.Parameter(torch.randn(3, 4, device=device))
+    optimizer = build_optimizer([("weight", weight)], options)
+
+    truth = weight.detach().double()
+    first = second = torch.zeros_like(truth)
+    for step in range(3):
+        weight.grad = torch.randn_like(weight)
+        grad = weight.grad.double()
+        rate = schedule(step)
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        first = 0.9 * first + 0.1 * grad
+        second = 0.95 * second + 0.05 * grad**2
+        unbiased = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6
+        truth = truth * (1 - rate * 0.1) - rate * first / (1 - 0.9 ** (step + 1)) / unbiased
+    torch.testing.assert_close(weight.detach().double(), truth, rtol=1e-5, atol=1e-6)

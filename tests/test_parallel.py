@@ -1,0 +1,253 @@
+"""Ranks agree on losses and gradients, and say so where they cannot."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tests.ranks import run_ranks
+from tokenkit import parallel
+
+VOCAB, WIDTH, IGNORE = 37, 16, -100
+
+
+class Tiny(nn.Module):
+    """Embedding, two residual layers, tied or untied head; its forward returns the summed loss."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids, targets):
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        logits = (hidden @ self.head.weight.T).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def make(tied=False, seed=3):
+    torch.manual_seed(seed)
+    return Tiny(tied)
+
+
+def ragged_batch(step, rows=8, length=12):
+    """Rows of very different lengths: a mean of means would be far off."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(VOCAB, (rows, length + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    for row in range(rows):
+        targets[row, 1 + (row * 5) % length :] = IGNORE
+    return ids[:, :-1], targets
+
+
+def train(world, steps=3, accumulation=1, mean_of_means=False, tied=False, param_dtype=None):
+    """Return [(loss, gradient norm)] of the tiny model on this world's share of fixed batches."""
+    model = make(tied)
+    parallel.shard(model, model.layers, world, param_dtype=param_dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    curve = []
+    for step in range(steps):
+        mine = [tensor.chunk(world.world_size)[world.rank] for tensor in ragged_batch(step)]
+        micro = list(zip(*(tensor.chunk(accumulation) for tensor in mine), strict=True))
+        count = sum((targets != IGNORE).sum() for _, targets in micro)
+        counts = parallel.all_reduce_counts({"tokens": count}, step, world)
+        divisor = counts["tokens"].float()
+        if mean_of_means:
+            divisor = count.float() * world.world_size
+        total = torch.zeros(())
+        for index, (ids, targets) in enumerate(micro):
+            parallel.set_gradient_sync(model, index == len(micro) - 1)
+            loss = model(ids, targets) / divisor
+            loss.backward()
+            total += loss.detach()
+        norm = parallel.clip_grad_norm(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = parallel.all_reduce_counts({"loss": total}, step, world)["loss"]
+        curve.append((loss.item(), norm.item()))
+    return curve
+
+
+def disagreement(curve, reference):
+    """Largest relative difference of losses and of gradient norms."""
+    difference = (torch.tensor(curve) - torch.tensor(reference)).abs() / torch.tensor(reference).abs()
+    return difference.max(0).values
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train(parallel.World(0, 1, torch.device("cpu"), None))
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_and_micro_batches_agree_with_one_process(world_size, accumulation, reference):
+    curves = run_ranks(train, world_size, 3, accumulation)
+    assert all(curve == curves[0] for curve in curves)
+    assert disagreement(curves[0], reference).max() < 1e-6
+
+
+def test_a_mean_of_means_would_be_noticed(reference):
+    curve = run_ranks(train, 2, 3, 1, True)[0]
+    assert disagreement(curve, reference)[1] > 1e-2
+
+
+def test_tied_weights_agree_with_one_process():
+    alone = train(parallel.World(0, 1, torch.device("cpu"), None), tied=True)
+    curve = run_ranks(train, 2, 3, 1, False, True)[0]
+    assert disagreement(curve, alone).max() < 1e-6
+
+
+def test_bfloat16_compute_keeps_float32_gradients_close(reference):
+    curve = run_ranks(train, 2, 3, 1, False, False, torch.bfloat16)[0]
+    assert 0 < disagreement(curve, reference).max() < 3e-2
+
+
+def mixed_norm(world):
+    """Clip a model that has plain parameters, and DTensors of two meshes; one has no gradient."""
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 5, generator=generator) for _ in range(3)]
+    grads = [torch.randn(6, 5, generator=generator) for _ in range(3)]
+
+    def place(tensor, index):
+        if index == 0:
+            return tensor.clone()
+        mesh = world.mesh if index == 1 else pairs
+        return distribute_tensor(tensor, mesh, [Shard(0)] * mesh.ndim)
+
+    parameters = [nn.Parameter(place(value, index)) for index, value in enumerate(values)]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = place(grads[index], index)
+    parameters.append(nn.Parameter(torch.ones(3)))
+    norm = parallel.clip_grad_norm(parameters, 1.0)
+    whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in parameters[:3]]
+    return norm, torch.stack(whole), torch.stack(grads)
+
+
+def test_clipping_spans_plain_tensors_and_two_meshes():
+    for norm, clipped, grads in run_ranks(mixed_norm, 4):
+        torch.testing.assert_close(norm, grads.norm(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(clipped, grads / grads.norm(), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_below_the_limit_are_left_alone():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert parallel.clip_grad_norm([parameter], 10.0) == 5.0
+    assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+def test_no_limit_measures_only():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert parallel.clip_grad_norm([parameter], None) == 5.0
+    assert parallel.clip_grad_norm([parameter], 0.0) == 5.0
+    assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+def test_a_model_without_gradients_has_norm_zero():
+    assert parallel.clip_grad_norm([nn.Parameter(torch.ones(2))], 1.0) == 0
+
+
+def desynchronised(world):
+    steps = [7, 9, 8, 8][world.rank]  # ranks 2 and 3 stand exactly at the mean
+    with pytest.raises(RuntimeError, match=f"rank {world.rank} is at step {steps} and another rank is not"):
+        parallel.all_reduce_counts({"tokens": torch.tensor(5)}, steps, world)
+    return True
+
+
+def test_a_rank_at_another_step_stops_every_rank():
+    assert all(run_ranks(desynchronised, 4))
+
+
+def exchange(world):
+    counts = parallel.all_reduce_counts(
+        {"tokens": torch.tensor(world.rank), "big": torch.tensor(2**53 - 8 if world.rank == 0 else 1)},
+        2**25,
+        world,
+    )
+    everyone = parallel.gather_json({"rank": world.rank, "text": "é" * world.rank}, world)
+    told = parallel.broadcast_json({"from": world.rank}, world)
+    parallel.barrier(world)
+    parallel.set_timeout(world, 20)
+    return {name: int(count) for name, count in counts.items()}, everyone, told
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_counts_are_exact_and_json_reaches_everyone(world_size):
+    for counts, everyone, told in run_ranks(exchange, world_size):
+        assert counts == {"tokens": sum(range(world_size)), "big": 2**53 - 8 + world_size - 1}
+        assert everyone == [{"rank": rank, "text": "é" * rank} for rank in range(world_size)]
+        assert told == {"from": 0}
+
+
+def fail_on_rank_1(world):
+    with parallel.together("save", world):
+        if world.rank == 1:
+            raise OSError("disk is full")
+
+
+def one_fails(world):
+    kind, words = (
+        (OSError, "disk is full") if world.rank == 1 else (parallel.OtherRankError, "rank 1 failed to save")
+    )
+    with pytest.raises(kind, match=words):
+        fail_on_rank_1(world)
+    with parallel.together("go on", world):
+        pass
+    return True
+
+
+def test_where_one_rank_fails_all_raise_and_can_go_on():
+    assert all(run_ranks(one_fails, 2))
+
+
+def test_a_single_process_needs_no_group(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    world = parallel.start(backend="gloo")
+    assert (world.rank, world.world_size, world.mesh, world.is_main) == (0, 1, None, True)
+    model = make()
+    assert parallel.shard(model, model.layers, world) is model
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert parallel.all_reduce_counts({"tokens": torch.tensor(3)}, 0, world)["tokens"] == 3
+    assert parallel.gather_json([1], world) == [[1]]
+    parallel.stop(world)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"n_data_parallel": 3},
+            r"n_data_parallel \(3\) x n_model_parallel \(1\).*got 2.*--nproc-per-node 3",
+        ),
+        ({"n_model_parallel": 2}, "vocabulary-parallel heads"),
+        ({"backend": "mpi"}, "'nccl' or 'gloo', got 'mpi'"),
+        pytest.param(
+            {"backend": "nccl"},
+            "needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_sizes_and_backends_that_cannot_work_are_refused(arguments, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match=message):
+        parallel.start(**arguments)
+
+
+def test_many_processes_without_an_address_are_told_to_use_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        parallel.start(backend="gloo")

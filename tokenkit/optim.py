@@ -1,0 +1,222 @@
+"""The optimizer, and the learning rate as a pure function of the step: there is no scheduler to restore."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+Shape = Literal["constant", "linear", "cosine"]
+
+SCHEDULES: dict[str, tuple[bool, Shape]] = {  # (warms up, what follows)
+    "constant": (False, "constant"),
+    "constant_with_warmup": (True, "constant"),
+    "linear_warmup_constant": (True, "constant"),
+    "linear": (True, "linear"),
+    "linear_warmup_linear_decay": (True, "linear"),
+    "cosine": (True, "cosine"),
+    "linear_warmup_cosine_decay": (True, "cosine"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters that learn at a rate of their own."""
+
+    pattern: str
+    """Regular expression, searched in parameter names; the first group that matches takes a parameter."""
+
+    lr_scale: float = 1.0
+    """Multiplies the learning rate of these parameters; 0 holds them still."""
+
+    def __post_init__(self) -> None:
+        """Check the pattern and the scale."""
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"optimizer.param_groups: {self.pattern!r} is not a regular expression: {error}"
+            ) from None
+        if not (math.isfinite(self.lr_scale) and self.lr_scale >= 0):
+            raise ValueError(
+                f"optimizer.param_groups: lr_scale of {self.pattern!r} must be at least 0, "
+                f"got {self.lr_scale}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, times the learning rate. Vectors (norms, biases) are never decayed."""
+
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+
+    beta2: float = 0.95
+    """Decay rate of the second moment."""
+
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+
+    lr_scheduler_type: str | None = None
+    """Another name for `schedule`, for those used to it."""
+
+    schedule: str | None = None
+    """constant, constant_with_warmup, linear_warmup_linear_decay (or linear), linear_warmup_cosine_decay (or
+    cosine), which is the default."""
+
+    lr_min_ratio: float = 0.0
+    """The learning rate at the end of a decay, as a fraction of its peak."""
+
+    use_fused_adam: bool = True
+    """One kernel for the whole update where the device has it; else a loop over lists of tensors."""
+
+    param_groups: tuple[ParamGroup, ...] = ()
+    """Parameters with a learning rate of their own."""
+
+    def __post_init__(self) -> None:
+        """Check each number and that the schedule has one meaning."""
+        if self.name != "adamw":
+            raise ValueError(f"optimizer.name must be 'adamw', got {self.name!r}")
+        _check_numbers(self)
+        named = {name for name in (self.lr_scheduler_type, self.schedule) if name is not None}
+        for name in sorted(named):
+            if name not in SCHEDULES:
+                raise ValueError(f"optimizer.schedule {name!r} is unknown: choose one of {sorted(SCHEDULES)}")
+        if len({SCHEDULES[name] for name in named}) > 1:
+            raise ValueError(
+                f"optimizer.schedule is {self.schedule!r} but optimizer.lr_scheduler_type is "
+                f"{self.lr_scheduler_type!r}: they mean the same field, set one"
+            )
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule that holds, under whichever of its names it was given."""
+        return self.schedule or self.lr_scheduler_type or "linear_warmup_cosine_decay"
+
+
+def _check_numbers(options: OptimizerOptions) -> None:
+    rules = {
+        "learning_rate": (options.learning_rate > 0, "positive"),
+        "weight_decay": (options.weight_decay >= 0, "at least 0"),
+        "beta1": (0 <= options.beta1 < 1, "in [0, 1)"),
+        "beta2": (0 <= options.beta2 < 1, "in [0, 1)"),
+        "epsilon": (options.epsilon > 0, "positive"),
+        "max_grad_norm": (options.max_grad_norm >= 0, "at least 0"),
+        "lr_min_ratio": (0 <= options.lr_min_ratio <= 1, "in [0, 1]"),
+    }
+    for field, (holds, rule) in rules.items():
+        value = getattr(options, field)
+        if not (holds and math.isfinite(value)):
+            raise ValueError(f"optimizer.{field} must be {rule} and finite, got {value}")
+
+
+def learning_rate(step: int, options: OptimizerOptions, total_steps: int, warmup_steps: int = 0) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up: peak · (step + 1) / warmup_steps, so that no step is spent at rate 0 and the last one of
+    the warm-up runs at the peak. Decay: peak · (r + (1 − r) · f(progress)), r = `lr_min_ratio`,
+    progress = (step − warmup_steps) / (total_steps − warmup_steps), f(x) = 1 − x (linear) or
+    (1 + cos πx) / 2 (cosine). From `total_steps` on the rate stays at its minimum.
+    """
+    if step < 0 or total_steps < 1 or warmup_steps < 0:
+        raise ValueError(
+            "step and warmup_steps must be at least 0 and total_steps at least 1: "
+            f"got {step}, {warmup_steps} and {total_steps}"
+        )
+    warms_up, shape = SCHEDULES[options.schedule_name]
+    peak = options.learning_rate
+    if not warms_up:
+        return peak
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if shape == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    left = 1 - progress if shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return peak * (options.lr_min_ratio + (1 - options.lr_min_ratio) * left)
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """`learning_rate` of one run: a function of the step alone."""
+
+    options: OptimizerOptions
+    total_steps: int
+    warmup_steps: int = 0
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step`, counted from 0."""
+        return learning_rate(step, self.options, self.total_steps, self.warmup_steps)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group `rate` times its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], options: OptimizerOptions
+) -> Optimizer:
+    """Return AdamW over the trainable ones of `named_parameters` (after sharding, not before).
+
+    Matrices and embeddings are decayed; parameters of one dimension (norms, biases) never are. On CPUs
+    and CUDA the fused update is used: of torch's three it is the fastest on both, and elementwise, so
+    the same inputs give the same bits.
+
+    Raises:
+        ValueError: nothing is trainable, or a group's pattern matches no trainable parameter.
+    """
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "no parameter is trainable: set train_model_mode to full or lora, or train_embeddings to true"
+        )
+    for group in options.param_groups:
+        if not any(re.search(group.pattern, name) for name, _ in trainable):
+            raise ValueError(
+                f"optimizer.param_groups: {group.pattern!r} matches none of the {len(trainable)} trainable "
+                f"parameters, whose names look like {trainable[0][0]!r}: correct it or remove it"
+            )
+    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        kind = (_lr_scale(name, options.param_groups), parameter.ndim > 1)
+        by_kind.setdefault(kind, []).append(parameter)
+    fused = options.use_fused_adam and all(p.device.type in ("cpu", "cuda") for _, p in trainable)
+    groups = [
+        {
+            "params": parameters,
+            "lr_scale": lr_scale,
+            "weight_decay": options.weight_decay if is_decayed else 0.0,
+        }
+        for (lr_scale, is_decayed), parameters in by_kind.items()
+    ]
+    return AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        fused=fused,
+        foreach=not fused,
+    )
+
+
+def _lr_scale(name: str, groups: tuple[ParamGroup, ...]) -> float:
+    return next((group.lr_scale for group in groups if re.search(group.pattern, name)), 1.0)

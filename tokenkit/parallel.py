@@ -1,0 +1,292 @@
+"""Processes, sharding, sums over ranks and gradient clipping. One process runs with no process group at all.
+
+    loss of the run = Σ over ranks and micro-batches of total / Σ over ranks and micro-batches of count
+
+Gradients are therefore added over ranks, never averaged: the divisor already counts every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+Backend = Literal["nccl", "gloo"]
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed: this rank stops with it instead of waiting for it in the next collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of this run, as one of them sees them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """One dimension, "data"; None: a single process that shards nothing and talks to nobody."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+
+def start(
+    *,
+    backend: Backend | None = None,
+    n_data_parallel: int | None = None,
+    n_model_parallel: int = 1,
+    startup_timeout: float = 300.0,
+    always_shard: bool = False,
+) -> World:
+    """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        backend: "nccl" or "gloo"; gloo computes on CPUs. None: nccl where a GPU is, else gloo.
+        n_data_parallel: ranks that share the batch; None: as many as there are processes.
+        n_model_parallel: 1.
+        startup_timeout: seconds that a collective may take until `set_timeout` says otherwise. Ranks
+            arrive minutes apart while they load models.
+        always_shard: build a group and a mesh for a single process too, so that FSDP2 keeps float32
+            weights beside the bfloat16 ones there as well.
+
+    Raises:
+        ValueError: sizes whose product is not the number of processes, an unusable backend.
+    """
+    world_size, rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN_SIZES)
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: start with torchrun")
+    _check_sizes(n_data_parallel, n_model_parallel, world_size)
+    device = _device(backend)
+    if world_size == 1 and not always_shard:
+        return World(0, 1, device, None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # JSON and checkpoint plans travel as CPU tensors, over gloo, whatever moves the gradients.
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=startup_timeout)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backends, timeout=timeout)
+    else:
+        dist.init_process_group(backends, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
+    return World(rank, world_size, device, mesh)
+
+
+_TORCHRUN_SIZES = (("WORLD_SIZE", "1"), ("RANK", "0"))
+
+
+def _check_sizes(n_data_parallel: int | None, n_model_parallel: int, world_size: int) -> None:
+    if n_model_parallel > 1:
+        raise ValueError(
+            f"n_model_parallel must be 1, got {n_model_parallel}: "
+            "larger values come with the vocabulary-parallel heads; use n_data_parallel"
+        )
+    data = world_size if n_data_parallel is None else n_data_parallel
+    if data * n_model_parallel != world_size:
+        raise ValueError(
+            f"n_data_parallel ({data}) x n_model_parallel ({n_model_parallel}) must equal the number of "
+            f"processes, got {world_size}: start with `torchrun --nproc-per-node {data * n_model_parallel}` "
+            "or leave both out"
+        )
+
+
+def _device(backend: Backend | None) -> torch.device:
+    if backend not in (None, "nccl", "gloo"):
+        raise ValueError(f"distributed_backend must be 'nccl' or 'gloo', got {backend!r}")
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ValueError("distributed_backend 'nccl' needs a CUDA device and there is none: use 'gloo'")
+    if backend == "gloo" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this machine shows "
+            f"{torch.cuda.device_count()}, start at most so many processes on it"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def set_timeout(world: World, seconds: float) -> None:
+    """Give collectives `seconds` from here on: after the first step a silent rank is a dead rank."""
+    if world.mesh is not None:
+        for group in {None, world.mesh.get_group()}:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def stop(world: World) -> None:
+    """Leave the process group, if there is one."""
+    if world.mesh is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    *,
+    param_dtype: torch.dtype | None = torch.bfloat16,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shard `module` in place with FSDP2, each of `layers` gathered on its own; return it.
+
+    Everything that `module`'s forward touches outside `layers` (embeddings, heads) is gathered while
+    that forward runs, so read a head's weight inside it and nowhere else. Gradients come out added
+    over ranks. Without a mesh the module stays as it is, in its own dtype.
+
+    Args:
+        module: the root; no parameter may be a scalar, FSDP2 cannot cut it.
+        layers: submodules of `module`, the decoder layers of student and teacher.
+        world: from `start`.
+        param_dtype: dtype of compute and of the gathered weights; None: the parameters' own.
+        reduce_dtype: dtype in which gradients are added over ranks; None: `param_dtype`.
+        reshard_after_forward: free a layer's gathered weights between forward and backward.
+    """
+    if world.mesh is None:
+        return module
+    # The layers cast what comes in. The root does not: float32 weights in a batch stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    root_policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(module, mesh=world.mesh, mp_policy=root_policy)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum, which a factor alone would ask for
+            part.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+def set_gradient_sync(module: nn.Module, is_last: bool) -> None:
+    """Add gradients over ranks in the next backward only if it is the step's last."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(is_last)
+
+
+def all_reduce_counts(counts: Mapping[str, Tensor], step: int, world: World) -> dict[str, Tensor]:
+    """Add each number over all ranks, and stop where ranks are not at the same step.
+
+    A rank that skips a batch would otherwise pair its collectives with the wrong ones of the others
+    for the rest of the run, silently. Flags travel here too: a sum above 0 means some rank raised it.
+
+    Args:
+        counts: scalars by name, any dtype; the same names on every rank.
+        step: the step that this rank is in; below 2**26.
+        world: from `start`.
+
+    Returns:
+        float64 scalars on the world's device.
+
+    Raises:
+        RuntimeError: ranks at different steps, on every rank (on a GPU as a device-side assertion,
+            so that nothing here waits for the device).
+    """
+    names = sorted(counts)
+    packed = torch.stack(
+        [counts[name].detach().to(world.device, torch.float64).reshape(()) for name in names]
+        + [torch.tensor(float(s), dtype=torch.float64, device=world.device) for s in (step, step * step)]
+    )
+    if world.mesh is not None:
+        dist.all_reduce(packed, group=world.mesh.get_group())
+        steps, squares = packed[-2], packed[-1]
+        # the variance of integers, exact in float64: 0 only if all ranks hold the same step
+        agree = world.world_size * squares == steps * steps
+        message = f"step desync: rank {world.rank} is at step {step} and another rank is not"
+        if packed.is_cuda:
+            torch._assert_async(agree, message)
+        elif not agree:
+            raise RuntimeError(
+                f"{message} (the mean is {steps.item() / world.world_size:g}): "
+                "every rank must take as many batches as the others; look for data that one rank skipped"
+            )
+    return dict(zip(names, packed[:-2].unbind(), strict=True))
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale all gradients down to `max_norm` together; return their norm before that, float32.
+
+    Plain tensors and DTensors may be mixed, over any number of meshes; parameters without a gradient
+    are left out. Nothing waits for the device. None or 0 as `max_norm` measures only.
+    """
+    groups: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad
+            groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(parameter)
+    if not groups:
+        return torch.zeros(())
+    # stacking norms of different meshes is an error in torch, so each is gathered first
+    norms = [
+        _whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
+    ]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device).float() for norm in norms]))
+    if max_norm:
+        for group in groups.values():
+            clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    gather_json(None, world)
+
+
+def broadcast_json(value: Any, world: World) -> Any:
+    """Return rank 0's `value` on every rank; what the others pass is ignored. Plain JSON values only."""
+    return gather_json(value if world.is_main else None, world)[0]
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """Return every rank's `value`, by rank. Bytes of JSON travel: nothing is unpickled."""
+    if world.mesh is None:
+        return [json.loads(json.dumps(value))]
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.world_size)]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]))
+    longest = int(max(sizes))
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(buffers, nn.functional.pad(payload, (0, longest - payload.numel())))
+    return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]
+
+
+@contextmanager
+def together(what: str, world: World) -> Iterator[None]:
+    """Run a block on every rank; where it fails on one, all ranks raise when it ends.
+
+    The failing rank raises its own error, the others `OtherRankError` with its words. The block must
+    hold no collective: the failing rank would not take part in it.
+    """
+    error: OSError | ValueError | RuntimeError | None = None
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as caught:
+        error = caught
+    words = gather_json(None if error is None else f"{type(error).__name__}: {error}", world)
+    if error is not None:
+        raise error
+    for rank, word in enumerate(words):
+        if word is not None:
+            raise OtherRankError(f"rank {rank} failed to {what}: {word}")
