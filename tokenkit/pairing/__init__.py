@@ -1,0 +1,1 @@
+"""Two tokenizations of one text: which tokens say the same thing, and pictures of it."""
