@@ -1,0 +1,127 @@
+"""What a user says about data. Only the standard library is imported: `--help` reads this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Format = Literal["txt", "jsonl", "json", "parquet", "csv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """One data set of a mix."""
+
+    name: str | None = None
+    """Name on the Hugging Face hub."""
+    path: str | None = None
+    """Local file or folder; used instead of `name`."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: Format | None = None
+    """Format of local files; unset: by their endings."""
+    streaming: bool = False
+    """Read rows as they are needed, instead of holding all of them in memory."""
+    weight: float = 1.0
+    """Share of the documents of the mix, relative to the other weights."""
+    text_field: str | None = None
+    """Field that holds the text; unset: `messages`, `prompt` and `completion`, `instruction` or `text`."""
+    text_template: str | None = None
+    """Text made of several fields, such as `{question} {answer}`."""
+
+    def __post_init__(self) -> None:
+        """Check what does not need the data."""
+        if (self.name is None) == (self.path is None):
+            raise ValueError(
+                "each of data.datasets needs either name (hub) or path (local): "
+                f"got name={self.name!r}, path={self.path!r}"
+            )
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"data.datasets.weight must be positive and finite: got {self.weight}")
+        if self.text_field is not None and self.text_template is not None:
+            raise ValueError("give text_field or text_template, not both")
+        if self.format is not None and self.format not in get_args(Format):
+            raise ValueError(f"data.datasets.format must be one of {get_args(Format)}: got {self.format!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutOptions:
+    """Documents that are never trained on."""
+
+    fraction: float = 0.01
+    """Share of the documents that is held out, by a hash of their position in the data set."""
+    documents: int = 200
+    """How many of those are read for evaluation; the others are left alone."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"data.heldout.fraction must lie in [0, 1): got {self.fraction}")
+        if self.documents < 0:
+            raise ValueError(f"data.heldout.documents must not be negative: got {self.documents}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRowOptions:
+    """What to do with rows that cannot be read as a document."""
+
+    action: Literal["skip", "raise"] = "skip"
+    """`skip` counts the row under its reason; `raise` stops at the first."""
+    quota: float = 0.01
+    """Share of the rows read so far that may be skipped, once more than ten were; beyond it: an error."""
+    max_row_bytes: int = 10_000_000
+    """UTF-8 bytes of one document; a larger one is a bad row."""
+    max_file_bytes: int = 64 * 2**30
+    """Decompressed size of one file; a larger one is an error."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.action not in ("skip", "raise"):
+            raise ValueError(f"data.bad_rows.action must be skip or raise: got {self.action!r}")
+        if not 0 <= self.quota <= 1:
+            raise ValueError(f"data.bad_rows.quota must lie in [0, 1]: got {self.quota}")
+        if min(self.max_row_bytes, self.max_file_bytes) < 1:
+            raise ValueError("data.bad_rows.max_row_bytes and max_file_bytes must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """One data set, or a mix of several by weight."""
+
+    dataset_name: str | None = None
+    """Local file or folder, or a name on the Hugging Face hub."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    streaming: bool = False
+    """Read rows as they are needed, instead of holding all of them in memory."""
+    shuffle_buffer_size: int = 10_000
+    """Rows of a block: a stream is shuffled inside consecutive blocks. 1: not shuffled."""
+    text_field: str | None = None
+    """Field that holds the text; unset: `messages`, `prompt` and `completion`, `instruction` or `text`."""
+    text_template: str | None = None
+    """Text made of several fields, such as `{question} {answer}`."""
+    num_workers: int = 1
+    """0 tokenizes between the steps; more: in a background thread, that many steps ahead."""
+    batch_size: int | None = None
+    """Documents of one optimizer step over all ranks; unset: the run's `batch_size`."""
+    datasets: tuple[SourceOptions, ...] = ()
+    """Data sets to mix, instead of `dataset_name`."""
+    heldout: HeldoutOptions = field(default_factory=HeldoutOptions)
+    bad_rows: BadRowOptions = field(default_factory=BadRowOptions)
+
+    def __post_init__(self) -> None:
+        """Check what does not need the data."""
+        if self.dataset_name is not None and self.datasets:
+            raise ValueError("give data.dataset_name or data.datasets, not both")
+        if self.text_field is not None and self.text_template is not None:
+            raise ValueError("give data.text_field or data.text_template, not both")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"data.shuffle_buffer_size must be at least 1: got {self.shuffle_buffer_size}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must not be negative: got {self.num_workers}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be positive: got {self.batch_size}")
