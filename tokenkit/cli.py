@@ -1,0 +1,106 @@
+"""The command `tokenkit`: a list of doors, and what every door says when something goes wrong."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, nearest
+
+DOORS = {
+    "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
+    "align": ("tokenkit.align:main", "show how two tokenizers cut the same text, and where the cuts meet"),
+}
+"""Name: (module:function taking the arguments and returning an exit code, one line about it)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Open the door that the first argument names, and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from tokenkit import __version__
+
+        print(f"tokenkit {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in DOORS:
+        known = ", ".join(DOORS)
+        print(f"tokenkit: {name!r} is no command{nearest(name, DOORS)}; commands: {known}", file=sys.stderr)
+        return EXIT_CONFIG
+    module, function = DOORS[name][0].split(":")
+    return int(getattr(importlib.import_module(module), function)(rest) or 0)
+
+
+def usage() -> str:
+    """What `tokenkit --help` prints."""
+    width = max(map(len, DOORS))
+    doors = [f"  {name.ljust(width)}  {about}" for name, (_, about) in DOORS.items()]
+    return "\n".join(
+        [
+            "usage: tokenkit COMMAND [OPTIONS]",
+            "",
+            *doors,
+            "",
+            "tokenkit COMMAND --help lists the options of a command.",
+        ]
+    )
+
+
+def run(door: Callable[[], object], *, debug: bool = False) -> int:
+    """Run a door; show an error that has a remedy as one line, and return the exit code of its kind.
+
+    Errors that name no remedy are faults of tokenkit: they keep their traceback, and exit with 1.
+
+    Args:
+        door: does the work; an int that it returns is the exit code.
+        debug: show the traceback of every error.
+    """
+    try:
+        result = door()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print("tokenkit: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = exit_code(error)
+        if debug or code == 1:
+            traceback.print_exc()
+        if code != 1:
+            print(f"tokenkit: {one_line(error)}", file=sys.stderr)
+        return code
+
+
+def exit_code(error: BaseException) -> int:
+    """64 the configuration, 65 a file or data, 70 numbers that are not finite, 1 anything else.
+
+    An error may carry its own `exit_code`.
+    """
+    own = getattr(error, "exit_code", None)
+    if isinstance(own, int):
+        return own
+    kinds: list[tuple[type[BaseException], int]] = [
+        (ArithmeticError, EXIT_NUMERICS),
+        (UnicodeError, EXIT_DATA),
+        (OSError, EXIT_DATA),
+        (ValueError, EXIT_CONFIG),
+    ]
+    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, with its rank where several processes run."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"rank {os.environ.get('RANK', '0')}: {text}" if world_size > 1 else text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,258 @@
+"""Flags and help of a configuration, through tyro. One flag per field, `--a-b` and `--a_b` alike.
+
+tyro splits the command line and writes the help; values go through the same rules as YAML, so that a
+wrong one gives the same message from either side.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from functools import cache
+from typing import Annotated, Any, TypeVar
+
+from tokenkit.config.errors import ConfigError
+from tokenkit.config.later import feature_of, spell
+from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
+from tokenkit.config.schema import Leaf, as_group, inner_prefix, leaves, options
+from tokenkit.config.values import describe
+from tokenkit.config.yaml_files import load_yaml
+
+T = TypeVar("T")
+
+_NOT_GIVEN = ("",)
+
+
+def parse_command_line(
+    schema: type[T],
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str,
+    aliases: Mapping[str, str] | None = None,
+    epilogue: str = "",
+) -> T:
+    """Read `--config FILE [FILE ...]` and flags into a configuration; flags win.
+
+    `--help` and `--print-config` print and end the process with 0.
+
+    Raises:
+        ConfigError: one line that says what is wrong.
+    """
+    aliases = aliases or {}
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    rest, prints = [a for a in rest if a not in _PRINT], any(a in _PRINT for a in rest)
+    files, rest = take_config_files(rest)
+    used: dict[str, str] = {}
+    rest = [_canonical_flag(schema, argument, aliases, used) for argument in rest]
+    overrides = _flags(schema, rest, program, epilogue)
+    for alias, name in used.items():
+        _say(f"tokenkit: --{alias} is read as --{name}")
+    config = read_config(schema, files, overrides, aliases=aliases, say=_say)
+    if prints:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+_PRINT = ("--print-config", "--print_config")
+
+
+def take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--config A B --steps 5` into (["A", "B"], ["--steps", "5"]).
+
+    Raises:
+        ConfigError: --config without a file.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    is_file = False
+    for index, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            is_file = argument == "--config"
+            files += [] if is_file else [argument.partition("=")[2]]
+            if is_file and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
+                raise ConfigError("--config needs at least one file: --config FILE [FILE ...]")
+        elif is_file and not argument.startswith("-"):
+            files.append(argument)
+        else:
+            is_file = False
+            rest.append(argument)
+    return files, rest
+
+
+def _canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], used: dict[str, str]) -> str:
+    """`--log_interval=5` as `--logging-interval=5`, `--no-x` as `--x=false`."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument[2:].partition("=")
+    name = flag.replace("-", "_")
+    known = canonical(name, aliases)
+    if known != name:
+        used[flag] = known.replace("_", "-")
+    types = {leaf.name: leaf.type for leaf in leaves(schema)}
+    group, dot, last = known.rpartition(".")
+    positive = group + dot + last.removeprefix("no_")
+    if known not in types and last.startswith("no_") and bool in options(types.get(positive)) and not equals:
+        return f"--{positive.replace('_', '-')}=false"
+    return "--" + known.replace("_", "-") + equals + value
+
+
+def _flags(schema: type, arguments: list[str], program: str, epilogue: str) -> dict[str, Any]:
+    """What the command line sets, by dotted name, as YAML would hold it."""
+    import tyro
+
+    values, unknown = tyro.cli(
+        _view(schema),
+        args=arguments,
+        prog=program,
+        description=_description(schema, epilogue),
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise ConfigError(_unknown_argument(schema, unknown))
+    given: dict[str, Any] = {}
+    types = {leaf.name: leaf.type for leaf in leaves(schema)}
+    for name, words in _collect(schema, values):
+        if words is not _NOT_GIVEN:
+            given[name] = from_words(types[name], words, name)
+    return given
+
+
+def _unknown_argument(schema: type, unknown: Sequence[str]) -> str:
+    first = unknown[0]
+    if first.startswith("-"):
+        name = first.lstrip("-").partition("=")[0]
+        return unknown_field(schema, name.replace("-", "_"), "command line")
+    hint = (
+        "pass configuration files with --config"
+        if first.endswith((".yaml", ".yml"))
+        else "flags begin with --"
+    )
+    return f"unexpected argument {first!r}: {hint}"
+
+
+def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
+    """The words after a flag as YAML would hold them.
+
+    A list is its words; a mapping is `key=value` words; either may be one word of YAML, `[a, b]` or `{a: 1}`.
+
+    Raises:
+        ConfigError: no value or too many.
+    """
+    flag = "--" + name.replace("_", "-")
+    wanted = options(hint)
+    if bool in wanted and not words:
+        return True
+    if len(words) == 1 and re.match(r"\s*[\[{]", words[0]) and str not in wanted:
+        return load_yaml(words[0], flag)
+    if len(words) == 1 and words[0] in ("null", "none", "None") and type(None) in wanted:
+        return None
+    if _takes_many(hint):
+        pairs = [word.partition("=") for word in words]
+        takes_mapping = any("Mapping" in str(option) for option in wanted)
+        if takes_mapping and words and all(equals for _, equals, _ in pairs):
+            return {key: value for key, _, value in pairs}
+        return list(words)
+    if len(words) != 1:
+        raise ConfigError(f"{flag} takes one value ({describe(hint)}), got {len(words)}: {' '.join(words)}")
+    return words[0]
+
+
+def _takes_many(hint: Any) -> bool:
+    return any(str(option).startswith(("tuple", "collections.abc.Mapping")) for option in options(hint))
+
+
+@cache
+def _view(schema: type, prefix: str = "") -> Any:
+    """A dataclass for tyro: the same tree, every value a list of words, or _NOT_GIVEN."""
+    import tyro
+
+    hints = typing.get_type_hints(schema)
+    own = {leaf.name: leaf for leaf in leaves(schema, prefix)}
+    fields: list[Any] = []
+    for field in dataclasses.fields(schema):
+        group = as_group(hints[field.name])
+        if group is None:
+            leaf = own[prefix + field.name]
+            fields.append((field.name, _view_leaf(leaf), dataclasses.field(default=_NOT_GIVEN)))
+            continue
+        inner = inner_prefix(field, prefix)
+        view = _view(group, inner)
+        named = Annotated[view, tyro.conf.arg(name="")] if inner == prefix else view
+        fields.append((field.name, named, dataclasses.field(default_factory=view)))
+    view = dataclasses.make_dataclass(schema.__name__, fields, kw_only=True)
+    view.__doc__ = schema.__doc__
+    return view
+
+
+def _view_leaf(leaf: Leaf) -> Any:
+    """The type of one flag: words, with help, default and what to write."""
+    import tyro
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    spec: Any = PrimitiveConstructorSpec(
+        nargs=(0, 1) if bool in options(leaf.type) else "*",
+        metavar=_metavar(leaf.type),
+        instance_from_str=list,
+        is_instance=lambda _: True,
+        str_from_instance=lambda _: [],
+    )
+    later = feature_of(leaf.name)
+    help_text = leaf.help + (f" Comes with {later}." if later else "")
+    default = "(required)" if leaf.default is MISSING else f"(default: {spell(leaf.default)})"
+    return Annotated[
+        object,
+        spec,
+        tyro.conf.arg(
+            name=leaf.name.rpartition(".")[2].replace("_", "-"), help=help_text, help_behavior_hint=default
+        ),
+    ]
+
+
+def _metavar(hint: Any) -> str:
+    words = []
+    for option in options(hint):
+        text = str(option)
+        if option in (int, float, str, bool):
+            words.append({int: "INT", float: "FLOAT", str: "TEXT", bool: "[true|false]"}[option])
+        elif text.startswith("typing.Literal"):
+            words.append("{" + ",".join(option.__args__) + "}")
+        elif text.startswith("tuple"):
+            words.append(f"[{_metavar(option.__args__[0])} ...]")
+        elif text.startswith("collections.abc.Mapping"):
+            words.append("[NAME=VALUE ...]")
+        elif dataclasses.is_dataclass(option):
+            words.append("{FIELD: VALUE}")
+    return " | ".join(words)
+
+
+def _collect(schema: type, view: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Walk the view that tyro filled, beside the schema that knows the names."""
+    found: list[tuple[str, Any]] = []
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        group, value = as_group(hints[field.name]), getattr(view, field.name)
+        if group is None:
+            found.append((prefix + field.name, value))
+        else:
+            found += _collect(group, value, inner_prefix(field, prefix))
+    return found
+
+
+def _description(schema: type, epilogue: str) -> str:
+    lines = [
+        (schema.__doc__ or "").strip(),
+        "",
+        "--config FILE [FILE ...] reads YAML with the same names: a later file wins, flags win over all.",
+        "--print-config shows the resolved configuration and stops. --a-b and --a_b are the same flag.",
+    ]
+    return "\n".join(lines + ([epilogue] if epilogue else []))
+
+
+def _say(line: str) -> None:
+    """One line on standard error, from one process of a torchrun group."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

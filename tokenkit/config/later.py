@@ -1,0 +1,64 @@
+"""Fields that are accepted, but whose feature is not here yet: setting one says so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenkit.config.errors import ConfigError
+from tokenkit.config.schema import leaves
+
+LATER = {
+    "expand_input_ids": "input-id expansion for byte models",
+    "do_cost_analysis": "`tokenkit estimate`",
+    "loss_weight_mode": "trained loss weights",
+    "uncertainty_s_init": "trained loss weights",
+    "ema_alpha": "trained loss weights",
+    "multitask_aggregation_fn": "gradient aggregation over several losses",
+    "mined_mapping_path": "`tokenkit mined-mapping`",
+    "tokenizer_pair_data_path": "`tokenkit pair-stats`",
+    "side_path_": "the side-path loss",
+    "tokenizer_pair_bias_threshold_side_path": "the side-path loss",
+    "latents_": "the latents loss",
+    "baseline.": "the baseline losses",
+    "hypernet.": "the embedding hypernetwork",
+    "n_prefix_layers": "prefix layers",
+    "prefix_": "prefix layers",
+    "n_model_parallel": "vocabulary-parallel heads",
+    "eval.": "lm-eval",
+}
+"""Name, or beginning of names that ends in `_` or `.`: what its feature comes with."""
+
+HARMLESS = {"loss_weight_mode": ("static",)}
+"""Values besides the default that say the same."""
+
+
+def refuse_later(values: Mapping[str, Any], schema: type) -> None:
+    """Stop at the first field that is set and has no effect yet.
+
+    Raises:
+        ConfigError: naming the field, its feature and its default.
+    """
+    for leaf in leaves(schema):
+        feature = feature_of(leaf.name)
+        if feature is None or leaf.name not in values:
+            continue
+        value = values[leaf.name]
+        if value != leaf.default and value not in HARMLESS.get(leaf.name, ()):
+            raise ConfigError(
+                f"{leaf.name} is accepted but its feature comes with {feature}; "
+                f"remove it or set it to {spell(leaf.default)}"
+            )
+
+
+def feature_of(name: str) -> str | None:
+    """What a field's feature comes with; None where it is here."""
+    for key, feature in LATER.items():
+        if name == key or (key[-1] in "._" and name.startswith(key)):
+            return feature
+    return None
+
+
+def spell(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,62 @@
+"""The names that a configuration may use, without importing what they name.
+
+`tests/test_config.py` holds them against `tokenkit.losses.LOSSES` and its relatives.
+"""
+
+from typing import Literal, get_args
+
+LossName = Literal["clm", "sft", "alm_unconstrained", "alm_greedy", "alm_space"]
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
+LOSS_ALIASES = {"sft": "clm", "alm_greedy": "alm_unconstrained"}
+
+LATER_LOSSES = {
+    "alm_unbiased": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
+    "alm": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
+    "alm_side_path": "the side-path loss",
+    "alm_latents": "the latents loss",
+    "baseline_uld": "the baseline losses",
+    "baseline_dskd": "the baseline losses",
+    "baseline_mined": "the baseline losses",
+    "baseline_minED": "the baseline losses",
+}
+
+LOSSES_WITHOUT_TEACHER = ("clm", "sft")
+
+Difference = Literal[
+    "abs",
+    "binary_ce",
+    "reverse_binary_kl",
+    "binary_kl_temp_limit",
+    "abs_exp",
+    "renyi",
+    "joschu_k2",
+    "joschu_k3",
+]
+
+ALM_MODES = ("append_space", "merge_by_space_prob", "eos_as_space", "none")
+SPACE_MASK_PARTS = ("space", "tab", "newline", "special")
+
+Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
+Denominator = Literal["chunk_count", "token_count"]
+
+ChatTemplateMode = Literal[
+    "surround_instruct",
+    "direct_encode",
+    "direct_encode_no_force_eos",
+    "direct_encode_no_force_bos",
+    "direct_encode_no_force_bos_no_force_eos",
+]
+LossMaskMode = Literal["all"]
+SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+LearningRateSchedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear_warmup_constant",
+    "linear",
+    "cosine",
+    "linear_warmup_cosine_decay",
+    "linear_warmup_linear_decay",
+]

@@ -1,0 +1,259 @@
+"""The configuration of a training run. Each component's part is in its own file; this one composes them."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tokenkit.config.errors import ConfigError, at_least
+from tokenkit.config.later import refuse_later
+from tokenkit.config.models import ModelSource, Optimizer, Target, Training
+from tokenkit.config.names import ChatTemplateMode, LossMaskMode
+from tokenkit.config.objective import Objective
+from tokenkit.config.schema import flat, flatten
+from tokenkit.data.options import DataOptions
+
+ALIASES = {
+    "new": "student",
+    "target_tokenizer": "target_tokenizer_name",
+    "output": "output_dir",
+    "optimizer.grad_acc_steps": "gradient_accumulation_steps",
+    "log_interval": "logging_interval",
+    "max_teacher_length": "max_length_teacher",
+    "max_student_length": "max_length_new",
+    "model_lora_r": "model_lora_rank",
+    "optimizer.type": "optimizer.name",
+}
+"""Other names of fields and groups. Each is accepted, and reported once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the run is called, and what it leaves behind."""
+
+    name: str = "tokenkit"
+    """Name of the run, for people and trackers."""
+
+    output_dir: str = "outputs/tokenkit"
+    """Folder of everything that the run writes. One that is not empty is refused without resume."""
+
+    seed: int = 0
+    """Seed of data order, initialisation and dropout."""
+
+    resume: bool = False
+    """Continue from the newest valid checkpoint in output_dir; start where there is none."""
+
+    dry_run: bool = False
+    """Load everything, run one step without keeping its result, and write nothing."""
+
+    do_cost_analysis: bool = False
+    """Print floating-point operations and memory of a step."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    export_to: str | None = None
+    """Folder of the model in Hugging Face layout. None: OUTPUT_DIR/export."""
+
+    report_to: Literal["none", "wandb", "tensorboard"] = "none"
+    """Experiment tracker, beside metrics.jsonl and curves.png."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with a model or tokenizer. On the hub it needs student.revision as a 40-digit
+    commit."""
+
+    def __post_init__(self) -> None:
+        if not self.output_dir.strip():
+            raise ConfigError("output_dir is empty: name the folder that the run writes to")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, in which portions, and how often what happens."""
+
+    steps: int = 5000
+    """Optimizer steps."""
+
+    warmup_steps: int = 0
+    """Steps of linear warmup of the learning rate, from 0."""
+
+    batch_size: int = 16
+    """Documents per optimizer step, over all ranks."""
+
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes that an optimizer step is cut into, on each rank."""
+
+    save_interval: int = 1000
+    """Steps between two checkpoints."""
+
+    logging_interval: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    sync_interval: int = 100
+    """Steps between two points at which all ranks wait for each other."""
+
+    save_at_step_zero: bool = False
+    """Save a checkpoint before the first step."""
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        at_least("warmup_steps", self.warmup_steps, 0)
+        for name in ("batch_size", "gradient_accumulation_steps", "save_interval"):
+            at_least(name, getattr(self, name), 1)
+        at_least("logging_interval", self.logging_interval, 1)
+        at_least("sync_interval", self.sync_interval, 1)
+        if self.warmup_steps > self.steps:
+            raise ConfigError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """How documents become tokens."""
+
+    max_length_teacher: int = 512
+    """Teacher tokens of a document; the rest is cut off."""
+
+    max_length_new: int = 512
+    """Student tokens of a document; the rest is cut off."""
+
+    use_chat_template: bool = True
+    """Write conversations with each tokenizer's own template pieces; no: rows with messages are refused."""
+
+    chat_template_mode: ChatTemplateMode = "direct_encode"
+    """What is done with a row of plain text. surround_instruct: it becomes the answer to an empty turn;
+    direct_encode: BOS, text, EOS, where the names say without one of them."""
+
+    loss_mask_mode: LossMaskMode | None = None
+    """Tokens that the losses see. None: all of a plain text, of a conversation what the assistant says;
+    all: every token."""
+
+    def __post_init__(self) -> None:
+        at_least("max_length_teacher", self.max_length_teacher, 2)
+        at_least("max_length_new", self.max_length_new, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEval:
+    """Benchmarks through lm-eval."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks."""
+
+    limit: int | None = None
+    """Documents per task. None: all."""
+
+    add_bos: bool = True
+    """Begin with BOS where the tokenizer has one."""
+
+    chat_template_mode: ChatTemplateMode = "direct_encode"
+    """How a prompt becomes tokens."""
+
+    num_fewshot: int | None = None
+    """Examples in front of a question. None: the task's own number."""
+
+    batch_size: int = 8
+    """Prompts per forward pass."""
+
+    max_length: int | None = None
+    """Tokens of a prompt. None: what the model can take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured on text held out of training."""
+
+    eval_interval: int = 500
+    """Steps between two measurements of bits per byte."""
+
+    eval_at_step_zero: bool = False
+    """Measure before the first step."""
+
+    ppl_eval_data: str | None = None
+    """File of held-out text. None: the held-out part of the training data."""
+
+    skip_lm_eval: bool = False
+    """Leave the benchmarks of eval.tasks out."""
+
+    eval: LmEval = field(default_factory=LmEval)
+
+    def __post_init__(self) -> None:
+        at_least("eval_interval", self.eval_interval, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How many processes share the work."""
+
+    use_distributed: bool = False
+    """Shard the models over processes. torchrun turns it on; without torchrun it is an error."""
+
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """None: nccl on GPUs, gloo on CPUs."""
+
+    n_data_parallel: int | None = None
+    """Processes that the batch is cut over. None: all. n_data_parallel x n_model_parallel = processes."""
+
+    n_model_parallel: int = 1
+    """Processes that share one vocabulary and its layers."""
+
+    def __post_init__(self) -> None:
+        at_least("n_data_parallel", self.n_data_parallel, 1)
+        at_least("n_model_parallel", self.n_model_parallel, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Move a language model to another tokenizer: train a student against a teacher."""
+
+    student: ModelSource
+    teacher: ModelSource | None = None
+    target: Target = flat(Target)
+    run: Run = flat(Run)
+    schedule: Schedule = flat(Schedule)
+    text: Text = flat(Text)
+    objective: Objective = flat(Objective)
+    training: Training = flat(Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluation: Evaluation = flat(Evaluation)
+    parallel: Parallel = flat(Parallel)
+
+    def __post_init__(self) -> None:
+        refuse_later(flatten(self), TrainConfig)
+        if (
+            self.teacher is None
+            and self.target.target_tokenizer_name is None
+            and self.objective.needs_teacher
+        ):
+            raise ConfigError(
+                "neither target_tokenizer_name nor teacher.pretrained_model_name_or_path is set: the student "
+                "would be its own teacher with the same tokenizer; set one of them"
+            )
+        if self.data.dataset_name is None and not self.data.datasets:
+            raise ConfigError(
+                "missing required field data.dataset_name (or data.datasets): there is nothing to train on"
+            )
+        if self.data.batch_size not in (None, self.schedule.batch_size):
+            raise ConfigError(
+                f"data.batch_size ({self.data.batch_size}) contradicts batch_size "
+                f"({self.schedule.batch_size}): remove data.batch_size"
+            )
+        if self.run.trust_remote_code:
+            self._check_pinned()
+
+    def _check_pinned(self) -> None:
+        """Code from the hub must be a commit that somebody has read, not whatever a branch holds today."""
+        sources = {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+        for name, source in sources.items():
+            is_local = Path(source.pretrained_model_name_or_path).exists()
+            if not is_local and not re.fullmatch(r"[0-9a-f]{40}", source.revision or ""):
+                raise ConfigError(
+                    f"trust_remote_code needs {name}.revision to be a 40-digit commit: got {source.revision}"
+                )

@@ -1,0 +1,137 @@
+"""YAML, read as data: no tags, no duplicate keys, a bounded size, numbers such as 5e-5 as numbers."""
+
+import os
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenkit.config.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000
+"""Nodes after aliases are expanded: a few lines of nested aliases name billions."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with the numbers of YAML 1.2, without its dates, refusing duplicate keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class declares it without ClassVar)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping whose keys are text and stand once."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
+            if key_node.value in seen:
+                problem = f"the key {key_node.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one configuration file.
+
+    Raises:
+        ConfigError: missing (the files that exist are listed), too large, not YAML, not a mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(_missing(path, error)) from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: that is no configuration")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """Parse a configuration.
+
+    Raises:
+        ConfigError: with the line and column where it stops being YAML.
+    """
+    content = load_yaml(text, source)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{source} must hold a mapping from field names to values, got {type(content).__name__}"
+        )
+    return content
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Parse any YAML value.
+
+    Raises:
+        ConfigError: not YAML, a tag, a duplicate key, or too much of it.
+    """
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}: not readable as YAML: {problem}") from error
+    if _size(content, {}) > MAX_NODES:
+        raise ConfigError(f"{source} holds more than {MAX_NODES} values once its aliases are expanded")
+    return content
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Number of nodes with aliases expanded, each container counted once; a cycle is beyond every limit."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_NODES + 1  # what a container inside itself costs
+        items = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+    return known[id(value)]
+
+
+def _missing(path: Path, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot read the configuration file {path}: {error.strerror}"
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    existing = sorted(str(file) for file in folder.glob("*.y*ml")) if folder.is_dir() else []
+    listed = f"those in {folder} are {', '.join(existing)}" if existing else f"there are none in {folder}"
+    return f"the configuration file {path} does not exist (looked from {os.getcwd()}); {listed}"
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Write values so that `parse_yaml` reads the same."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper; what our loader would read as a number is quoted, and repeated values have no
+    aliases."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value wherever it stands."""
+        return True
