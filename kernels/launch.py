@@ -1,0 +1,24 @@
+"""Where Triton may run: on a GPU, or on a CPU inside Triton's interpreter where a test asks for it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+INTERPRET = False
+"""Run Triton kernels on CPU tensors: tests set it, where TRITON_INTERPRET=1 at the first import of triton."""
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Say whether the Triton epilogues take `tensor`; otherwise the same lines of torch do.
+
+    float64 stays with torch: it is there for references, and Triton's epilogues are float32.
+    """
+    return (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on the device of `tensor`, whichever is current."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()

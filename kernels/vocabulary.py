@@ -1,0 +1,82 @@
+"""Which rows of a head are multiplied together: tiles of the vocabulary, a subset's rows apart from the rest.
+
+    order     s s s s s | r r r r r r r        s in the subset, r the rest, ids ascending within both
+    tiles    [s s s][s s][r r r][r r r][r]     no tile holds both
+
+With homogeneous tiles, the mass of a subset costs nothing beyond reading its rows through an index:
+each tile's row sums belong to one of two running sums, and its gradient has one factor per row.
+
+Dimensions: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REST, SUBSET = 0, 1
+
+
+class Subset(NamedTuple):
+    """A subset of a vocabulary in the order that the tiles use. Made by `split_vocabulary`."""
+
+    order_V: Tensor
+    """int64, every id: the subset's first, ascending, then the rest, ascending."""
+    position_V: Tensor
+    """int64, where each id stands in `order_V`."""
+    size: int
+    """How many ids belong to the subset."""
+
+
+class Tile(NamedTuple):
+    """A stretch [start, end) of the order, and the rows of the head that it names."""
+
+    start: int
+    end: int
+    part: int
+    """REST or SUBSET: what every row of this tile belongs to."""
+    rows: slice | Tensor
+
+
+def split_vocabulary(subset_V: Tensor, vocab_size: int) -> Subset:
+    """Put a subset's ids before the rest. Waits for the device once, to learn the subset's size.
+
+    Args:
+        subset_V: bool, at most `vocab_size` long; ids beyond its end are not in the subset.
+        vocab_size: how many rows of the head are tokens.
+
+    Raises:
+        ValueError: if the mask is not bool, too long, or holds no id.
+    """
+    if subset_V.dtype != torch.bool or subset_V.ndim != 1 or len(subset_V) > vocab_size:
+        raise ValueError(
+            f"subset_V must be a bool mask of at most {vocab_size} ids: got {subset_V.dtype} "
+            f"of shape {tuple(subset_V.shape)}; is it the mask of the other model's tokenizer?"
+        )
+    inside_V = torch.nn.functional.pad(subset_V, (0, vocab_size - len(subset_V)))
+    order_V = torch.argsort((~inside_V).to(torch.uint8), stable=True)
+    position_V = torch.empty_like(order_V)
+    position_V[order_V] = torch.arange(vocab_size, device=order_V.device)
+    size = int(inside_V.sum())
+    if size == 0:
+        raise ValueError("subset_V holds no id: the mass of an empty subset has no logarithm")
+    return Subset(order_V, position_V, size)
+
+
+def cut(vocab_size: int, columns: int, subset: Subset | None) -> list[Tile]:
+    """Cut the vocabulary into tiles of at most `columns` rows of the head."""
+    if subset is None:
+        return [
+            Tile(
+                start, min(start + columns, vocab_size), REST, slice(start, min(start + columns, vocab_size))
+            )
+            for start in range(0, vocab_size, columns)
+        ]
+    tiles = []
+    for part, first, last in ((SUBSET, 0, subset.size), (REST, subset.size, vocab_size)):
+        for start in range(first, last, columns):
+            end = min(start + columns, last)
+            tiles.append(Tile(start, end, part, subset.order_V[start:end]))
+    return tiles
