@@ -1,0 +1,395 @@
+"""The byte-level view of any tokenizer: text to ids, and the byte at which each token ends.
+
+    tokenizer = load_tokenizer("Qwen/Qwen2.5-0.5B")
+    tokens = tokenizer.encode("naïve </s>")     # b"".join(token_bytes[i] for i in ids) is the text
+
+Text is nothing but text: a special token's string inside it is spelled out, never the special token.
+A tokenizer that changes text before it reads it (NFC, collapsed spaces) is given text that it leaves
+alone, `canonical_text`; what `encode` returns has been checked, byte by byte, to spell its argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from tokenkit.structs import Tokens
+from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
+from tokenkit.tokenization.generic import generic_family
+from tokenkit.tokenization.prefix import Prefix, find_prefix, without_prefix
+from tokenkit.tokenization.sources import read_files
+from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
+from tokenkit.tokenization.special_tokens import (
+    byte_document,
+    check_has_family,
+    control_strings,
+    to_family,
+    with_special_tokens,
+)
+from tokenkit.tokenization.vocabulary import (
+    BYTE_PIECE,
+    METASPACE,
+    plain_text_document,
+    read_vocabulary,
+    spell,
+)
+
+SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
+MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
+
+Before = Literal["start", "special", "text", "space"]
+"""What stands before a text: the start of the document, a special token, other text, or a template's space
+that the text takes over (`[INST] ` followed by `Hi` is written `[INST]` and ` Hi`)."""
+
+
+class _Writer(NamedTuple):
+    """How a text is handed to the tokenizers library."""
+
+    backend: tokenizers.Tokenizer
+    lead: str
+    """Written in front of the text."""
+    adds_space: bool
+    """The backend puts a space in front by itself."""
+
+
+class Tokenizer:
+    """One tokenizer, seen as bytes. Made by `load_tokenizer`."""
+
+    def __init__(
+        self, spec: TokenizerSpec, document: dict[str, Any], family: Family, chat_template: str | None = None
+    ) -> None:
+        """Build the view of a parsed tokenizer.json whose special tokens are those of `family`."""
+        self.spec, self.family, self.chat_template, self.document = spec, family, chat_template, document
+        self.vocabulary = read_vocabulary(document, prebyteified=spec.conversion == "prebyteified")
+        self.token_bytes = self.vocabulary.token_bytes
+        self.vocab_size = len(self.token_bytes)
+        self.is_special_V: NDArray[np.bool_] = self.vocabulary.is_special_V
+        self.byte_length_V: NDArray[np.int32] = self.vocabulary.lengths()
+        self.control = self.vocabulary.control
+        self.special_ids = {
+            role: self.control[string] for role, string in family.tokens.items() if string in self.control
+        }
+        self.bos_id, self.eos_id = self.special_ids.get("bos"), self.special_ids.get("eos")
+        self.pad_id, self.unk_id = self.special_ids.get("pad"), self.vocabulary.unk_id
+        self.prefix = find_prefix(document)
+        if spec.conversion == "manual_add_prefix_space":
+            self.prefix = Prefix("always", even_before_space=True, is_manual=True)
+        self._is_bytes = (
+            self.vocabulary.alphabet == "byte-level"
+            and not document["model"].get("merges")
+            and document.get("normalizer") is None
+            and self.prefix.scheme == "never"
+            and not self.vocabulary.text_added
+            and self.token_bytes[:256] == [bytes([byte]) for byte in range(256)]
+        )
+        model = document["model"]
+        self._matches_byte_pieces = model["type"] == "Unigram" and bool(model.get("byte_fallback"))
+        self._plain = plain_text_document(document)
+        self._backend = _backend(without_prefix(self._plain) if self.prefix.is_manual else self._plain)
+        for token_id in self.vocabulary.text_added:
+            string = next(t["content"] for t in self._plain["added_tokens"] if t["id"] == token_id)
+            if self._backend.token_to_id(string) != token_id:
+                raise ValueError(f"added token {string!r} does not keep its id {token_id}")
+
+    def __repr__(self) -> str:
+        """Name the spec, the size and the family."""
+        return f"Tokenizer({str(self.spec)!r}, vocab_size={self.vocab_size}, family={self.family.name!r})"
+
+    def encode(self, text: str) -> Tokens:
+        """Return the ids of plain text and where each token ends, in bytes of the text's UTF-8.
+
+        No special token is written, and none is read: their strings inside the text are text.
+
+        Raises:
+            ValueError: text that is not canonical, not valid Unicode, or that the vocabulary cannot spell.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Encode many texts in one call of the tokenizers library, on all cores.
+
+        Raises:
+            ValueError: as `encode`, for the first text that cannot be encoded.
+        """
+        encoded = self.try_encode_batch(texts)
+        return [self._fail(t) if tokens is None else tokens for t, tokens in zip(texts, encoded, strict=True)]
+
+    def try_encode_batch(self, texts: Sequence[str], before: Before = "start") -> list[Tokens | None]:
+        """Encode many texts; None for each whose ids would not spell it, byte for byte.
+
+        Args:
+            texts: canonical texts, or not: those that this tokenizer would change come back as None.
+            before: what stands before each text; decides on the space that some tokenizers put in front.
+
+        Raises:
+            ValueError: a text that is not valid Unicode.
+        """
+        raw = [_utf8(text) for text in texts]
+        if self._is_bytes and before != "space":
+            return [_as_tokens(np.frombuffer(t, np.uint8).astype(np.int32), np.ones(len(t))) for t in raw]
+        writer = self._writer(before)
+        written = [writer.lead + text for text in texts] if writer.lead else texts
+        ids_of_each = [e.ids for e in writer.backend.encode_batch_fast(written, add_special_tokens=False)]
+        results: list[Tokens | None] = []
+        for index, ids in enumerate(ids_of_each):
+            expected = raw[index]
+            spelled = b"".join(map(self.token_bytes.__getitem__, ids))
+            shift = len(spelled) - len(expected)
+            has_unknown = self.unk_id is not None and self.unk_id in ids
+            if not has_unknown and (
+                spelled == expected or (shift == 1 and spelled == b" " + expected and before != "text")
+            ):
+                ids_n = np.fromiter(ids, dtype=np.int32, count=len(ids))
+                results.append(_as_tokens(ids_n, self.byte_length_V[ids_n], shift))
+            else:
+                results.append(self._encode_slowly(texts[index], writer))
+        return results
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text that ids spell, without the space that the tokenizer itself put in front.
+
+        Bytes that are not UTF-8 (a character cut in half) become U+FFFD.
+        """
+        kept = [i for i in ids if not (skip_special and self.is_special_V[i])]
+        raw = b"".join(self.token_bytes[i] for i in kept)
+        if self.prefix.scheme != "never" and raw.startswith(b" "):
+            raw = raw[1:]
+        return raw.decode("utf-8", errors="replace")
+
+    def normalize(self, text: str) -> str:
+        """Return what this tokenizer makes of text before it cuts it, as text: a fixed point.
+
+        Raises:
+            ValueError: text that is not valid Unicode, or that never settles.
+        """
+        _utf8(text)
+        for _ in range(MAX_ROUNDS):
+            normal = self._normalize_once(text)
+            if normal == text:
+                return text
+            text = normal
+        raise ValueError(
+            f"tokenizer {self.spec}: its normalizer changes text anew each time ({text[:40]!r}...): "
+            "leave the text out"
+        )
+
+    def space_mask(self, mode: str = "space+tab+newline+special") -> NDArray[np.bool_]:
+        """Return which tokens begin with whitespace, [V] bool.
+
+        Args:
+            mode: names joined by `+`: `space`, `tab`, `newline` (first byte 0x20, 0x09, 0x0A) and `special`.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        names = mode.split("+")
+        for name in names:
+            if name not in (*SPACE_BYTES, "special"):
+                valid = ", ".join((*SPACE_BYTES, "special"))
+                raise ValueError(f"space_mask_mode joins {valid} with '+': got {name!r} in {mode!r}")
+        first = tuple(SPACE_BYTES[name] for name in names if name != "special")
+        starts_V = np.array([raw.startswith(first) for raw in self.token_bytes]) & ~self.is_special_V
+        return starts_V | self.is_special_V if "special" in names else starts_V
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of all that decides which ids a document gets."""
+        parts = {
+            "document": self.document,
+            "conversion": self.spec.conversion,
+            "family": repr(self.family),
+            "chat_template": self.chat_template,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _unprefixed(self) -> tokenizers.Tokenizer:
+        """The tokenizer that puts no space in front of text."""
+        if self.prefix.scheme == "never" or self.prefix.is_manual or not self.prefix.is_removable:
+            return self._backend
+        return _backend(without_prefix(self._plain))
+
+    def _writer(self, before: Before) -> _Writer:
+        """Return how a text in this place is written."""
+        adds_space = self.prefix.scheme != "never" and not self.prefix.is_manual
+        as_is = _Writer(self._backend, " " if self.prefix.is_manual else "", adds_space)
+        if before == "start" or (before == "special" and self.prefix.scheme == "always"):
+            return as_is
+        if not self.prefix.is_removable or (before == "space" and self.prefix.even_before_space):
+            return as_is
+        return _Writer(self._unprefixed, " " if before == "space" else "", adds_space=False)
+
+    def _encode_slowly(self, text: str, writer: _Writer) -> Tokens | None:
+        """Encode by walking: for texts with unknown tokens, or spaces put in front of several parts."""
+        backend, lead, adds_space = writer
+        if self._matches_byte_pieces and BYTE_PIECE.search(text):
+            backend = _spelling_byte_pieces(backend)
+        encoding = backend.encode(lead + text, add_special_tokens=False)
+        raw = (lead + text).encode()
+        ends_of_characters = np.cumsum([0, *(len(character.encode()) for character in lead + text)])
+        position, ends = 0, []
+        may_add = adds_space and (self.prefix.even_before_space or not raw.startswith(b" "))
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            piece = self.token_bytes[token_id]
+            if token_id == self.unk_id:
+                if ends_of_characters[start] > position:
+                    return None
+                position = int(ends_of_characters[stop])
+            elif may_add and piece.startswith(b" ") and raw.startswith(piece[1:], position):
+                position += len(piece) - 1
+            elif raw.startswith(piece, position):
+                position += len(piece)
+            else:
+                return None
+            ends.append(position)
+            may_add = adds_space and token_id in self.vocabulary.text_added
+        if position != len(raw):
+            return None
+        ends_n = np.maximum(np.array(ends, dtype=np.int64) - len(lead), 0)
+        ids_n = np.array(encoding.ids, dtype=np.int32)
+        return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
+
+    def _normalize_once(self, text: str) -> str:
+        backend = self._backend
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        if backend.pre_tokenizer:
+            pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
+            normal_first, normal = normal, "".join(pieces)
+        else:
+            normal_first = normal
+        if self.vocabulary.alphabet == "byte-level":
+            decoded = spell(normal)
+            if decoded is None:
+                raise ValueError(
+                    f"tokenizer {self.spec} does not turn {text[:40]!r} into UTF-8: leave it out"
+                )
+            normal = decoded
+        elif self.vocabulary.alphabet == "metaspace":
+            normal = normal.replace(METASPACE, " ")
+        writes_space = self.prefix.scheme != "never" and not self.prefix.is_manual
+        if writes_space and (self.prefix.even_before_space or not normal_first.startswith((" ", METASPACE))):
+            normal = normal.removeprefix(" ")
+        return normal
+
+    def _fail(self, text: str) -> Tokens:
+        """Say why a text cannot be encoded."""
+        normal = self.normalize(text)
+        if normal != text:
+            at = next((i for i, (a, b) in enumerate(zip(text, normal, strict=False)) if a != b), len(normal))
+            raise ValueError(
+                f"tokenizer {self.spec} would change the text at character {at} "
+                f"({text[at : at + 20]!r} becomes {normal[at : at + 20]!r}): call canonical_text first"
+            )
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        spelled = b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        if self.prefix.scheme != "never":
+            spelled = spelled.removeprefix(" ")
+        at = next((i for i, (a, b) in enumerate(zip(text, spelled, strict=False)) if a != b), len(spelled))
+        raise ValueError(
+            f"tokenizer {self.spec} cannot spell the text at character {at} ({text[at : at + 20]!r}): "
+            "its vocabulary lacks these bytes, leave the document out"
+        )
+
+
+def load_tokenizer(
+    spec: str | TokenizerSpec,
+    *,
+    tokens_to_add: Sequence[str] = (),
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tokenizer:
+    """Load a tokenizer and give it the special tokens that its spec asks for.
+
+    Args:
+        spec: `name_or_path:source=Family:target=Family:conversion=...`, a bare path, or `byte`.
+        tokens_to_add: control tokens appended after the last id; templates may use them, text never does.
+        revision: commit or tag of a hub repository.
+        trust_remote_code: run the repository's own code, where there is no tokenizer.json.
+
+    Raises:
+        FileNotFoundError: no such folder or hub repository.
+        ValueError: a bad spec, files that are not those of a BPE or Unigram tokenizer, or a tokenizer
+            without the special tokens of its `source` family.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.name_or_path == BYTE:
+        name = spec.target or spec.source
+        family = FAMILIES[name] if name else BYTE_FAMILY
+        document = byte_document([*family.tokens.values(), *tokens_to_add])
+        return Tokenizer(spec, document, family)
+    files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    document, chat_template = files.document, files.chat_template
+    if spec.conversion == "byte":
+        document = byte_document(control_strings(document))
+    family = FAMILIES[spec.source] if spec.source else generic_family(files)
+    if spec.source:
+        check_has_family(control_strings(document), family, spec.name_or_path)
+    if spec.target:
+        target = FAMILIES[spec.target]
+        document, family, chat_template = to_family(document, family, target), target, None
+    if tokens_to_add:
+        document = with_special_tokens(document, tokens_to_add)
+    try:
+        return Tokenizer(spec, document, family, chat_template)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {spec} cannot be read byte for byte: {error}") from error
+
+
+def canonical_text(text: str, *tokenizers: Tokenizer) -> str:
+    """Return the text that every tokenizer leaves as it is: the fixed point of all their normalizers.
+
+    Raises:
+        ValueError: text that is not valid Unicode, or that the normalizers change back and forth.
+    """
+    for _ in range(MAX_ROUNDS):
+        before = text
+        for tokenizer in tokenizers:
+            text = tokenizer.normalize(text)
+        if text == before:
+            return text
+    names = ", ".join(str(tokenizer.spec) for tokenizer in tokenizers)
+    raise ValueError(
+        f"the normalizers of {names} undo each other's work on {text[:40]!r}...: leave the text out"
+    )
+
+
+def _as_tokens(ids_n: NDArray[np.int32], lengths_n: NDArray[Any], shift: int = 0) -> Tokens:
+    """Lay tokens of these byte lengths one after the other; `shift` bytes of the first are not text."""
+    ends_n = np.cumsum(lengths_n, dtype=np.int64)
+    if shift:
+        ends_n -= shift
+    return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
+
+
+def _backend(document: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+    except Exception as error:  # the Rust library raises Exception itself, nothing narrower
+        raise ValueError(f"the tokenizers library refuses the tokenizer.json: {error}") from error
+
+
+def _spelling_byte_pieces(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a Unigram tokenizer that reads the characters `<0x0A>` as six characters, not as the byte.
+
+    Kept for texts that hold such a string: its scores are not the original's where characters are unknown.
+    """
+    document = json.loads(backend.to_str())
+    document["model"]["vocab"] = [
+        [piece, -1e4 if BYTE_PIECE.fullmatch(piece) else score] for piece, score in document["model"]["vocab"]
+    ]
+    return _backend(document)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be valid Unicode: character {error.start} is a lone surrogate, leave the document out"
+        ) from error
