@@ -1,0 +1,1 @@
+"""Embedding rows for a vocabulary that a model has not seen."""
