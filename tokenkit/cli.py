@@ -12,7 +12,6 @@ from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, neares
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
-    "align": ("tokenkit.align:main", "show how two tokenizers cut the same text, and where the cuts meet"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 

@@ -153,8 +153,8 @@ def _interpolate(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     defaults = {leaf.name: plain(leaf.default) for leaf in leaves(schema) if _is_shown(leaf, given)}
-    tree = OmegaConf.create(_nest(defaults | dict(given)))
     try:
+        tree = OmegaConf.create(_nest(defaults | dict(given)))
         resolved: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -216,7 +216,7 @@ def _look_up(tree: Mapping[str, Any], name: str) -> Any:
 def _escape(value: Any) -> Any:
     """Keep a `${` that is meant literally from being read as an interpolation."""
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, Mapping):
         return {key: _escape(item) for key, item in value.items()}
     return [_escape(item) for item in value] if isinstance(value, list) else value

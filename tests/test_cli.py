@@ -1,0 +1,184 @@
+"""The doors: help at once, one line for every mistake, an exit code of its kind."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokenkit import cli, train
+from tokenkit.cli import DOORS, exit_code, main, run
+from tokenkit.config import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "triton", "transformers", "datasets", "peft", "numpy", "matplotlib", "wandb"}
+
+
+def tokenkit(*arguments, **environment):
+    command = [sys.executable, "-X", "importtime", "-m", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+
+
+def modules(result):
+    """Top-level packages that a process imported, from -X importtime."""
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in _timings(result)}
+
+
+def _timings(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+
+
+def complaint(result):
+    return [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+
+
+def test_help_of_training_comes_within_a_second_and_a_half():
+    def seconds():
+        start = time.perf_counter()
+        tokenkit("tokenkit.train", "--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+def test_help_imports_nothing_heavy_and_lists_the_fields():
+    result = tokenkit("tokenkit.train", "--help")
+    assert result.returncode == 0
+    assert not modules(result) & HEAVY
+    for flag in ("--student.pretrained-model-name-or-path", "--losses", "--alm-diff-fn", "--optimizer.beta1"):
+        assert flag in result.stdout
+
+
+def test_a_mistake_in_the_configuration_is_one_line_and_64_before_torch_is_imported():
+    result = tokenkit("tokenkit.train", "--stesp", "3")
+    assert result.returncode == EXIT_CONFIG
+    assert complaint(result) == ["tokenkit: unknown field stesp (command line), did you mean steps?"]
+    assert not modules(result) & HEAVY
+
+
+def test_of_several_ranks_one_speaks_about_the_configuration():
+    assert complaint(tokenkit("tokenkit.train", "--stesp", "3", RANK="1", WORLD_SIZE="2")) == []
+
+
+def test_print_config_prints_what_reads_back_the_same(tmp_path, capsys):
+    config = str(ROOT / "configs" / "cross_tokenizer_distill.yaml")
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--config", config, "--steps", "600", "--print-config"])
+    printed = capsys.readouterr().out
+    again = tmp_path / "printed.yaml"
+    again.write_text(printed, encoding="utf-8")
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--print-config", "--config", str(again)])
+    assert capsys.readouterr().out == printed
+    assert "steps: 600" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config"], "--config needs at least one file"),
+        (["run.yaml"], "unexpected argument 'run.yaml': pass configuration files with --config"),
+        (["5"], "unexpected argument '5': flags begin with --"),
+        (["--steps"], "--steps takes one value (an integer), got 0"),
+        (["--steps", "1", "2"], "--steps takes one value (an integer), got 2: 1 2"),
+        (["--steps", "x"], "steps: expected an integer, got 'x'"),
+        (["--no-steps"], "unknown field no_steps"),
+        (["--loss-weights", "{a: "], "--loss-weights, line 1"),
+        (["--hf-token", "hunter2"], "looks like a secret"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(capsys, arguments, message):
+    assert train.main(arguments) == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert error.startswith("tokenkit: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert "hunter2" not in error
+
+
+def test_the_list_of_commands_names_every_door(capsys):
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", text, re.M) for name in DOORS)
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["trian"]) == EXIT_CONFIG
+    assert "'trian' is no command, did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_every_door_opens(name, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main([name, "--help"]) == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_the_version_is_the_packages_own(capsys):
+    from tokenkit import __version__
+
+    main(["--version"])
+    assert capsys.readouterr().out == f"tokenkit {__version__}\n"
+
+
+def raising(error):
+    def door():
+        raise error
+
+    return door
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("a\nb"), EXIT_CONFIG, "a b"),
+        (ValueError("losses are wrong: do this"), EXIT_CONFIG, "losses are wrong: do this"),
+        (FileNotFoundError(2, "No such file", "x.txt"), EXIT_DATA, "x.txt: No such file"),
+        (FileExistsError("out holds a run: pass --resume"), EXIT_DATA, "out holds a run: pass --resume"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), EXIT_DATA, "can't decode byte 0xff"),
+        (FloatingPointError("loss clm is not finite"), EXIT_NUMERICS, "loss clm is not finite"),
+    ],
+)
+def test_an_error_with_a_remedy_is_one_line_and_the_code_of_its_kind(capsys, error, code, text):
+    assert run(raising(error)) == code == exit_code(error)
+    written = capsys.readouterr().err
+    assert written.startswith("tokenkit: ")
+    assert text in written
+    assert written.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_too(capsys):
+    assert run(raising(ValueError("wrong")), debug=True) == EXIT_CONFIG
+    written = capsys.readouterr().err
+    assert "Traceback" in written
+    assert written.endswith("tokenkit: wrong\n")
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(capsys):
+    assert run(raising(KeyError("x"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_names_its_rank_where_there_are_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    run(raising(ValueError("wrong")))
+    assert capsys.readouterr().err == "tokenkit: rank 2: wrong\n"
+
+
+def test_an_error_may_carry_its_own_exit_code():
+    class PreemptedError(RuntimeError):
+        exit_code = 75
+
+    assert run(raising(PreemptedError("stopped"))) == 75
+    assert run(lambda: 3) == 3
+    assert run(lambda: None) == 0
+
+
+def test_an_interruption_is_130(capsys):
+    assert cli.run(raising(KeyboardInterrupt())) == 130
