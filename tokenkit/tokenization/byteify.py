@@ -13,17 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from tokenkit.structs import Tokens
+from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
 from tokenkit.tokenization.generic import generic_family
-from tokenkit.tokenization.prefix import Prefix, find_prefix, without_prefix
+from tokenkit.tokenization.prefix import Prefix, find_prefix
 from tokenkit.tokenization.sources import read_files
 from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
 from tokenkit.tokenization.special_tokens import (
@@ -33,30 +32,10 @@ from tokenkit.tokenization.special_tokens import (
     to_family,
     with_special_tokens,
 )
-from tokenkit.tokenization.vocabulary import (
-    BYTE_PIECE,
-    METASPACE,
-    plain_text_document,
-    read_vocabulary,
-    spell,
-)
+from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
 
 SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
 MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
-
-Before = Literal["start", "special", "text", "space"]
-"""What stands before a text: the start of the document, a special token, other text, or a template's space
-that the text takes over (`[INST] ` followed by `Hi` is written `[INST]` and ` Hi`)."""
-
-
-class _Writer(NamedTuple):
-    """How a text is handed to the tokenizers library."""
-
-    backend: tokenizers.Tokenizer
-    lead: str
-    """Written in front of the text."""
-    adds_space: bool
-    """The backend puts a space in front by itself."""
 
 
 class Tokenizer:
@@ -89,14 +68,8 @@ class Tokenizer:
             and not self.vocabulary.text_added
             and self.token_bytes[:256] == [bytes([byte]) for byte in range(256)]
         )
-        model = document["model"]
-        self._matches_byte_pieces = model["type"] == "Unigram" and bool(model.get("byte_fallback"))
-        self._plain = plain_text_document(document)
-        self._backend = _backend(without_prefix(self._plain) if self.prefix.is_manual else self._plain)
-        for token_id in self.vocabulary.text_added:
-            string = next(t["content"] for t in self._plain["added_tokens"] if t["id"] == token_id)
-            if self._backend.token_to_id(string) != token_id:
-                raise ValueError(f"added token {string!r} does not keep its id {token_id}")
+        plain = plain_text_document(document)
+        self._backend = Backend(plain, self.prefix, self.vocabulary.alphabet)
 
     def __repr__(self) -> str:
         """Name the spec, the size and the family."""
@@ -134,7 +107,7 @@ class Tokenizer:
         raw = [_utf8(text) for text in texts]
         if self._is_bytes and before != "space":
             return [_as_tokens(np.frombuffer(t, np.uint8).astype(np.int32), np.ones(len(t))) for t in raw]
-        writer = self._writer(before)
+        writer = self._backend.writer(before)
         written = [writer.lead + text for text in texts] if writer.lead else texts
         ids_of_each = [e.ids for e in writer.backend.encode_batch_fast(written, add_special_tokens=False)]
         results: list[Tokens | None] = []
@@ -171,7 +144,9 @@ class Tokenizer:
         """
         _utf8(text)
         for _ in range(MAX_ROUNDS):
-            normal = self._normalize_once(text)
+            normal = self._backend.normalize(text)
+            if normal is None:
+                raise ValueError(f"tokenizer {self.spec} makes no valid text of {text[:40]!r}: leave it out")
             if normal == text:
                 return text
             text = normal
@@ -208,29 +183,10 @@ class Tokenizer:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    @cached_property
-    def _unprefixed(self) -> tokenizers.Tokenizer:
-        """The tokenizer that puts no space in front of text."""
-        if self.prefix.scheme == "never" or self.prefix.is_manual or not self.prefix.is_removable:
-            return self._backend
-        return _backend(without_prefix(self._plain))
-
-    def _writer(self, before: Before) -> _Writer:
-        """Return how a text in this place is written."""
-        adds_space = self.prefix.scheme != "never" and not self.prefix.is_manual
-        as_is = _Writer(self._backend, " " if self.prefix.is_manual else "", adds_space)
-        if before == "start" or (before == "special" and self.prefix.scheme == "always"):
-            return as_is
-        if not self.prefix.is_removable or (before == "space" and self.prefix.even_before_space):
-            return as_is
-        return _Writer(self._unprefixed, " " if before == "space" else "", adds_space=False)
-
-    def _encode_slowly(self, text: str, writer: _Writer) -> Tokens | None:
+    def _encode_slowly(self, text: str, writer: Writer) -> Tokens | None:
         """Encode by walking: for texts with unknown tokens, or spaces put in front of several parts."""
-        backend, lead, adds_space = writer
-        if self._matches_byte_pieces and BYTE_PIECE.search(text):
-            backend = _spelling_byte_pieces(backend)
-        encoding = backend.encode(lead + text, add_special_tokens=False)
+        _, lead, adds_space = writer
+        encoding = self._backend.encode_with_offsets(text, writer)
         raw = (lead + text).encode()
         ends_of_characters = np.cumsum([0, *(len(character.encode()) for character in lead + text)])
         position, ends = 0, []
@@ -255,28 +211,6 @@ class Tokenizer:
         ids_n = np.array(encoding.ids, dtype=np.int32)
         return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
 
-    def _normalize_once(self, text: str) -> str:
-        backend = self._backend
-        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
-        if backend.pre_tokenizer:
-            pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
-            normal_first, normal = normal, "".join(pieces)
-        else:
-            normal_first = normal
-        if self.vocabulary.alphabet == "byte-level":
-            decoded = spell(normal)
-            if decoded is None:
-                raise ValueError(
-                    f"tokenizer {self.spec} does not turn {text[:40]!r} into UTF-8: leave it out"
-                )
-            normal = decoded
-        elif self.vocabulary.alphabet == "metaspace":
-            normal = normal.replace(METASPACE, " ")
-        writes_space = self.prefix.scheme != "never" and not self.prefix.is_manual
-        if writes_space and (self.prefix.even_before_space or not normal_first.startswith((" ", METASPACE))):
-            normal = normal.removeprefix(" ")
-        return normal
-
     def _fail(self, text: str) -> Tokens:
         """Say why a text cannot be encoded."""
         normal = self.normalize(text)
@@ -286,7 +220,7 @@ class Tokenizer:
                 f"tokenizer {self.spec} would change the text at character {at} "
                 f"({text[at : at + 20]!r} becomes {normal[at : at + 20]!r}): call canonical_text first"
             )
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode_with_offsets(text, self._backend.writer("start")).ids
         spelled = b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
         if self.prefix.scheme != "never":
             spelled = spelled.removeprefix(" ")
@@ -365,25 +299,6 @@ def _as_tokens(ids_n: NDArray[np.int32], lengths_n: NDArray[Any], shift: int = 0
     if shift:
         ends_n -= shift
     return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
-
-
-def _backend(document: dict[str, Any]) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
-    except Exception as error:  # the Rust library raises Exception itself, nothing narrower
-        raise ValueError(f"the tokenizers library refuses the tokenizer.json: {error}") from error
-
-
-def _spelling_byte_pieces(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a Unigram tokenizer that reads the characters `<0x0A>` as six characters, not as the byte.
-
-    Kept for texts that hold such a string: its scores are not the original's where characters are unknown.
-    """
-    document = json.loads(backend.to_str())
-    document["model"]["vocab"] = [
-        [piece, -1e4 if BYTE_PIECE.fullmatch(piece) else score] for piece, score in document["model"]["vocab"]
-    ]
-    return _backend(document)
 
 
 def _utf8(text: str) -> bytes:

@@ -1,0 +1,110 @@
+"""The tokenizers library behind a `Tokenizer`: one Rust tokenizer for each place that a text can stand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import tokenizers
+
+from tokenkit.tokenization.prefix import Prefix, without_prefix
+from tokenkit.tokenization.vocabulary import BYTE_PIECE, METASPACE, Alphabet, spell
+
+Before = Literal["start", "special", "text", "space"]
+"""What stands before a text: the start of the document, a special token, other text, or a template's space
+that the text takes over (`[INST] ` followed by `Hi` is written `[INST]` and ` Hi`)."""
+
+
+class Writer(NamedTuple):
+    """How a text is handed to the tokenizers library."""
+
+    backend: tokenizers.Tokenizer
+    lead: str
+    """Written in front of the text."""
+    adds_space: bool
+    """The backend puts a space in front by itself."""
+
+
+class Backend:
+    """The Rust tokenizers of one plain-text tokenizer.json (`vocabulary.plain_text_document`)."""
+
+    def __init__(self, plain: Mapping[str, Any], prefix: Prefix, alphabet: Alphabet) -> None:
+        """Build the tokenizer for the start of a document; the others are built when asked for."""
+        self.prefix, self.alphabet = prefix, alphabet
+        self._plain = plain
+        model = plain["model"]
+        self._matches_byte_pieces = model["type"] == "Unigram" and bool(model.get("byte_fallback"))
+        self._first = build(without_prefix(plain) if prefix.is_manual else plain)
+        for token in plain["added_tokens"]:
+            if self._first.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"added token {token['content']!r} does not keep its id {token['id']}")
+
+    def writer(self, before: Before) -> Writer:
+        """Return how a text in this place is written."""
+        adds_space = self.prefix.scheme != "never" and not self.prefix.is_manual
+        as_is = Writer(self._first, " " if self.prefix.is_manual else "", adds_space)
+        if before == "start" or (before == "special" and self.prefix.scheme == "always"):
+            return as_is
+        if not self.prefix.is_removable or (before == "space" and self.prefix.even_before_space):
+            return as_is
+        return Writer(self._unprefixed, " " if before == "space" else "", adds_space=False)
+
+    def encode_with_offsets(self, text: str, writer: Writer) -> tokenizers.Encoding:
+        """Encode one text, where the offsets of its tokens (characters) are needed."""
+        backend = writer.backend
+        if self._matches_byte_pieces and BYTE_PIECE.search(text):
+            backend = _spelling_byte_pieces(backend)
+        return backend.encode(writer.lead + text, add_special_tokens=False)
+
+    def normalize(self, text: str) -> str | None:
+        """Return, as text, what the model gets to see; None where that is not UTF-8."""
+        normalizer, pre_tokenizer = self._first.normalizer, self._first.pre_tokenizer
+        if normalizer:
+            text = normalizer.normalize_str(text)
+        starts_with_space = text.startswith((" ", METASPACE))
+        if pre_tokenizer:
+            text = "".join(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+        if self.alphabet == "byte-level":
+            decoded = spell(text)
+            if decoded is None:
+                return None
+            text = decoded
+        elif self.alphabet == "metaspace":
+            text = text.replace(METASPACE, " ")
+        writes_space = self.prefix.scheme != "never" and not self.prefix.is_manual
+        if writes_space and (self.prefix.even_before_space or not starts_with_space):
+            text = text.removeprefix(" ")
+        return text
+
+    @cached_property
+    def _unprefixed(self) -> tokenizers.Tokenizer:
+        """The tokenizer that puts no space in front of text."""
+        if self.prefix.scheme == "never" or self.prefix.is_manual:
+            return self._first
+        return build(without_prefix(self._plain))
+
+
+def build(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Build a Rust tokenizer from a parsed tokenizer.json.
+
+    Raises:
+        ValueError: the library refuses it.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+    except Exception as error:  # the library raises Exception itself, nothing narrower
+        raise ValueError(f"the tokenizers library refuses the tokenizer.json: {error}") from error
+
+
+def _spelling_byte_pieces(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a Unigram tokenizer that reads the characters `<0x0A>` as six characters, not as the byte.
+
+    Kept for texts that hold such a string: its scores are not the original's where characters are unknown.
+    """
+    document = json.loads(backend.to_str())
+    document["model"]["vocab"] = [
+        [piece, -1e4 if BYTE_PIECE.fullmatch(piece) else score] for piece, score in document["model"]["vocab"]
+    ]
+    return build(document)
