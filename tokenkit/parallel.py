@@ -279,10 +279,10 @@ def together(what: str, world: World) -> Iterator[None]:
     The failing rank raises its own error, the others `OtherRankError` with its words. The block must
     hold no collective: the failing rank would not take part in it.
     """
-    error: OSError | ValueError | RuntimeError | None = None
+    error: OSError | ValueError | TypeError | RuntimeError | None = None
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as caught:
+    except (OSError, ValueError, TypeError, RuntimeError) as caught:
         error = caught
     words = gather_json(None if error is None else f"{type(error).__name__}: {error}", world)
     if error is not None:

@@ -1,0 +1,233 @@
+"""What a run reports: `metrics.jsonl`, `curves.png`, a progress bar, `outcome.json` and an exit code.
+
+`metrics.jsonl` is the record: one JSON object per line, with `step` and any numbers. All else is drawn
+from it or repeats it. Numbers are written so that they read back exactly; those that JSON has no word
+for are the strings "nan", "inf" and "-inf".
+
+    loss, loss/<name>             nats, the mean over the step's count
+    bits_per_byte/<model>         on held-out text
+    grad_norm, learning_rate, tokens_per_second
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tokenkit.redaction import redact
+from tokenkit.run_folder import write_durably
+
+METRICS_NAME = "metrics.jsonl"
+Value = float | int | str | Tensor
+
+PANELS = {  # by the first part of a metric's name, in this order
+    "loss": "loss (nats)",
+    "bits_per_byte": "bits per byte, held out",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens per second",
+}
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+
+
+class ExitCode(IntEnum):
+    """How a process ended, for whatever started it."""
+
+    DONE = 0
+    CONFIG = 64
+    """A wrong configuration: starting again will not help."""
+    DATA = 65
+    """Data or checkpoints that cannot be used: starting again will not help."""
+    NUMERICS = 70
+    """A loss or gradient that is not finite, or no progress: starting again will not help."""
+    PREEMPTED = 75
+    """Stopped from outside after saving: start again with --resume."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`, oldest first; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line feed is torn
+        try:
+            values = {name: _number(value) for name, value in json.loads(line).items()}
+            values["step"] = int(values["step"])
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} must be a JSON object with a step, got {line[:80]!r}: "
+                "correct or remove it"
+            ) from error
+        found.append(values)
+    return found
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _plain(value: Value) -> float | int | str:
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run will write again, and a torn last one."""
+    if path.exists():
+        kept = [values for values in read_metrics(path) if values["step"] <= step]
+        write_durably(path, "".join(_line(values) for values in kept))
+
+
+def _line(values: Mapping[str, Value]) -> str:
+    return json.dumps({name: _plain(value) for name, value in values.items()}, allow_nan=False) + "\n"
+
+
+class MetricsFile:
+    """Appends to a run's `metrics.jsonl`. Ranks other than the first hold one that writes nothing.
+
+    Args:
+        folder: `output_dir`.
+        step: steps that are done: 0, or those of the checkpoint that the run resumes from.
+        is_main: whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, *, step: int, is_main: bool):
+        self.path = folder / METRICS_NAME
+        self._file = None
+        if is_main:
+            truncate_metrics(self.path, step)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Append one line. A tensor makes the host wait for its device: pass numbers where speed counts."""
+        if self._file is not None:
+            self._file.write(_line({"step": step, **values}))
+
+    def sync(self) -> None:
+        """Put every line on the disk. Call it before a checkpoint: a resume expects the lines up to it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Put every line on the disk and close the file."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
+    series = _series(read_metrics(folder / METRICS_NAME))
+    panels = [(title, series[prefix]) for prefix, title in PANELS.items() if prefix in series]
+    if not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (title, curves) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for colour, (name, points) in zip(_COLOURS, sorted(curves.items()), strict=False):
+            steps, values = zip(*points, strict=True)
+            noisy = len(values) > 50
+            axes.plot(
+                steps, values, color=colour, lw=1, alpha=0.25 if noisy else 1, label=None if noisy else name
+            )
+            if noisy:
+                axes.plot(steps, _smooth(values), color=colour, lw=1.6, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    temporary = folder / ".curves.png"
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, folder / "curves.png")
+
+
+def _series(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Return finite (step, value) points by panel, then by name."""
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            panel, _, rest = name.partition("/")
+            if panel in PANELS and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(panel, {}).setdefault(rest or "total", []).append((line["step"], value))
+    return series
+
+
+def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    decay = 0.5 ** (1 / half_life)
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+class Progress:
+    """A progress bar on a terminal; silent where standard error is not one, and on other ranks."""
+
+    def __init__(self, total_steps: int, step: int, *, is_main: bool):
+        self._bar = None
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+
+    def update(self, step: int, **numbers: float | None) -> None:
+        """Move to `step` and show `numbers`: loss, bits_per_byte, tokens_per_second."""
+        if self._bar is not None:
+            shown = {name.replace("_", " "): f"{n:.4g}" for name, n in numbers.items() if n is not None}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def write_outcome(folder: Path, code: ExitCode, reason: str, step: int) -> None:
+    """Say in `outcome.json` how a run ended: torchrun loses the exit codes of its workers.
+
+    Args:
+        folder: `output_dir`.
+        code: what the process will exit with.
+        reason: one sentence; secrets in it are blacked out.
+        step: optimizer steps done.
+    """
+    outcome = {
+        "code": int(code),
+        "outcome": code.name.lower(),
+        "reason": redact(reason),
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_durably(folder / "outcome.json", json.dumps(outcome, indent=1) + "\n")
