@@ -159,6 +159,14 @@ def test_debug_shows_the_traceback_too(capsys):
     assert written.endswith("tokenkit: wrong\n")
 
 
+def test_neither_message_nor_traceback_shows_a_secret(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hunter2hunter2")
+    run(raising(ValueError("401 for hunter2hunter2")), debug=True)
+    written = capsys.readouterr().err
+    assert "hunter2" not in written
+    assert "401 for" in written
+
+
 def test_a_fault_of_our_own_keeps_its_traceback(capsys):
     assert run(raising(KeyError("x"))) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -178,6 +186,12 @@ def test_an_error_may_carry_its_own_exit_code():
     assert run(raising(PreemptedError("stopped"))) == 75
     assert run(lambda: 3) == 3
     assert run(lambda: None) == 0
+
+
+def test_exit_codes_are_those_that_the_outcome_records():
+    from tokenkit.metrics import ExitCode
+
+    assert (EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS) == (ExitCode.CONFIG, ExitCode.DATA, ExitCode.NUMERICS)
 
 
 def test_an_interruption_is_130(capsys):

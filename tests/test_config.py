@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenkit.config import (
@@ -109,6 +109,7 @@ def test_yaml_is_written_so_that_it_reads_the_same(text, number, integer):
     assert parse_yaml(dump_yaml(values), "x") == values
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="${}\\:x ", max_size=8))
 def test_text_that_looks_like_an_interpolation_survives_printing(text):
     config = read()
@@ -155,6 +156,8 @@ def test_interpolation_sees_fields_defaults_flags_and_the_environment(tmp_path, 
         ("${eval:1+1}", "only ${oc.env:VAR,default} is"),
         ("${oc.env:HF_TOKEN,x}", "looks like a secret"),
         ("${oc.env:WANDB_API_KEY}", "looks like a secret"),
+        ("${oc.env:'HF_TOKEN'}", "looks like a secret"),
+        ("${oc.env:HF_${name}}", "looks like a secret"),
         ("${nothing_of_that_name}", "output_dir: cannot resolve"),
         ("${oc.env:TOKENKIT_TEST_UNSET}", "output_dir: cannot resolve"),
     ],

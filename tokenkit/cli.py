@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, nearest
+from tokenkit.redaction import redact
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
@@ -69,9 +70,9 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
     except Exception as error:
         code = exit_code(error)
         if debug or code == 1:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if code != 1:
-            print(f"tokenkit: {one_line(error)}", file=sys.stderr)
+            print(f"tokenkit: {redact(one_line(error))}", file=sys.stderr)
         return code
 
 

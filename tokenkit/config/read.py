@@ -15,8 +15,9 @@ from tokenkit.config.yaml_files import dump_yaml, read_yaml
 T = TypeVar("T")
 
 _SECRET = re.compile(r"(?i)(^|[_.\-])(api_?key|access_?key|secret\w*|token|passw\w*|credentials?|auth)$")
-_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
-_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
+_OPEN = r"(?<!\\)(?:\\\\)*\$\{\s*"  # a backslash in front makes it ordinary text
+_RESOLVER = re.compile(_OPEN + r"([\w.]+)\s*:")
+_ENVIRONMENT = re.compile(_OPEN + r"oc\.env\s*:\s*([^,}\s]+)")
 
 
 def read_config(
@@ -177,9 +178,9 @@ def _check_interpolations(texts: Sequence[str]) -> None:
                     f"the interpolation ${{{resolver}:...}} is not allowed: only ${{oc.env:VAR,default}} is"
                 )
         for variable in _ENVIRONMENT.findall(text):
-            if looks_secret(variable):
+            if looks_secret(variable) or not re.fullmatch(r"\w+", variable):
                 raise ConfigError(
-                    f"${{oc.env:{variable}}} looks like a secret, and configurations are saved; "
+                    f"${{oc.env:{variable}}} looks like a secret or no name, and configurations are saved; "
                     "programs that need it read it from the environment themselves"
                 )
 
