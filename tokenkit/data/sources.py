@@ -1,0 +1,254 @@
+"""One data set as an endless sequence of documents whose order is a pure function of seed and epoch.
+
+A data set held in memory is permuted as a whole; a stream is permuted inside consecutive blocks. Held-out
+documents are chosen by a hash of their position in the data set, so they stay the same whatever the
+seed, the mix and the number of processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenkit.data.files import BadRow, Row, data_files, format_of, read_rows
+from tokenkit.data.options import BadRowOptions, HeldoutOptions, SourceOptions
+from tokenkit.data.rows import check_fields, document_of
+from tokenkit.tokenization.documents import Document
+
+_FREE_SKIPS = 10  # the quota is a share, which means nothing for the first few rows
+
+
+def hash64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix the bits of each number (SplitMix64, Steele et al. 2014); equal everywhere and for ever."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def is_heldout(index: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
+    """Return which positions of a data set are held out; the first is, so that no data set has none."""
+    if fraction == 0:
+        return np.zeros(len(index), np.bool_)
+    return (hash64(index.astype(np.uint64)) < np.uint64(fraction * 2.0**64)) | (index == 0)
+
+
+class Source:
+    """The documents of one data set, shuffled anew in every epoch.
+
+    Args:
+        options: where the data is and which fields hold the text.
+        heldout: how much of it is never trained on.
+        bad_rows: what happens to rows that are no documents.
+        seed: with the epoch it decides the order.
+        block_size: rows of a stream that are shuffled together.
+
+    Raises:
+        FileNotFoundError: if the path or the data set does not exist.
+        ValueError: if there is no row, or the first row lacks the fields asked for.
+    """
+
+    def __init__(
+        self,
+        options: SourceOptions,
+        *,
+        heldout: HeldoutOptions,
+        bad_rows: BadRowOptions,
+        seed: tuple[int, ...],
+        block_size: int,
+    ) -> None:
+        self.name = str(options.path or options.name)
+        self.epoch = 0
+        self.position = 0
+        self.read = 0
+        self.skipped: Counter[str] = Counter()
+        self._options, self._heldout, self._bad_rows = options, heldout, bad_rows
+        self._seed, self._block_size = seed, block_size
+        self._open = _opener(options, bad_rows)
+        self._table: Sequence[Row | BadRow] | None = None
+        if not options.streaming:
+            rows = self._open(0)
+            self._table = rows if isinstance(rows, Sequence) else list(rows)
+        self._check_first_row()
+        self._rows: Iterator[Row | BadRow | None] | None = None
+        self._found_in_epoch = False
+
+    def _check_first_row(self) -> None:
+        first = next(iter(self._table if self._table is not None else self._open(0)), None)
+        if first is None:
+            raise ValueError(f"data set {self.name} is empty: it has no row")
+        if len(self) == 1 and self._heldout.fraction > 0:
+            raise ValueError(
+                f"data set {self.name} has one document, and that is held out: add documents, "
+                "or set data.heldout.fraction to 0"
+            )
+        if not isinstance(first, BadRow):
+            check_fields(first, self._options, self.name)
+
+    def __len__(self) -> int:
+        """Rows, held out or not; 0 if the data set is a stream."""
+        return 0 if self._table is None else len(self._table)
+
+    def __next__(self) -> Document:
+        """Return the next document to train on.
+
+        Raises:
+            ValueError: if a whole epoch holds none, or more rows are bad than the quota allows.
+        """
+        while True:
+            if self._rows is None:
+                self._rows = self._order()
+            for row in self._rows:
+                self.position += 1
+                if row is None:
+                    continue
+                document = self._document(row)
+                if document is not None:
+                    self._found_in_epoch = True
+                    return document
+            if not self._found_in_epoch:
+                skips = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+                raise ValueError(
+                    f"data set {self.name} has no document to train on: "
+                    f"{skips or 'every row is held out (data.heldout.fraction)'}"
+                )
+            self.epoch, self.position, self._rows, self._found_in_epoch = self.epoch + 1, 0, None, False
+
+    def _document(self, row: Row | BadRow) -> Document | None:
+        self.read += 1
+        try:
+            return document_of(row, self._options, self._bad_rows.max_row_bytes)
+        except ValueError as error:
+            reason = str(error)
+        if self._bad_rows.action == "raise":
+            raise ValueError(f"data set {self.name}: row is {reason} (data.bad_rows.action is 'raise')")
+        self.skipped[reason] += 1
+        skips = self.skipped.total()
+        if skips > _FREE_SKIPS and skips > self._bad_rows.quota * self.read:
+            counts = ", ".join(f"{count} {name}" for name, count in self.skipped.most_common())
+            raise ValueError(
+                f"data set {self.name}: {skips} of {self.read} rows are no documents ({counts}), more than "
+                f"the share of {self._bad_rows.quota} that may be skipped: mend the data, or raise "
+                "data.bad_rows.quota"
+            )
+        return None
+
+    def _order(self) -> Iterator[Row | BadRow | None]:
+        """Yield the rest of this epoch's rows in its order; None stands for a held-out row."""
+        fraction = self._heldout.fraction
+        if self._table is not None:
+            index = np.arange(len(self._table))
+            index = index[~is_heldout(index, fraction)]
+            for i in self._generator(0).permutation(index)[self.position :].tolist():
+                yield self._table[i]
+            return
+        number, inside = divmod(self.position, self._block_size)
+        rows = iter(self._open(number * self._block_size))
+        for block in itertools.count(number):
+            members = list(itertools.islice(rows, self._block_size))
+            if not members:
+                return
+            out = is_heldout(np.arange(len(members)) + block * self._block_size, fraction)
+            order = self._generator(block).permutation(len(members)).tolist()
+            for i in order[inside:]:
+                yield None if out[i] else members[i]
+            inside = 0
+
+    def _generator(self, block: int) -> np.random.Generator:
+        return np.random.default_rng((*self._seed, self.epoch, block))
+
+    def documents(self, limit: int | None = None) -> list[Document]:
+        """Return all documents, or the first ones, in the order of the data set.
+
+        Raises:
+            ValueError: if a row is no document and `action` is `raise`, or there is no document.
+        """
+        rows = self._table if self._table is not None else self._open(0)
+        result = list(itertools.islice(filter(None, map(self._document, rows)), limit))
+        if not result:
+            raise ValueError(f"data set {self.name} has no document")
+        return result
+
+    def heldout(self, count: int) -> list[Document]:
+        """Return the first held-out documents, in the order of the data set.
+
+        A stream is read until they are found, at most twice the rows that should hold so many.
+        """
+        fraction = self._heldout.fraction
+        if fraction == 0 or count == 0:
+            return []
+        rows: Iterable[Row | BadRow] = self._open(0) if self._table is None else self._table
+        limit = len(self) or int(2 * count / fraction) + 1
+        out = is_heldout(np.arange(limit), fraction).tolist()
+        chosen = itertools.compress(rows, out)
+        return list(itertools.islice(filter(None, map(self._document, chosen)), count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far this data set has been read."""
+        return {
+            "rows": len(self),
+            "epoch": self.epoch,
+            "position": self.position,
+            "read": self.read,
+            "found": self._found_in_epoch,
+            "skipped": dict(self.skipped),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: if the data set has another number of rows than then.
+        """
+        if state["rows"] != len(self):
+            raise ValueError(
+                f"data set {self.name} has {len(self)} rows, but {state['rows']} when the state was saved: "
+                "restore the data, or start a new run"
+            )
+        self.epoch, self.position, self.read = state["epoch"], state["position"], state["read"]
+        self._found_in_epoch = state["found"]
+        self.skipped = Counter(state["skipped"])
+        self._rows = None
+
+
+def _opener(
+    options: SourceOptions, limits: BadRowOptions
+) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
+    """Return a function that gives the rows from a number on, again at every call."""
+    if options.path is not None:
+        files = data_files(Path(options.path).expanduser())
+        for file in files:
+            if options.format is None and format_of(file) is None:
+                next(read_rows(file, None, limits))  # raises: names the formats
+
+        def local(start: int) -> Iterator[Row | BadRow]:
+            rows = itertools.chain.from_iterable(read_rows(file, options.format, limits) for file in files)
+            return itertools.islice(rows, start, None)
+
+        return local
+    return _hub_opener(options)
+
+
+def _hub_opener(options: SourceOptions) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(
+            options.name, options.subset, split=options.split, streaming=options.streaming
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"data set {options.name!r} is neither a local path nor could it be loaded from the hub: "
+            f"{first_line}; check the name, subset={options.subset!r} and split={options.split!r}"
+        ) from error
+    if options.streaming:
+        return lambda start: iter(data.skip(start))
+    return lambda start: data
