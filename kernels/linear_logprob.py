@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.logprob_tile import Mode, Plan, Sums, dlogits, fold, rescale
-from tokenkit.kernels.vocabulary import REST, SUBSET, Subset, Tile, cut, split_vocabulary
+from tokenkit.kernels.vocabulary import REST, SUBSET, Subset, Tile, cut, extend, split_vocabulary
 from tokenkit.structs import Head
 
 IGNORE = -100  # the default of torch.nn.functional.cross_entropy
@@ -313,7 +313,9 @@ def _plan(
     workspace_bytes: int,
 ) -> Plan:
     V = _vocab_size(head)
-    subset = split_vocabulary(subset_V, V) if isinstance(subset_V, Tensor) else subset_V
+    subset = split_vocabulary(subset_V) if isinstance(subset_V, Tensor) else subset_V
+    if subset is not None:
+        subset = extend(subset, V)
     scored_N = target_N != IGNORE
     target_N = torch.where(scored_N, target_N, 0)
     position_N = target_N if subset is None else subset.position_V[target_N]

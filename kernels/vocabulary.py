@@ -40,29 +40,42 @@ class Tile(NamedTuple):
     rows: slice | Tensor
 
 
-def split_vocabulary(subset_V: Tensor, vocab_size: int) -> Subset:
+def split_vocabulary(subset_V: Tensor) -> Subset:
     """Put a subset's ids before the rest. Waits for the device once, to learn the subset's size.
 
     Args:
-        subset_V: bool, at most `vocab_size` long; ids beyond its end are not in the subset.
-        vocab_size: how many rows of the head are tokens.
+        subset_V: bool. Ids beyond its end belong to the rest (`extend`).
 
     Raises:
-        ValueError: if the mask is not bool, too long, or holds no id.
+        ValueError: if the mask is not bool, or holds no id.
     """
-    if subset_V.dtype != torch.bool or subset_V.ndim != 1 or len(subset_V) > vocab_size:
-        raise ValueError(
-            f"subset_V must be a bool mask of at most {vocab_size} ids: got {subset_V.dtype} "
-            f"of shape {tuple(subset_V.shape)}; is it the mask of the other model's tokenizer?"
-        )
-    inside_V = torch.nn.functional.pad(subset_V, (0, vocab_size - len(subset_V)))
-    order_V = torch.argsort((~inside_V).to(torch.uint8), stable=True)
+    if subset_V.dtype != torch.bool or subset_V.ndim != 1:
+        raise ValueError(f"subset_V must be a bool mask [V]: got {subset_V.dtype} {tuple(subset_V.shape)}")
+    order_V = torch.argsort((~subset_V).to(torch.uint8), stable=True)
     position_V = torch.empty_like(order_V)
-    position_V[order_V] = torch.arange(vocab_size, device=order_V.device)
-    size = int(inside_V.sum())
+    position_V[order_V] = torch.arange(len(order_V), device=order_V.device)
+    size = int(subset_V.sum())
     if size == 0:
         raise ValueError("subset_V holds no id: the mass of an empty subset has no logarithm")
     return Subset(order_V, position_V, size)
+
+
+def extend(subset: Subset, vocab_size: int) -> Subset:
+    """Return the subset of a head of `vocab_size` rows; the ids beyond its mask belong to the rest.
+
+    Raises:
+        ValueError: if the mask was longer than the vocabulary.
+    """
+    known = len(subset.order_V)
+    if known > vocab_size:
+        raise ValueError(
+            f"the subset's mask covers {known} ids but the head has {vocab_size}: "
+            "is it the mask of the other model's tokenizer?"
+        )
+    if known == vocab_size:
+        return subset
+    more_V = torch.arange(known, vocab_size, device=subset.order_V.device)
+    return Subset(torch.cat([subset.order_V, more_V]), torch.cat([subset.position_V, more_V]), subset.size)
 
 
 def cut(vocab_size: int, columns: int, subset: Subset | None) -> list[Tile]:

@@ -1,0 +1,261 @@
+"""Approximate Likelihood Matching: make the student as sure of each chunk of text as the teacher is.
+
+    s_k = min(0, Σ student logp) + a_k,  t_k the same for the teacher;  a_k = log P(whitespace comes next)
+    loss = Σ_k w_k d(t_k, s_k) / Z       over valid chunks k; Z counts the whole optimizer step
+
+The teacher alone decides which chunks join (`merge_by_space_prob`) and hence Z, so both are known before
+the student runs. With several chunk sizes the loss is the mean over the sizes of such quotients: total
+and count then hold one entry per size.
+
+Source: Minixhofer et al. 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood
+Matching", arXiv:2503.20083.
+
+Dimensions: B documents, T student positions, S teacher positions, C chunk slots (T + S), K chunk sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.alm_difference import alm_difference, check_difference
+from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join, lay_out
+from tokenkit.kernels.vocabulary import Subset, split_vocabulary
+from tokenkit.losses.score import Rows, Scores, score, scored_tokens, select_rows
+from tokenkit.structs import Batch, ChunkKind, HiddenStates, LossTerm, Side
+
+MODES = ("append_space", "merge_by_space_prob", "eos_as_space")
+Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
+Denominator = Literal["chunk_count", "token_count"]
+NUMERATORS = ("chunk_count", "token_count", "log1p_token_count")
+DENOMINATORS = ("chunk_count", "token_count")
+
+
+@dataclass(frozen=True, slots=True)
+class AlmOptions:
+    """How likelihoods of chunks are compared. Checked when built; ValueError names the field."""
+
+    diff: str = "binary_ce"
+    """One of `alm_difference`'s kinds."""
+    mode: str = "merge_by_space_prob+append_space"
+    """`append_space`, `merge_by_space_prob`, `eos_as_space`, joined with `+`; "none" or "": none of them."""
+    chunks: ChunkKind = "unconstrained"
+    """Which of the batch's chunks."""
+    binarization_temp: float = 100.0
+    """τ: divides log-likelihoods."""
+    renyi_alpha: float = 0.5
+    """Order of `renyi`; positive, not 1."""
+    chunk_sizes: tuple[int, ...] = (1,)
+    """For each size c, the chunks with the same id // c count as one; the losses are averaged."""
+    numerator: Numerator = "chunk_count"
+    """w: 1, the chunk's teacher tokens, or log(1 + them)."""
+    denominator: Denominator = "chunk_count"
+    """Z: the valid chunks, or their teacher tokens."""
+    space_threshold: float = 0.1
+    """merge_by_space_prob joins until the teacher's probability of whitespace exceeds this."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.modes - set(MODES))
+        if unknown:
+            raise ValueError(f"unknown ALM mode {'+'.join(unknown)!r}: expected {', '.join(MODES)} or none")
+        check_difference(self.diff, self.binarization_temp, self.renyi_alpha)
+        if not self.chunk_sizes or min(self.chunk_sizes) < 1:
+            raise ValueError(f"chunk_sizes must hold integers of at least 1: got {self.chunk_sizes}")
+        if self.numerator not in NUMERATORS:
+            raise ValueError(f"unknown numerator {self.numerator!r}: expected one of {', '.join(NUMERATORS)}")
+        if self.denominator not in DENOMINATORS:
+            raise ValueError(
+                f"unknown denominator {self.denominator!r}: expected one of {', '.join(DENOMINATORS)}"
+            )
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """The parts of `mode`."""
+        return frozenset(self.mode.split("+")) - {"", "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class SizedChunks:
+    """The chunks of one chunk size, and what the teacher says of them."""
+
+    student: Spans
+    valid_BC: Tensor
+    teacher_BC: Tensor
+    """t, nats; 0 where not valid."""
+    weight_BC: Tensor
+    """w; 0 where not valid."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlmPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """Z, int64: a scalar, or [K] where there are several sizes."""
+    sizes: tuple[SizedChunks, ...]
+    rows: Rows
+    subset: Subset | None
+
+
+def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | None = None) -> Tensor:
+    """Return Σ w d(t, s): the loss before its division, on plain tensors of any one shape.
+
+    Args:
+        teacher: t, log-likelihoods of chunks, nats; no gradient flows into it.
+        student: s, the same shape and dtype; differentiable.
+        weight: w; 0 leaves a chunk out.
+        options: diff, binarization_temp and renyi_alpha are used.
+    """
+    options = options or AlmOptions()
+    difference = alm_difference(
+        teacher, student, options.diff, temperature=options.binarization_temp, renyi_alpha=options.renyi_alpha
+    )
+    return (weight * difference).sum()
+
+
+@torch.no_grad()
+def prepare(teacher: HiddenStates | None, batch: Batch, options: AlmOptions) -> AlmPrepared:
+    """Score the teacher's chunks, join them, count them, and find the student's rows.
+
+    Raises:
+        ValueError: if there is no teacher, or the batch lacks the chunks or masks that `options` need.
+    """
+    if teacher is None:
+        raise ValueError("ALM compares with a teacher: got none")
+    layout = _lay_out(batch, options)
+    merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
+
+    subset = None
+    ends_BS = None
+    if merges or appends:
+        subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
+        ends_BS = _at_ends(layout.teacher, layout.valid_BC)
+    token_BS = _in_valid(layout.teacher, layout.valid_BC)
+    scores = score(teacher, select_rows(batch.teacher, token_BS, ends_BS), subset)
+    if merges:
+        assert scores.mass_BT is not None
+        layout = join(
+            layout,
+            scores.mass_BT.gather(1, layout.teacher.last_BC.clamp_min(0)).exp() > options.space_threshold,
+        )
+
+    layouts = [group(layout, size) for size in options.chunk_sizes]
+    sizes = tuple(_sized(sized, scores, appends, options.numerator) for sized in layouts)
+    counts = [
+        (sized.teacher_tokens_BC if options.denominator == "token_count" else sized.valid_BC).sum()
+        for sized in layouts
+    ]
+    student_ends_BT = None
+    if appends:
+        student_ends_BT = torch.stack([_at_ends(x.student, x.valid_BC) for x in layouts]).any(0)
+    rows = select_rows(batch.student, _in_valid(layout.student, layout.valid_BC), student_ends_BT)
+    return AlmPrepared(
+        count=counts[0] if len(counts) == 1 else torch.stack(counts),
+        sizes=sizes,
+        rows=rows,
+        subset=_subset(batch.student, options, rows.row_N.device) if appends else None,
+    )
+
+
+def function(student: HiddenStates, prepared: AlmPrepared, batch: Batch, options: AlmOptions) -> LossTerm:
+    """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
+    scores = score(student, prepared.rows, prepared.subset)
+    totals = []
+    for sized in prepared.sizes:
+        student_BC = _likelihood(sized.student, sized.valid_BC, scores, prepared.subset is not None)
+        teacher_BC = sized.teacher_BC.to(student_BC.dtype)
+        totals.append(alm(teacher_BC, student_BC, sized.weight_BC.to(student_BC.dtype), options))
+    return LossTerm(totals[0] if len(totals) == 1 else torch.stack(totals), prepared.count)
+
+
+def alm_loss(
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    *,
+    diff: str = "binary_ce",
+    mode: str = "merge_by_space_prob+append_space",
+    chunks: ChunkKind = "unconstrained",
+    **options: Any,
+) -> LossTerm:
+    """Compare the student's likelihood of each chunk with the teacher's: the drop-in form.
+
+    Differentiable in the student's hidden states and head; nothing flows into the teacher.
+
+    Args:
+        student: hidden states [B, T, D] and head of the student.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations and their chunks.
+        diff: how two likelihoods are compared; see `tokenkit.kernels.alm_difference`.
+        mode: how whitespace after a chunk is treated; see `AlmOptions`.
+        chunks: which of the batch's chunks.
+        options: the other fields of `AlmOptions`.
+
+    Returns:
+        total, nats; count, at least 1 so that `total / count` is 0 in a batch without a valid chunk. Where
+        several `chunk_sizes` are given both hold one entry each, and the loss is `(total / count).mean()`.
+    """
+    settings = AlmOptions(diff=diff, mode=mode, chunks=chunks, **options)
+    term = function(student, prepare(teacher, batch, settings), batch, settings)
+    return LossTerm(term.total, term.count.clamp_min(1))
+
+
+def _lay_out(batch: Batch, options: AlmOptions) -> Layout:
+    if options.chunks not in batch.chunks:
+        raise ValueError(
+            f"the batch has no {options.chunks!r} chunks, only {sorted(batch.chunks)}: "
+            "name them in the collator's chunk_kinds"
+        )
+    chunks = batch.chunks[options.chunks]
+    return lay_out(
+        chunks.student_BT, chunks.teacher_BS, scored_tokens(batch.student), scored_tokens(batch.teacher)
+    )
+
+
+def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:
+    """Return the ids whose mass is `a`: those that begin with whitespace, or EOS alone."""
+    if "eos_as_space" in options.modes:
+        if side.eos_id is None:
+            raise ValueError("mode eos_as_space needs Side.eos_id: this tokenizer has no EOS token")
+        mask_V = torch.zeros(side.eos_id + 1, dtype=torch.bool, device=device)
+        mask_V[-1] = True
+    elif side.space_V is None:
+        raise ValueError(f"mode {options.mode} needs Side.space_V: build the batch with a space mask")
+    else:
+        mask_V = side.space_V.to(device)
+    return split_vocabulary(mask_V)
+
+
+def _sized(layout: Layout, scores: Scores, appends: bool, numerator: Numerator) -> SizedChunks:
+    teacher_BC = _likelihood(layout.teacher, layout.valid_BC, scores, appends)
+    tokens_BC = layout.teacher_tokens_BC.to(teacher_BC.dtype)
+    weight_BC = layout.valid_BC.to(teacher_BC.dtype)
+    if numerator == "token_count":
+        weight_BC = tokens_BC
+    elif numerator == "log1p_token_count":
+        weight_BC = tokens_BC.log1p()
+    return SizedChunks(layout.student, layout.valid_BC, teacher_BC, weight_BC)
+
+
+def _likelihood(spans: Spans, valid_BC: Tensor, scores: Scores, appends: bool) -> Tensor:
+    append_BC = None
+    if appends:
+        assert scores.mass_BT is not None
+        append_BC = scores.mass_BT.gather(1, spans.last_BC.clamp_min(0)).where(valid_BC, 0)
+    return chunk_likelihood(scores.logp_BT, spans, append_BC).where(valid_BC, 0)
+
+
+def _in_valid(spans: Spans, valid_BC: Tensor) -> Tensor:
+    """Return [B, L]: tokens of valid chunks."""
+    return torch.nn.functional.pad(valid_BC, (0, 1)).gather(1, spans.slot_BL)
+
+
+def _at_ends(spans: Spans, valid_BC: Tensor) -> Tensor:
+    """Return [B, L]: last tokens of valid chunks."""
+    B, L = spans.slot_BL.shape
+    last_BC = spans.last_BC.where(valid_BC, L)
+    at_BL = torch.zeros((B, L + 1), dtype=torch.bool, device=valid_BC.device)
+    return at_BL.scatter_(1, last_BC, True)[:, :-1]

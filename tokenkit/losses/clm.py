@@ -1,0 +1,53 @@
+"""Next-token prediction: cross entropy on the student's own tokens.
+
+    loss = −Σ log p(token) over unmasked scored student tokens, divided by their number in the whole step
+
+Dimensions: B documents, T student positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
+from tokenkit.structs import Batch, HiddenStates, LossTerm
+
+
+@dataclass(frozen=True, slots=True)
+class ClmOptions:
+    """Next-token prediction has no options."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClmPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """int64 scalar: scored tokens."""
+    rows: Rows
+
+
+def prepare(teacher: HiddenStates | None, batch: Batch, options: ClmOptions | None = None) -> ClmPrepared:
+    """Find the scored student tokens; the teacher is not used."""
+    token_BT = scored_tokens(batch.student)
+    return ClmPrepared(token_BT.sum(), select_rows(batch.student, token_BT))
+
+
+def function(
+    student: HiddenStates, prepared: ClmPrepared, batch: Batch, options: ClmOptions | None = None
+) -> LossTerm:
+    """Return the summed cross entropy, nats, and the number of tokens."""
+    return LossTerm(-score(student, prepared.rows).logp_BT.sum(), prepared.count)
+
+
+def clm_loss(student: HiddenStates, batch: Batch) -> LossTerm:
+    """Cross entropy of the student's tokens: the drop-in form.
+
+    Returns:
+        total, nats, differentiable in hidden states and head; count, tokens, at least 1 so that
+        `total / count` is 0 in a batch without a scored token.
+    """
+    term = function(student, prepare(None, batch), batch)
+    return LossTerm(term.total, term.count.clamp_min(1))
