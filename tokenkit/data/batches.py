@@ -1,0 +1,123 @@
+"""The batches of a run: which documents each rank sees at each step, tokenized ahead of time.
+
+Step k trains on documents k * batch_size to (k + 1) * batch_size of the mix. A rank takes its
+contiguous share and gradient accumulation splits that further, so neither the number of ranks nor of
+micro-batches changes which documents a step sees. What has been read ahead does not count as consumed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from tokenkit.data.collate import AlignedCollator, has_trained_token
+from tokenkit.data.mix import Mix
+from tokenkit.structs import Batch
+
+
+class _Step(NamedTuple):
+    micro_batches: list[Batch]
+    state: dict[str, Any]
+    """Of the mix, behind the last document of the step."""
+
+
+class Batches:
+    """An endless iterator over steps, each the list of this rank's micro-batches.
+
+    With one rank a step without a trained token is an error. With more, it may happen to one of them:
+    such a rank contributes nothing, and the count of the whole step must be checked after its reduction.
+
+    Args:
+        mix: the documents; only this object may read it from now on.
+        collator: turns documents into a batch.
+        batch_size: documents of one step, over all ranks and micro-batches.
+        accumulation: micro-batches of one rank and step.
+        rank: this process's number.
+        world: number of processes that share the documents of a step.
+        prefetch: steps that are tokenized ahead in a background thread; 0: none.
+
+    Raises:
+        ValueError: if the documents of a step do not divide evenly.
+    """
+
+    def __init__(
+        self,
+        mix: Mix,
+        collator: AlignedCollator,
+        batch_size: int,
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        prefetch: int = 1,
+    ) -> None:
+        if batch_size < 1 or accumulation < 1 or batch_size % (world * accumulation):
+            raise ValueError(
+                f"batch_size ({batch_size}) must be a positive multiple of the number of data-parallel "
+                f"processes ({world}) times gradient_accumulation_steps ({accumulation})"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must lie in [0, {world}): got {rank}")
+        self._mix, self._collator = mix, collator
+        self._batch_size, self._accumulation = batch_size, accumulation
+        self._rank, self._world = rank, world
+        self._prefetch = prefetch
+        self._consumed = mix.state_dict()
+        self._pending: deque[Future[_Step]] = deque()
+        # one worker: steps must be read in order
+        self._pool = ThreadPoolExecutor(1, "tokenkit-data") if prefetch else None
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Return itself: steps never end."""
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """Return this rank's micro-batches of the next step.
+
+        Raises:
+            ValueError: if the data cannot go on, or, with one rank, no token of the step is trained.
+        """
+        if self._pool is None:
+            step = self._read_step()
+        else:
+            while len(self._pending) <= self._prefetch:
+                self._pending.append(self._pool.submit(self._read_step))
+            step = self._pending.popleft().result()
+        self._consumed = step.state
+        return step.micro_batches
+
+    def _read_step(self) -> _Step:
+        documents = self._mix.take(self._batch_size)
+        share = self._batch_size // self._world
+        size = share // self._accumulation
+        mine = documents[self._rank * share : (self._rank + 1) * share]
+        batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
+        if self._world == 1 and not any(map(has_trained_token, batches)):
+            raise ValueError(self._collator.nothing_trained(len(mine)))
+        return _Step(batches, self._mix.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state behind the last step given out; JSON."""
+        return self._consumed
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; `Mix.load_state_dict` says what it raises."""
+        self._stop_reading()
+        self._mix.load_state_dict(state)
+        self._consumed = self._mix.state_dict()
+
+    def close(self) -> None:
+        """Stop the background thread; what it has read ahead is read again if the steps go on."""
+        self._stop_reading()
+        self._mix.load_state_dict(self._consumed)
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _stop_reading(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        wait(self._pending)  # until the thread lets go of the mix
+        self._pending.clear()

@@ -1,0 +1,194 @@
+"""Documents to a batch: tokenize twice, cut to length, align, pad.
+
+An `AlignedCollator` is an ordinary `collate_fn`: give it to a `DataLoader` or a `Trainer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenkit.pairing.align import Alignment, FlatTokens, SideRules, SpecialTokensMode, align_kinds, flatten
+from tokenkit.structs import Batch, ChunkKind, Chunks, Side, Tokens
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.chat import encode_documents
+from tokenkit.tokenization.documents import Document, document_from_row
+
+_QUOTED = re.compile(r"""\s*\(?(?:'[^']*'|"[^"]*"|\b\d+\b).*""", re.DOTALL)
+_WHITESPACE = "space+tab+newline"  # what may begin a word; a special token closes a chunk by itself
+
+
+@dataclass
+class AlignedCollator:
+    """Turns rows into one `Batch` of both tokenizations.
+
+    Rows that cannot be tokenized are left out and counted in `skipped`.
+    """
+
+    student_tokenizer: Tokenizer
+    teacher_tokenizer: Tokenizer | None = None
+    """None: one tokenizer serves both sides."""
+    _: KW_ONLY
+    max_length_student: int = 512
+    """Tokens; what is behind them is cut off."""
+    max_length_teacher: int = 512
+    """Tokens; what is behind them is cut off."""
+    chunk_kinds: Iterable[ChunkKind] = ("unconstrained",)
+    """The chunks that the losses look at: `unconstrained`, `space`."""
+    chat_template_mode: str = "direct_encode"
+    """How plain text becomes a document; see `tokenization.chat.encode_documents`."""
+    loss_mask_mode: str | None = None
+    """Which tokens are trained; see `tokenization.chat.encode_documents`."""
+    special_tokens_mode: SpecialTokensMode = "identity"
+    """Whether special tokens that both sides write are chunks; see `pairing.align.align_kinds`."""
+    space_mask_mode: str = "space+tab+newline+special"
+    """Tokens whose probability counts as "a word ends here": `Side.space_V`."""
+    pad_to_multiple_of: int = 1
+    """Both lengths are padded up to a multiple of this."""
+    skipped: Counter[str] = field(default_factory=Counter, init=False)
+    """Rows left out so far, by reason."""
+
+    def __post_init__(self) -> None:
+        """Check the options, and read the tokenizers' masks once.
+
+        Raises:
+            TypeError: a tokenizer of another library.
+            ValueError: a length below 1, an unknown mode, or one that a tokenizer cannot write.
+        """
+        for name in ("max_length_student", "max_length_teacher", "pad_to_multiple_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        tokenizers = (self.student_tokenizer, self.teacher_tokenizer or self.student_tokenizer)
+        for tokenizer in tokenizers:
+            if not isinstance(tokenizer, Tokenizer):
+                raise TypeError(
+                    f"a tokenizer must come from tokenkit.tokenization.byteify.load_tokenizer: got "
+                    f"{type(tokenizer).__name__}"
+                )
+        self._lengths = (self.max_length_student, self.max_length_teacher)
+        self._rules = [
+            SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, tokenizer.pad_id)
+            for tokenizer in tokenizers
+        ]
+        self._space = tuple(
+            torch.tensor(tokenizer.space_mask(self.space_mask_mode)) for tokenizer in tokenizers
+        )
+        self._eos = tuple(tokenizer.eos_id for tokenizer in tokenizers)
+        self._encode([Document(text="a")])  # modes that a tokenizer does not know would spoil every row
+        self._pads = tuple(tokenizer.pad_id or 0 for tokenizer in tokenizers)
+
+    def __call__(self, rows: Sequence[Document | Mapping[str, Any]]) -> Batch:
+        """Return the batch of some documents, or of rows that `document_from_row` reads.
+
+        Raises:
+            ValueError: if no token of the batch is trained.
+        """
+        batch = self.collate(rows)
+        if not has_trained_token(batch):
+            raise ValueError(self.nothing_trained(len(rows)))
+        return batch
+
+    def collate(self, rows: Sequence[Document | Mapping[str, Any]]) -> Batch:
+        """Return the batch without asking for a trained token.
+
+        One rank of many may well have none in a micro-batch; the count of the whole step decides there.
+        """
+        sides = self._tokenize(rows)
+        student_rules, teacher_rules = self._rules
+        kinds = align_kinds(*sides, self.chunk_kinds, student_rules, teacher_rules, self.special_tokens_mode)
+        student, teacher = (self._side(number, flat) for number, flat in enumerate(sides))
+        return Batch(student, teacher, {kind: self._chunks(kinds[kind], sides) for kind in kinds})
+
+    def nothing_trained(self, rows: int) -> str:
+        """Return the message for a batch of so many rows without a trained token."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        return (
+            f"none of the {rows} rows has a token to train on: the answers may lie behind max_length_student "
+            f"({self.max_length_student}), or be masked (loss_mask_mode={self.loss_mask_mode!r}); "
+            f"rows left out so far: {reasons or 'none'}"
+        )
+
+    def _tokenize(self, rows: Sequence[Document | Mapping[str, Any]]) -> tuple[FlatTokens, FlatTokens]:
+        documents = []
+        for row in rows:
+            try:
+                documents.append(row if isinstance(row, Document) else document_from_row(row))
+            except ValueError as error:
+                self.skipped[_reason(error)] += 1
+        try:
+            encoded = self._encode(documents)
+        except ValueError:  # one document spoils the whole call: find it
+            encoded = []
+            for document in documents:
+                try:
+                    encoded += self._encode([document])
+                except ValueError as error:
+                    self.skipped[_reason(error)] += 1
+        if not encoded:  # a batch needs a row to run the model on, and that row asks for nothing
+            encoded = [tuple(_untrained(pad) for pad in self._pads)]
+        student = flatten([_cut(tokens[0], self._lengths[0]) for tokens in encoded])
+        return student, flatten([_cut(tokens[-1], self._lengths[1]) for tokens in encoded])
+
+    def _encode(self, documents: list[Document]) -> list[tuple[Tokens, ...]]:
+        tokenizers: tuple[Tokenizer, ...] = (self.student_tokenizer,)
+        if self.teacher_tokenizer is not None:
+            tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
+        return encode_documents(
+            documents, tokenizers, mode=self.chat_template_mode, loss_mask_mode=self.loss_mask_mode
+        )
+
+    def _side(self, number: int, flat: FlatTokens) -> Side:
+        return Side(
+            ids_BT=self._pad(flat, flat.ids_N.astype(np.int64), self._pads[number]),
+            length_B=torch.from_numpy(flat.length_B),
+            trained_BT=self._pad(flat, flat.trained_N, False),
+            space_V=self._space[number],
+            eos_id=self._eos[number],
+        )
+
+    def _chunks(self, alignment: Alignment, sides: tuple[FlatTokens, FlatTokens]) -> Chunks:
+        in_row = (alignment.student_N, alignment.teacher_M)
+        padded = []
+        for chunk_N, flat in zip(in_row, sides, strict=True):
+            first_N = np.repeat(alignment.offset_B[:-1].astype(np.int32), flat.length_B)
+            padded.append(self._pad(flat, np.where(chunk_N < 0, np.int32(-1), chunk_N - first_N), -1))
+        return Chunks(*padded)
+
+    def _pad(self, flat: FlatTokens, value_N: NDArray[Any], fill: int) -> Tensor:
+        """Lay flat values out as [B, T]."""
+        multiple = self.pad_to_multiple_of
+        T = -(-int(flat.length_B.max(initial=1)) // multiple) * multiple
+        result_BT = np.full((len(flat.length_B), T), fill, value_N.dtype)
+        result_BT[np.arange(T) < flat.length_B[:, None]] = value_N
+        return torch.from_numpy(result_BT)
+
+
+def has_trained_token(batch: Batch) -> bool:
+    """Whether the student is asked for any token; nothing predicts the first of a document."""
+    return bool(batch.student.trained_BT[:, 1:].any())
+
+
+def _reason(error: ValueError) -> str:
+    """Return what went wrong without the text it went wrong on: equal reasons are counted together."""
+    return _QUOTED.sub("…", str(error).split(":")[0])
+
+
+def _cut(tokens: Tokens, length: int) -> Tokens:
+    if len(tokens.ids) <= length:
+        return tokens
+    return Tokens(
+        tokens.ids[:length], tokens.byte_ends[:length], tokens.special[:length], tokens.trained[:length]
+    )
+
+
+def _untrained(token_id: int) -> Tokens:
+    one = np.ones(1, np.bool_)
+    return Tokens(np.array([token_id], np.int32), np.array([-1]), one, ~one)
