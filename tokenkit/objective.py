@@ -63,11 +63,14 @@ class Objective:
             step: the optimizer step, for the schedules.
         """
         weights = self.weights(step)
-        means = torch.stack(
-            [terms[name].total / counts[name].clamp_min(1).to(terms[name].total.dtype) for name in self.names]
-        )
+        means = torch.stack([_mean(terms[name].total, counts[name]) for name in self.names])
         weight_J = torch.tensor([weights[name] for name in self.names], device=means.device)
         return (means * weight_J).sum(), means.detach()
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """Divide; where a loss comes in several parts (chunk sizes), it is the mean of their quotients."""
+    return (total / count.clamp_min(1).to(total.dtype)).mean()
 
 
 def parse_schedule(text: str, total_steps: int) -> Schedule:

@@ -126,6 +126,6 @@ class LossTerm(NamedTuple):
     """A loss before its division. Sums add up over ranks and micro-batches; means do not."""
 
     total: Tensor
-    """float32 scalar, nats; differentiable."""
+    """float32, nats, differentiable: a scalar, or [K] where the loss is the mean of K such quotients."""
     count: Tensor
-    """Scalar: how many things `total` sums over."""
+    """How many things `total` sums over, of its shape."""

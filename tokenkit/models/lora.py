@@ -44,24 +44,58 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
 
     if options.rank < 1:
         raise ValueError(f"model_lora_rank must be at least 1, got {options.rank}")
-    targets: Any = options.target_regex or list(options.targets) or "all-linear"
-    layers = parse_layers(options.layers, len(student.layers))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
-        target_modules=targets,
-        layers_to_transform=layers,
+        target_modules=adapted_modules(student, options),
         modules_to_save=list(options.modules_to_save) or None,
+        fan_in_fan_out=type(student.causal_lm).__name__.startswith("GPT2"),  # its layers are transposed
     )
     try:
         student.model = get_peft_model(student.causal_lm, config)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
+        raise ValueError(f"no adapter could be placed (model_lora_*): {error}") from error
+
+
+def adapted_modules(student: CausalLM, options: LoraOptions) -> list[str]:
+    """Return the full names of the modules that get an adapter.
+
+    Raises:
+        ValueError: there are none, or the pattern is no regular expression.
+    """
+    layers = parse_layers(options.layers, len(student.layers))
+    layer_of = {id(m): i for i, layer in enumerate(student.layers) for m in layer.modules()}
+    try:
+        pattern = None if options.target_regex is None else re.compile(options.target_regex)
+    except re.error as error:
         raise ValueError(
-            f"no adapter could be placed with model_lora_targets={list(options.targets)}, "
-            f"model_lora_target_regex={options.target_regex!r}, model_lora_layers={options.layers!r}: {error}"
+            f"model_lora_target_regex {options.target_regex!r} is no regular expression: {error}"
         ) from error
+
+    def is_meant(name: str, module: nn.Module) -> bool:
+        layer = layer_of.get(id(module))
+        if layers is not None and layer is not None and layer not in layers:
+            return False
+        if pattern is not None:
+            return pattern.fullmatch(name) is not None
+        if options.targets:
+            return any(name == target or name.endswith(f".{target}") for target in options.targets)
+        return layer is not None and not isinstance(module, nn.Embedding)
+
+    names = [
+        name
+        for name, module in student.causal_lm.named_modules()
+        if (isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D")
+        and is_meant(name, module)
+    ]
+    if not names:
+        raise ValueError(
+            f"model_lora_targets={list(options.targets)}, model_lora_target_regex={options.target_regex!r} "
+            f"and model_lora_layers={options.layers!r} name no linear layer of this model"
+        )
+    return names
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int] | None:

@@ -1,0 +1,169 @@
+"""Bits per byte of student and teacher over the very same bytes.
+
+    bits per byte = −Σ log2 p(token) / Σ bytes
+
+over the tokens of those smallest shared chunks that both models score whole: text alone, no special
+tokens, nothing that only one of the two read before its length limit. So two tokenizers can be compared,
+within one setting of the lengths; documents cut elsewhere give other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenkit.pairing.align import Alignment, FlatTokens, align, chunk_spans, chunks_with, flatten
+from tokenkit.parallel import World, all_reduce_counts
+from tokenkit.structs import Batch, Side, Tokens
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.chat import Document, encode_documents
+
+Bools = NDArray[np.bool_]
+BITS_PER_NAT = 1 / np.log(2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutBatch:
+    """Documents whose `trained` tokens are those that count here."""
+
+    batch: Batch
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BitsPerByte:
+    """One measurement."""
+
+    student: float
+    teacher: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutOptions:
+    """How held-out documents become tokens."""
+
+    max_length_student: int
+    max_length_teacher: int
+    batch_size: int = 8
+    chat_template_mode: str = "direct_encode"
+    loss_mask_mode: str | None = None
+
+
+def heldout_batches(
+    documents: Sequence[Document], student: Tokenizer, teacher: Tokenizer, options: HeldoutOptions
+) -> list[HeldoutBatch]:
+    """Tokenize documents once for all measurements of a run. Documents that cannot be read are left out.
+
+    Raises:
+        ValueError: no byte of the documents is scored by both models.
+    """
+    pairs = list(_encode(documents, student, teacher, options))
+    pairs.sort(key=lambda pair: len(pair[0].ids))  # rows of one batch then need little padding
+    size = options.batch_size
+    batches = [
+        heldout_batch(pairs[start : start + size], student, teacher) for start in range(0, len(pairs), size)
+    ]
+    batches = [batch for batch in batches if batch.num_bytes]
+    if not batches:
+        raise ValueError(
+            f"none of the {len(documents)} held-out documents has a byte that both models score: give longer "
+            "documents with ppl_eval_data, or hold out more of the data"
+        )
+    return batches
+
+
+def _encode(
+    documents: Sequence[Document], student: Tokenizer, teacher: Tokenizer, options: HeldoutOptions
+) -> Iterator[tuple[Tokens, Tokens]]:
+    limits = (options.max_length_student, options.max_length_teacher)
+    for document in documents:
+        try:
+            sides = encode_documents(
+                [document],
+                (student, teacher),
+                mode=options.chat_template_mode,
+                loss_mask_mode=options.loss_mask_mode,
+            )[0]
+        except ValueError:
+            continue
+        cut = [
+            Tokens(t.ids[:n], t.byte_ends[:n], t.special[:n], t.trained[:n])
+            for t, n in zip(sides, limits, strict=True)
+        ]
+        yield cut[0], cut[1]
+
+
+def heldout_batch(
+    pairs: Sequence[tuple[Tokens, Tokens]], student: Tokenizer, teacher: Tokenizer
+) -> HeldoutBatch:
+    """Mark the tokens that count, and count their bytes."""
+    sides = flatten([pair[0] for pair in pairs]), flatten([pair[1] for pair in pairs])
+    alignment = align(*sides)
+    excluded = [_excluded(side, tokenizer) for side, tokenizer in zip(sides, (student, teacher), strict=True)]
+    is_out_C = chunks_with(alignment, *excluded)
+    start_C, end_C = chunk_spans(alignment, sides[0])
+    num_bytes = int((end_C - start_C)[~is_out_C].sum())
+    counted = _counted(alignment, is_out_C)
+    padded = [_side(side, counted_N) for side, counted_N in zip(sides, counted, strict=True)]
+    return HeldoutBatch(Batch(padded[0], padded[1], {}), num_bytes)
+
+
+def _excluded(side: FlatTokens, tokenizer: Tokenizer) -> Bools:
+    """Tokens that no model scores, that are no text, or that do not say which text they stand for."""
+    excluded_N = side.special_N | ~side.trained_N
+    excluded_N[side.offset_B[:-1][side.length_B > 0]] = True
+    if tokenizer.unk_id is not None:
+        excluded_N |= side.ids_N == tokenizer.unk_id
+    return excluded_N
+
+
+def _counted(alignment: Alignment, is_out_C: Bools) -> list[Bools]:
+    table = np.append(~is_out_C, False)  # index -1, in no chunk
+    return [table[alignment.student_N], table[alignment.teacher_M]]
+
+
+def _side(side: FlatTokens, counted_N: Bools) -> Side:
+    def rows(value_N: NDArray[Any]) -> Tensor:
+        parts = np.split(value_N, side.offset_B[1:-1])
+        return pad_sequence([torch.from_numpy(part) for part in parts], batch_first=True)
+
+    return Side(
+        ids_BT=rows(side.ids_N.astype(np.int64)),
+        length_B=torch.from_numpy(side.length_B),
+        trained_BT=rows(counted_N),
+    )
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module, batches: Sequence[HeldoutBatch], world: World, step: int = 0
+) -> BitsPerByte:
+    """Measure student and teacher of a `Distillation` on held-out batches, shared out over the ranks.
+
+    Every rank runs as many batches as the others, the last of them with weight 0 where it has too few:
+    a sharded forward is a collective.
+    """
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros(2, dtype=torch.float64, device=world.device)
+    num_bytes = torch.zeros((), dtype=torch.float64, device=world.device)
+    for start in range(0, len(batches), world.world_size):
+        index = start + world.rank
+        heldout = batches[min(index, len(batches) - 1)]
+        values = model(heldout.batch.to(world.device), "evaluate").double()
+        if index < len(batches):
+            nats += values
+            num_bytes += heldout.num_bytes
+    model.train(was_training)
+    sums = all_reduce_counts({"student": nats[0], "teacher": nats[1], "bytes": num_bytes}, step, world)
+    total = float(sums["bytes"])
+    student, teacher = (float(sums[name]) * BITS_PER_NAT / total for name in ("student", "teacher"))
+    return BitsPerByte(student, teacher, int(total))

@@ -1,0 +1,1 @@
+"""Trained students in formats that other programs read."""

@@ -1,0 +1,150 @@
+"""A trained student as a Hugging Face folder: weights, tokenizer, template, generation config, card.
+
+The folder is written beside its final name, loaded back with the Auto classes, compared with the student
+(logits, ids of a text) and only then renamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.tokenization.byteify import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not reproduce the student. It was left beside its final name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What is written, and where."""
+
+    folder: Path
+    dtype: torch.dtype = torch.float32
+    facts: Mapping[str, str] | None = None
+    """Lines of the model card, in order."""
+
+
+def export_huggingface(
+    student: CausalLM, state: Mapping[str, Tensor] | None, tokenizer: Tokenizer, request: ExportRequest
+) -> Path:
+    """Write `student` so that `AutoModelForCausalLM` and `AutoTokenizer` load it.
+
+    Args:
+        student: the model; its adapters, if any, are merged in a copy.
+        state: full state dict of `student.model` gathered from all ranks; None: the student's own.
+        tokenizer: the tokenizer that it ends with.
+        request: see `ExportRequest`.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        ExportError: loaded back, the folder gives other logits or other ids.
+    """
+    folder = request.folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
+    model = merged_model(student, student.model.state_dict() if state is None else state)
+    model = model.to(request.dtype).eval()
+    _set_special_ids(model, tokenizer)
+
+    staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    model.save_pretrained(staging, safe_serialization=True)
+    tokenizer.save(staging)
+    (staging / "README.md").write_text(model_card(request.facts or {}), encoding="utf-8")
+    _check(staging, model, tokenizer)
+    if folder.exists():
+        folder.rmdir()  # empty, as checked above
+    os.rename(staging, folder)
+    return folder
+
+
+def merged_model(student: CausalLM, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Return a plain Hugging Face model with the student's weights, adapters merged."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config))
+    if not hasattr(student.model, "peft_config"):
+        _load(model, state)
+        return model
+    from peft import get_peft_model
+
+    (peft_config,) = student.model.peft_config.values()
+    wrapped = get_peft_model(model, peft_config)
+    _load(wrapped, state)
+    return wrapped.merge_and_unload()
+
+
+def model_card(facts: Mapping[str, str]) -> str:
+    """Return a model card in Hugging Face's form."""
+    lines = "".join(f"- **{name}**: {value}\n" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\ntags: [tokenkit, tokenizer-transfer]\n---\n\n"
+        "# A language model moved to another tokenizer\n\n"
+        "Made with tokenkit (PyTorch): the weights were adapted to the tokenizer in this folder by\n"
+        "distilling from a teacher with another one (Minixhofer et al. 2025, arXiv:2503.20083).\n\n"
+        f"{lines}\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+    )
+
+
+def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load strictly, but for the second name of a tied head, which a gathered state leaves out."""
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(parameter) for name, parameter in own.items() if name in state}
+    lost = [name for name in missing if name in own and id(own[name]) not in present]
+    if lost or unexpected:
+        raise ExportError(
+            f"the student's state does not fit its configuration: missing {lost}, {unexpected=}"
+        )
+
+
+def _set_special_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
+    for key, value in ids.items():
+        setattr(model.config, key, value)
+        setattr(model.generation_config, key, value)
+
+
+@torch.no_grad()
+def _check(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = tokenizer.normalize(SAMPLE)
+    ids = tokenizer.encode(text).ids
+    loaded_tokenizer = AutoTokenizer.from_pretrained(folder)
+    got = list(loaded_tokenizer(text, add_special_tokens=False)["input_ids"])
+    if got != ids.tolist():
+        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids.tolist()}")
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    limit = getattr(loaded.config, "max_position_embeddings", None) or len(ids)
+    ids_BT = torch.from_numpy(ids[:limit]).long()[None]
+    logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
+    got_T = logits_TV.log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
+
+    states = CausalLM(model.float(), tokenizer.vocab_size)(ids_BT)
+    expected_T = linear_logprob(states.hidden_BTD[0, :-1], states.head, ids_BT[0, 1:]).logp_N
+    error = (got_T - expected_T).abs().max().item() if len(got_T) else 0.0
+    if not error <= 1e-3 * max(1.0, expected_T.abs().max().item()):
+        raise ExportError(f"{folder}: the model, loaded back, is off by {error:.2e} nats")

@@ -1,0 +1,280 @@
+"""From a configuration to everything that a run needs, cheap checks first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tokenkit.config import TrainConfig
+from tokenkit.config.models import ModelSource
+from tokenkit.data.batches import Batches
+from tokenkit.data.collate import AlignedCollator
+from tokenkit.data.mix import open_data, read_documents
+from tokenkit.data.options import SourceOptions
+from tokenkit.embeddings.fvt import transfer_vocabulary
+from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
+from tokenkit.losses import resolve
+from tokenkit.models.causal_lm import (
+    DTYPES,
+    CausalLM,
+    LoadOptions,
+    Vocabulary,
+    effective_weight,
+    load_causal_lm,
+)
+from tokenkit.models.lora import LoraOptions, add_lora
+from tokenkit.objective import Objective
+from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_optimizer
+from tokenkit.parallel import World, shard
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.chat import Document
+from tokenkit.training.distillation import ActiveLoss, Distillation
+from tokenkit.training.step import LossScale, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizers:
+    """The three tokenizers of a transfer; two of them are often the same."""
+
+    old: Tokenizer
+    """What the student was trained with."""
+    target: Tokenizer
+    """What the student ends with."""
+    teacher: Tokenizer
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a digest of each, for the checkpoints."""
+        return {field.name: getattr(self, field.name).fingerprint() for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A run, ready to train."""
+
+    run: Run
+    student: CausalLM
+    tokenizers: Tokenizers
+    batches: Batches
+    collator: AlignedCollator
+    heldout: list[HeldoutBatch]
+    transfer: dict[str, int]
+    """How many embedding rows were made in which way; empty where the tokenizer stays."""
+
+
+def build(config: TrainConfig, world: World) -> Parts:
+    """Load and connect everything. Nothing is written.
+
+    Raises:
+        ValueError, FileNotFoundError: one line that says what is wrong, before any step was taken.
+    """
+    losses = active_losses(config)
+    objective = Objective(
+        config.objective.losses,
+        config.objective.loss_weights,
+        config.objective.loss_schedules,
+        config.schedule.steps,
+    )
+    tokenizers = load_tokenizers(config)
+    collator = build_collator(config, tokenizers, losses)
+    mix, documents = open_data(config.data, config.run.seed)
+    batches = Batches(
+        mix,
+        collator,
+        config.schedule.batch_size,
+        accumulation=config.schedule.gradient_accumulation_steps,
+        rank=world.rank,
+        world=world.world_size,
+        prefetch=config.data.num_workers,
+    )
+    if config.evaluation.ppl_eval_data is not None:
+        documents = read_documents(SourceOptions(path=config.evaluation.ppl_eval_data))
+    heldout = build_heldout(config, tokenizers, documents)
+
+    student, teacher, transfer = build_models(config, tokenizers)
+    dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
+    model = Distillation(student, teacher, losses, dtype)
+    _place(model, world, config)
+    options = _optimizer_options(config)
+    run = Run(
+        model=model,
+        objective=objective,
+        optimizer=build_optimizer(model.named_parameters(), options),
+        learning_rate=LearningRate(options, config.schedule.steps, config.schedule.warmup_steps),
+        world=world,
+        max_grad_norm=config.optimizer.max_grad_norm or None,
+        loss_scale=LossScale(enabled=config.training.dtype == "float16"),
+    )
+    return Parts(run, student, tokenizers, batches, collator, heldout, transfer)
+
+
+def load_tokenizers(config: TrainConfig) -> Tokenizers:
+    """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once."""
+    remote = config.run.trust_remote_code
+
+    def of(source: ModelSource) -> Tokenizer:
+        spec = source.tokenizer_name or source.pretrained_model_name_or_path
+        return load_tokenizer(spec, revision=source.revision, trust_remote_code=remote)
+
+    old = of(config.student)
+    name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
+    if name is None and to_add:
+        name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
+    target = old if name is None else load_tokenizer(name, tokens_to_add=to_add, trust_remote_code=remote)
+    return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
+
+
+def active_losses(config: TrainConfig) -> list[ActiveLoss]:
+    """Look the losses up, and give each its options."""
+    active = []
+    for name in config.objective.losses:
+        loss = resolve(name)
+        if loss.chunks is None:
+            options = None if loss.options is None else loss.options()
+        else:
+            options = loss.options(**config.objective.alm.options(loss.chunks))
+        active.append(ActiveLoss(name, loss, options))
+    return active
+
+
+def build_collator(
+    config: TrainConfig, tokenizers: Tokenizers, losses: Sequence[ActiveLoss]
+) -> AlignedCollator:
+    """Return the collator that makes the chunks which the losses ask for."""
+    return AlignedCollator(
+        tokenizers.target,
+        tokenizers.teacher,
+        max_length_student=config.text.max_length_new,
+        max_length_teacher=config.text.max_length_teacher,
+        chunk_kinds=sorted({active.loss.chunks for active in losses if active.loss.chunks is not None}),
+        chat_template_mode=config.text.chat_template_mode,
+        loss_mask_mode=config.text.loss_mask_mode,
+        special_tokens_mode=config.target.special_tokens_mode,
+        space_mask_mode=config.objective.alm.space_mask_mode,
+    )
+
+
+def build_heldout(
+    config: TrainConfig, tokenizers: Tokenizers, documents: Sequence[Document]
+) -> list[HeldoutBatch]:
+    """Tokenize the held-out documents; none where the data holds nothing out."""
+    if not documents:
+        return []
+    options = HeldoutOptions(
+        max_length_student=config.text.max_length_new,
+        max_length_teacher=config.text.max_length_teacher,
+        chat_template_mode=config.text.chat_template_mode,
+        loss_mask_mode=config.text.loss_mask_mode,
+    )
+    return heldout_batches(documents, tokenizers.target, tokenizers.teacher, options)
+
+
+def build_models(
+    config: TrainConfig, tokenizers: Tokenizers
+) -> tuple[CausalLM, CausalLM | Vocabulary, dict[str, int]]:
+    """Load student and teacher, and move the student to its new vocabulary.
+
+    A student that keeps its body (adapters, or embeddings alone) is its own teacher under its old
+    vocabulary. One that is trained whole gets a frozen copy beside it.
+
+    Returns:
+        Student, teacher, and how many embedding rows were made in which way.
+    """
+    mode, compute = config.training.train_model_mode, DTYPES[config.training.dtype]
+    student = _load(config, config.student, tokenizers.old, torch.float32 if mode == "full" else compute)
+    teacher: CausalLM | Vocabulary
+    if config.teacher is not None:
+        teacher = _load(config, config.teacher, tokenizers.teacher, compute)
+    elif mode == "full":
+        teacher = _load(config, config.student, tokenizers.old, compute)
+    else:
+        teacher = student.vocabulary()
+    output_mode, report = config.training.output_embeddings_mode, {}
+    if tokenizers.target is not tokenizers.old or output_mode == "untie":
+        report = transfer_vocabulary(
+            student,
+            tokenizers.old,
+            tokenizers.target,
+            pad_to_multiple_of=config.target.pad_to_multiple_of,
+            output_embeddings=output_mode,
+        )
+    if config.training.train_embeddings:
+        student.embedding.float()
+        student.output.float()
+    _check_lengths(config, student, teacher)
+    if mode == "lora":
+        add_lora(student, _lora_options(config))
+    _set_trainable(student, config)
+    if config.training.gradient_checkpointing:
+        student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return student, teacher, report
+
+
+def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype: torch.dtype) -> CausalLM:
+    options = LoadOptions(
+        revision=source.revision,
+        dtype=dtype,
+        attn_implementation=config.training.attention,
+        trust_remote_code=config.run.trust_remote_code,
+    )
+    return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
+
+
+def _lora_options(config: TrainConfig) -> LoraOptions:
+    lora = config.training.lora
+    return LoraOptions(
+        rank=lora.model_lora_rank,
+        alpha=lora.model_lora_alpha,
+        dropout=lora.model_lora_dropout,
+        targets=lora.model_lora_targets,
+        target_regex=lora.model_lora_target_regex,
+        layers=lora.model_lora_layers,
+        modules_to_save=lora.model_lora_modules_to_save,
+    )
+
+
+def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
+    mode = config.training.train_model_mode
+    if mode != "lora":
+        student.requires_grad_(mode == "full")
+    for module in (student.embedding, student.output):
+        effective_weight(module).requires_grad_(config.training.train_embeddings)
+
+
+def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary) -> None:
+    asked = {
+        "max_length_new": (config.text.max_length_new, student),
+        "max_length_teacher": (
+            config.text.max_length_teacher,
+            student if isinstance(teacher, Vocabulary) else teacher,
+        ),
+    }
+    for name, (length, model) in asked.items():
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{name} is {length}, but the model has {limit} positions: set {name} to at most {limit}"
+            )
+
+
+def _place(model: Distillation, world: World, config: TrainConfig) -> None:
+    """Move the module to its device, in pieces where it is sharded."""
+    model.train()
+    if world.mesh is None:
+        model.to(world.device)
+        return
+    compute = DTYPES[config.training.dtype]
+    layers = list(model.student.layers)
+    if isinstance(model.teacher, CausalLM):
+        layers += model.teacher.layers
+    shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute)
+
+
+def _optimizer_options(config: TrainConfig) -> OptimizerOptions:
+    values = {
+        field.name: getattr(config.optimizer, field.name) for field in dataclasses.fields(config.optimizer)
+    }
+    groups = tuple(ParamGroup(pattern=g.pattern, lr_scale=g.lr_scale) for g in config.optimizer.param_groups)
+    return OptimizerOptions(**{**values, "param_groups": groups})

@@ -1,0 +1,275 @@
+"""The loop: one run from its configuration to the exported model, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from tokenkit import __version__, checkpoint
+from tokenkit.checkpoint import Identity, State
+from tokenkit.config import TrainConfig, to_dict, to_yaml
+from tokenkit.evaluation.bits_per_byte import bits_per_byte
+from tokenkit.export.huggingface import ExportRequest, export_huggingface
+from tokenkit.metrics import ExitCode, draw_curves, write_outcome
+from tokenkit.models.causal_lm import DTYPES
+from tokenkit.parallel import World, all_reduce_counts, barrier, start, stop, together
+from tokenkit.run_folder import RunLock, prepare_output, write_durably
+from tokenkit.training.build import Parts, build
+from tokenkit.training.reports import Reports
+from tokenkit.training.signals import StopRequest
+from tokenkit.training.step import train_step
+
+MAY_DIFFER = (  # of the configuration, on resume: what moves no number
+    "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
+    "logging_interval", "save_interval", "sync_interval", "eval_interval",
+    "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
+    "use_distributed", "distributed_backend", "n_data_parallel",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One process's view of a run that has begun."""
+
+    config: TrainConfig
+    world: World
+    folder: Path
+    parts: Parts
+    state: State
+    identity: Identity
+    reports: Reports
+
+
+def train(config: TrainConfig) -> int:
+    """Run training as configured and return the exit code.
+
+    Raises:
+        ValueError, OSError, ArithmeticError: one line for the user; `tokenkit.cli` gives each its exit code.
+    """
+    world = _join(config)
+    try:
+        if config.run.dry_run:
+            return _dry_run(config, world)
+        folder = Path(config.run.output_dir)
+        with together("prepare the output folder", world):
+            if world.is_main:
+                prepare_output(folder, resume=config.run.resume)
+                _refuse_old_export(_export_folder(config))
+        if not world.is_main:
+            return _run(folder, config, world)
+        with RunLock(folder):
+            return _run(folder, config, world)
+    finally:
+        stop(world)
+
+
+def _join(config: TrainConfig) -> World:
+    parallel = config.parallel
+    if parallel.use_distributed and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "use_distributed is set but torchrun started nothing: run torchrun -m tokenkit.train"
+        )
+    return start(
+        backend=parallel.distributed_backend,
+        n_data_parallel=parallel.n_data_parallel,
+        n_model_parallel=parallel.n_model_parallel,
+    )
+
+
+def _dry_run(config: TrainConfig, world: World) -> int:
+    """Load everything, run one step, print its losses, write nothing."""
+    parts = _build(config, world)
+    report = train_step(parts.run, next(parts.batches))
+    parts.batches.close()
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+    _say(world, f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
+    return ExitCode.DONE
+
+
+def _build(config: TrainConfig, world: World) -> Parts:
+    torch.manual_seed(config.run.seed)
+    with together("load models, tokenizers and data", world):
+        return build(config, world)
+
+
+def _run(folder: Path, config: TrainConfig, world: World) -> int:
+    """Build, restore, train, export; say in outcome.json how it ended."""
+    parts = None
+    try:
+        parts = _build(config, world)
+        _say(world, _describe(parts, config))
+        code, reason = _train(_begin(folder, config, world, parts))
+    except BaseException as error:
+        if world.is_main:
+            numerics = isinstance(error, ArithmeticError)
+            code = (
+                ExitCode.NUMERICS
+                if numerics
+                else ExitCode.DATA
+                if isinstance(error, OSError)
+                else ExitCode.CONFIG
+            )
+            write_outcome(folder, code, f"{type(error).__name__}: {error}", parts.run.step if parts else 0)
+        raise
+    finally:
+        if parts is not None:
+            parts.batches.close()
+    if world.is_main:
+        write_outcome(folder, code, reason, parts.run.step)
+    return code
+
+
+def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Session:
+    """Restore the newest checkpoint if asked to, and open the reports where it ends."""
+    run = parts.run
+    state = State(module=run.model, optimizer=run.optimizer)
+    identity = Identity(config=to_dict(config), fingerprints=parts.tokenizers.fingerprints())
+    if config.run.resume:
+        found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
+        if found is not None:
+            run.step = state.step
+            parts.batches.load_state_dict(state.extra["data"])
+            run.loss_scale.value, run.loss_scale.good_steps = state.extra["loss_scale"]
+            _say(world, f"resuming after step {run.step} from {found}")
+    if world.is_main and not (folder / "config.yaml").exists():
+        write_durably(folder / "config.yaml", to_yaml(config))
+    reports = Reports.open(folder, config, run.step, is_main=world.is_main)
+    return Session(config, world, folder, parts, state, identity, reports)
+
+
+def _train(session: Session) -> tuple[ExitCode, str]:
+    config, run, reports = session.config, session.parts.run, session.reports
+    schedule, evaluation = config.schedule, config.evaluation
+    try:
+        if run.step == 0:
+            if evaluation.eval_at_step_zero:
+                _evaluate(session)
+            if schedule.save_at_step_zero:
+                _save(session)
+        with StopRequest() as stop_request:
+            while run.step < schedule.steps:
+                micro_batches = next(session.parts.batches)
+                report = train_step(run, micro_batches)
+                run.step += 1
+                is_last = run.step == schedule.steps
+                reports.step(
+                    run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last)
+                )
+                if _due(run.step, evaluation.eval_interval, is_last):
+                    _evaluate(session)
+                stopping = not is_last and _any_rank(stop_request.asked, session)
+                if _due(run.step, schedule.save_interval, is_last or stopping):
+                    _save(session)
+                if run.step % schedule.sync_interval == 0:
+                    barrier(session.world)
+                if stopping:
+                    return (
+                        ExitCode.PREEMPTED,
+                        f"stopped by a signal after step {run.step}: go on with --resume",
+                    )
+    finally:
+        reports.close()
+    if session.world.is_main:
+        draw_curves(session.folder)
+    _export(session)
+    return ExitCode.DONE, f"{run.step} steps done"
+
+
+def _due(step: int, interval: int, always: bool) -> bool:
+    return always or step % interval == 0
+
+
+def _any_rank(flag: bool, session: Session) -> bool:
+    """Whether the flag is up on some rank: a signal may reach only one."""
+    value = torch.tensor(float(flag))
+    if session.world.mesh is None:
+        return flag
+    return float(all_reduce_counts({"flag": value}, session.parts.run.step, session.world)["flag"]) > 0
+
+
+def _evaluate(session: Session) -> None:
+    parts = session.parts
+    if parts.heldout:
+        measured = bits_per_byte(parts.run.model, parts.heldout, session.world, parts.run.step)
+        session.reports.evaluation(parts.run.step, measured)
+
+
+def _save(session: Session) -> None:
+    run, state = session.parts.run, session.state
+    session.reports.sync()
+    state.step = run.step
+    scale = (run.loss_scale.value, run.loss_scale.good_steps)
+    state.extra = {"data": session.parts.batches.state_dict(), "loss_scale": scale}
+    root = session.folder / "checkpoints"
+    if not (root / f"step_{run.step:08d}").exists():
+        checkpoint.save(root, state, session.identity, session.world)
+
+
+def _export(session: Session) -> None:
+    """Gather the student on rank 0 and write it in Hugging Face layout."""
+    config, student = session.config, session.parts.student
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered: Mapping[str, Tensor] = get_model_state_dict(session.parts.run.model, options=options)
+    prefix = "student.model."
+    state = {name.removeprefix(prefix): t for name, t in gathered.items() if name.startswith(prefix)}
+    with together("export the student", session.world):
+        if session.world.is_main:
+            request = ExportRequest(
+                folder=_export_folder(config), dtype=DTYPES[config.training.dtype], facts=_facts(session)
+            )
+            folder = export_huggingface(student, state, session.parts.tokenizers.target, request)
+            _say(session.world, f"exported to {folder}")
+
+
+def _export_folder(config: TrainConfig) -> Path:
+    return Path(config.run.export_to or Path(config.run.output_dir) / "export")
+
+
+def _refuse_old_export(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} already holds an exported model, and the run would write there at its end: "
+            "move it away, or name another folder with export_to"
+        )
+
+
+def _facts(session: Session) -> dict[str, str]:
+    config, measured = session.config, session.reports.bits_per_byte
+    target = config.target.target_tokenizer_name or "unchanged"
+    facts = {
+        "student": config.student.pretrained_model_name_or_path,
+        "teacher": "itself" if config.teacher is None else config.teacher.pretrained_model_name_or_path,
+        "tokenizer": target,
+        "losses": ", ".join(config.objective.losses),
+        "steps": str(session.parts.run.step),
+        "tokenkit": __version__,
+    }
+    if measured is not None:
+        facts["bits per byte, held out"] = f"student {measured.student:.4f}, teacher {measured.teacher:.4f}"
+    return facts
+
+
+def _describe(parts: Parts, config: TrainConfig) -> str:
+    params = list(parts.run.model.parameters())
+    trained = sum(p.numel() for p in params if p.requires_grad)
+    lines = [
+        f"student: {config.student.pretrained_model_name_or_path}, {trained:,} of "
+        f"{sum(p.numel() for p in params):,} parameters are trained ({config.training.train_model_mode})",
+        f"tokenizers: {parts.tokenizers.old.vocab_size:,} ids -> {parts.tokenizers.target.vocab_size:,} ids",
+    ]
+    if parts.transfer:
+        made = ", ".join(f"{count:,} {method.replace('_', ' ')}" for method, count in parts.transfer.items())
+        lines.append(f"new embedding rows: {made}")
+    return "\n".join(lines)
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)

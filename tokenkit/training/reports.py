@@ -1,0 +1,78 @@
+"""Where the numbers of a run go: metrics.jsonl, trackers, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenkit.config import TrainConfig, to_dict
+from tokenkit.evaluation.bits_per_byte import BitsPerByte
+from tokenkit.metrics import MetricsFile, Progress
+from tokenkit.structs import Batch
+from tokenkit.trackers import Trackers
+from tokenkit.training.step import StepReport
+
+
+@dataclass
+class Reports:
+    """Open reports of one run. Only rank 0 writes."""
+
+    metrics: MetricsFile
+    trackers: Trackers
+    progress: Progress
+    bits_per_byte: BitsPerByte | None = None
+    """The newest measurement."""
+    tokens: int = 0
+    """Student tokens of this rank since `since`."""
+    seconds: float = 0.0
+    """Spent in training steps since the last line."""
+    since: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def open(cls, folder: Path, config: TrainConfig, step: int, *, is_main: bool) -> Reports:
+        """Open all reports of the run in `folder`, of which `step` steps are done."""
+        return cls(
+            MetricsFile(folder, step=step, is_main=is_main),
+            Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main),
+            Progress(config.schedule.steps, step, is_main=is_main),
+        )
+
+    def step(self, step: int, report: StepReport, micro_batches: Sequence[Batch], *, is_due: bool) -> None:
+        """Show one step; write a line of metrics where one is due."""
+        self.tokens += sum(int(batch.student.length_B.sum()) for batch in micro_batches)
+        self.seconds += time.perf_counter() - self.since
+        rate = self.tokens / max(self.seconds, 1e-9)
+        measured = None if self.bits_per_byte is None else self.bits_per_byte.student
+        self.progress.update(step, loss=report.loss, bits_per_byte=measured, tokens_per_second=rate)
+        if is_due:
+            values: dict[str, float] = {"loss": report.loss, "grad_norm": report.grad_norm}
+            values |= {f"loss/{name}": value for name, value in report.losses.items()}
+            values |= {f"count/{name}": value for name, value in report.counts.items()}
+            values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
+            self._write(step, values)
+            self.tokens, self.seconds = 0, 0.0
+        self.since = time.perf_counter()
+
+    def evaluation(self, step: int, measured: BitsPerByte) -> None:
+        """Write a measurement on held-out text."""
+        self.bits_per_byte = measured
+        values = {"bits_per_byte/student": measured.student, "bits_per_byte/teacher": measured.teacher}
+        self._write(step, {**values, "heldout_bytes": measured.num_bytes})
+        self.since = time.perf_counter()
+
+    def sync(self) -> None:
+        """Put every line on the disk: a checkpoint expects them there."""
+        self.metrics.sync()
+
+    def close(self) -> None:
+        """Put everything on the disk and let go of it."""
+        self.metrics.close()
+        self.progress.close()
+        self.trackers.close()
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.metrics.write(step, values)
+        self.trackers.log(step, values)

@@ -1,0 +1,173 @@
+"""One optimizer step, and everything that changes in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tokenkit.objective import Objective
+from tokenkit.optim import LearningRate, set_learning_rate
+from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_gradient_sync
+from tokenkit.structs import Batch
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or the gradient is NaN or infinite. Nothing was updated."""
+
+
+@dataclass(kw_only=True)
+class LossScale:
+    """The factor that keeps float16 gradients off the bottom of their range; 1 for other types.
+
+    Source: Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
+    """
+
+    enabled: bool
+    value: float = 2.0**15
+    good_steps: int = 0
+    grow_every: int = 1000
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied by."""
+        return self.value if self.enabled else 1.0
+
+    def update(self, finite: bool) -> None:
+        """Halve after an overflow, double after `grow_every` steps without one."""
+        if not finite:
+            self.value, self.good_steps = self.value / 2, 0
+            return
+        self.good_steps += 1
+        if self.good_steps % self.grow_every == 0:
+            self.value *= 2
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that changes while training, hence everything that a checkpoint holds."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    learning_rate: LearningRate
+    world: World
+    max_grad_norm: float | None
+    loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    losses: dict[str, float]
+    counts: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    skipped: bool = False
+    """A float16 overflow: nothing was updated, the loss scale was halved."""
+
+
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
+    """Run one optimizer step over this rank's micro-batches.
+
+    The host waits for the device once, for the handful of numbers that decide whether the update may
+    happen at all.
+
+    Raises:
+        NonFiniteError: a loss or the gradient norm is not finite; parameters and optimizer are untouched.
+    """
+    device = run.world.device
+    batches = [batch.to(device) for batch in micro_batches]
+    prepared = [run.model(batch, "teacher") for batch in batches]
+    counts = global_counts(prepared, run)
+
+    run.optimizer.zero_grad(set_to_none=True)
+    means = torch.zeros(len(run.objective.names), device=device)
+    for index, batch in enumerate(batches):
+        set_gradient_sync(run.model, index == len(batches) - 1)
+        terms = run.model(batch, "student", prepared[index])
+        _check_counts(run, terms, prepared[index])
+        loss, values = run.objective.combine(terms, counts, run.step)
+        (loss * run.loss_scale.factor).backward()
+        means += values
+
+    grads = [p for p in run.model.parameters() if p.requires_grad]
+    _unscale(grads, run.loss_scale)
+    grad_norm = clip_grad_norm(grads, run.max_grad_norm)
+    report = _report(run, means, grad_norm, counts)
+    if not report.skipped:
+        set_learning_rate(run.optimizer, report.learning_rate)
+        run.optimizer.step()
+    return report
+
+
+def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Tensor]:
+    """Return, by loss, the count of the whole optimizer step: all micro-batches, all ranks."""
+    local = {
+        name: torch.stack([torch.as_tensor(p[name].count).double() for p in prepared]).sum(0)
+        for name in run.objective.names
+    }
+    parts = {f"{name}#{k}": part for name, count in local.items() for k, part in enumerate(count.reshape(-1))}
+    sums = all_reduce_counts(parts, run.step, run.world)
+    return {
+        name: torch.stack([sums[f"{name}#{k}"] for k in range(count.numel())]).reshape(count.shape)
+        for name, count in local.items()
+    }
+
+
+def _check_counts(run: Run, terms: dict[str, Any], prepared: dict[str, Any]) -> None:
+    """Compare the counts of users' own losses; ours agree by construction, and a look would make us wait."""
+    for name in (name for name in run.objective.names if ":" in name):
+        got, expected = terms[name].count.tolist(), prepared[name].count.tolist()
+        if got != expected:
+            raise ValueError(
+                f"loss {name!r} sums over {got} things, but {expected} were announced before the student "
+                "ran: give the function an attribute `count(teacher, batch)` that returns its count"
+            )
+
+
+def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
+    if not scale.enabled:
+        return
+    for param in params:
+        if param.grad is not None:
+            param.grad.div_(scale.value)
+
+
+def _report(run: Run, means: Tensor, grad_norm: Tensor, counts: dict[str, Tensor]) -> StepReport:
+    names = run.objective.names
+    sums = all_reduce_counts({name: means[j].double() for j, name in enumerate(names)}, run.step, run.world)
+    packed = torch.stack([sums[name] for name in names] + [grad_norm.double()])
+    *values, norm = packed.tolist()
+    losses = dict(zip(names, values, strict=True))
+    bad = [name for name in names if not math.isfinite(losses[name])]
+    if bad:
+        raise NonFiniteError(
+            f"loss {', '.join(bad)} is not finite at step {run.step}: nothing was updated; look at the "
+            "data of this step, lower the learning rate, or use dtype float32"
+        )
+    overflow = not math.isfinite(norm)
+    if overflow and not run.loss_scale.enabled:
+        raise NonFiniteError(
+            f"the gradient norm is not finite at step {run.step} although every loss is: nothing was "
+            "updated; lower the learning rate or use dtype float32"
+        )
+    if run.loss_scale.enabled:
+        run.loss_scale.update(not overflow)
+    weights = run.objective.weights(run.step)
+    return StepReport(
+        loss=sum(weights[name] * losses[name] for name in names),
+        losses=losses,
+        counts={name: float(counts[name].double().mean()) for name in names},
+        grad_norm=norm,
+        learning_rate=run.learning_rate(run.step),
+        skipped=overflow,
+    )
