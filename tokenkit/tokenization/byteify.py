@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tokenkit.tokenization.special_tokens import (
     to_family,
     with_special_tokens,
 )
+from tokenkit.tokenization.template import family_of_template
 from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
 
 SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
@@ -146,13 +148,12 @@ class Tokenizer:
         for _ in range(MAX_ROUNDS):
             normal = self._backend.normalize(text)
             if normal is None:
-                raise ValueError(f"tokenizer {self.spec} makes no valid text of {text[:40]!r}: leave it out")
+                raise ValueError(f"tokenizer {self.spec} makes no valid text of it: leave it out")
             if normal == text:
                 return text
             text = normal
         raise ValueError(
-            f"tokenizer {self.spec}: its normalizer changes text anew each time ({text[:40]!r}...): "
-            "leave the text out"
+            f"tokenizer {self.spec} has a normalizer that changes the text anew each time: leave it out"
         )
 
     def space_mask(self, mode: str = "space+tab+newline+special") -> NDArray[np.bool_]:
@@ -172,6 +173,22 @@ class Tokenizer:
         first = tuple(SPACE_BYTES[name] for name in names if name != "special")
         starts_V = np.array([raw.startswith(first) for raw in self.token_bytes]) & ~self.is_special_V
         return starts_V | self.is_special_V if "special" in names else starts_V
+
+    @cached_property
+    def chat(self) -> Family:
+        """The family with its turns: its own, or those of the tokenizer's chat template.
+
+        Raises:
+            ValueError: a tokenizer with neither.
+        """
+        if self.family.turns:
+            return self.family
+        if self.chat_template is None:
+            raise ValueError(
+                f"tokenizer {self.spec} has no chat template: name a family with ':target=', or write plain "
+                "text with chat_template_mode=direct_encode"
+            )
+        return family_of_template(self.family, self.chat_template, self.control)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of all that decides which ids a document gets."""
@@ -288,9 +305,7 @@ def canonical_text(text: str, *tokenizers: Tokenizer) -> str:
         if text == before:
             return text
     names = ", ".join(str(tokenizer.spec) for tokenizer in tokenizers)
-    raise ValueError(
-        f"the normalizers of {names} undo each other's work on {text[:40]!r}...: leave the text out"
-    )
+    raise ValueError(f"the normalizers of {names} undo each other's work on the text: leave it out")
 
 
 def _as_tokens(ids_n: NDArray[np.int32], lengths_n: NDArray[Any], shift: int = 0) -> Tokens:
@@ -306,5 +321,5 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"text must be valid Unicode: character {error.start} is a lone surrogate, leave the document out"
+            "text must be valid Unicode: it holds a lone surrogate, leave the document out"
         ) from error

@@ -1,0 +1,198 @@
+"""What templates write around the texts of a document, and where it lies on the shared axis.
+
+A document is a row of texts (a plain text, or the messages of a conversation) with a *gap* before, between
+and after them. Each tokenizer writes the pieces of its own template into the gaps. An atom that all of
+them can write takes one unit of the axis; a piece that says none of those has no partner.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenkit.structs import UNPAIRED
+from tokenkit.tokenization.backend import Before
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.families import AFTER_TURN, BOS, END_TURN, EOS, HEADER, NEXT, Family, Piece
+
+ORDER = {atom: rank for rank, atom in enumerate((END_TURN, AFTER_TURN, EOS, BOS, *HEADER))}
+Atom = tuple[int, str]  # (turn that it belongs to, name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written around texts, apart from the texts: documents with equal plans share one layout."""
+
+    roles: tuple[str, ...]
+    """The role of each message; empty: one plain text."""
+    writes_bos: bool
+    writes_eos: bool
+    """Of plain text; a conversation ends as its family says."""
+
+    @property
+    def texts(self) -> int:
+        """How many texts the gaps surround."""
+        return len(self.roles) or 1
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The template tokens of one tokenizer between two texts."""
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    """Units from the gap's start; UNPAIRED."""
+    closes: NDArray[np.bool_]
+    """The token ends the text before it: it is trained if that text is."""
+    width: int
+    """Units that the gap takes on the shared axis."""
+    before: Before
+    """What stands before the text that follows."""
+
+
+@dataclass
+class _Written:
+    """A piece as one tokenizer writes it."""
+
+    ids: list[int]
+    atoms: tuple[Atom, ...]
+
+
+def layouts(plan: Plan, tokenizers: Sequence[Tokenizer]) -> list[list[Gap]]:
+    """Return the gaps of a plan, one list per tokenizer.
+
+    Raises:
+        ValueError: a tokenizer that has no way to write messages.
+    """
+    written = [_write_gaps(plan, tokenizer) for tokenizer in tokenizers]
+    result: list[list[Gap]] = [[] for _ in tokenizers]
+    for index in range(plan.texts + 1):
+        sides = [gaps[index] for gaps in written]
+        shared = set.intersection(*({a for piece in pieces for a in piece.atoms} for pieces, _ in sides))
+        unit = {atom: rank for rank, atom in enumerate(sorted(shared, key=lambda a: (a[0], ORDER[a[1]])))}
+        for side, (pieces, before) in zip(result, sides, strict=True):
+            side.append(_gap(pieces, unit, before, closed_turn=index - 1))
+    return result
+
+
+def _gap(pieces: Iterable[_Written], unit: dict[Atom, int], before: Before, closed_turn: int) -> Gap:
+    ids: list[int] = []
+    ends: list[int] = []
+    closes: list[bool] = []
+    position = 0
+    for piece in pieces:
+        paired = [unit[atom] for atom in piece.atoms if atom in unit]
+        if paired:
+            # All but the last token have no width: no boundary lies inside a piece.
+            end = max(paired) + 1
+            ends += [position] * (len(piece.ids) - 1) + [end]
+            position = end
+        else:
+            ends += [UNPAIRED] * len(piece.ids)
+        ids += piece.ids
+        is_closing = any(atom in ((closed_turn, END_TURN), (closed_turn, EOS)) for atom in piece.atoms)
+        closes += [is_closing] * len(piece.ids)
+    return Gap(np.array(ids, np.int32), np.array(ends, np.int64), np.array(closes, bool), len(unit), before)
+
+
+def _write_gaps(plan: Plan, tokenizer: Tokenizer) -> list[tuple[list[_Written], Before]]:
+    gaps = _plain_gaps(plan, tokenizer) if not plan.roles else _chat_gaps(plan, tokenizer.chat)
+    texts = plan.texts
+    result = []
+    for index, pieces in enumerate(gaps):
+        writer = _GapWriter(tokenizer, "text" if index else "start")
+        # BOS in front of a plain text changes nothing for the text: it is still the start.
+        keeps_start = not plan.roles and index == 0
+        written = [_Written(writer.write(text), atoms) for text, atoms in _hand_over(pieces, index < texts)]
+        before: Before = "space" if _ends_in_space(pieces) else "start" if keeps_start else writer.before
+        result.append(([piece for piece in written if piece.ids], before))
+    return result
+
+
+def _plain_gaps(plan: Plan, tokenizer: Tokenizer) -> list[list[tuple[str, tuple[Atom, ...]]]]:
+    tokens = tokenizer.family.tokens
+    first: list[tuple[str, tuple[Atom, ...]]] = []
+    last: list[tuple[str, tuple[Atom, ...]]] = []
+    if plan.writes_bos and tokenizer.family.writes_bos and tokenizer.bos_id is not None:
+        first.append((tokens[BOS], ((0, BOS),)))
+    if plan.writes_eos and tokenizer.eos_id is not None:
+        last.append((tokens[EOS], ((0, EOS),)))
+    return [first, last]
+
+
+def _chat_gaps(plan: Plan, family: Family) -> list[list[tuple[str, tuple[Atom, ...]]]]:
+    gaps: list[list[tuple[str, tuple[Atom, ...]]]] = [[] for _ in range(plan.texts + 1)]
+    if family.writes_bos and plan.writes_bos:
+        gaps[0].append((family.tokens[BOS], ((0, BOS),)))
+    last = len(plan.roles) - 1
+    for turn, role in enumerate(plan.roles):
+        if role == "user" and turn and family.repeats_bos:
+            gaps[turn].append((family.tokens[BOS], ((turn, BOS),)))
+        header, end = family.turns[role].header, family.turns[role].end
+        gaps[turn] += [(piece.text, _own_atoms(piece, turn)) for piece in header]
+        opens_next = turn < last and not family.turns[plan.roles[turn + 1]].header
+        gaps[turn + 1] += [(piece.text, _own_atoms(piece, turn, opens_next)) for piece in end]
+    if family.ends_chat_with_eos:
+        gaps[-1].append((family.tokens[EOS], ((last, EOS),)))
+    return gaps
+
+
+def _own_atoms(piece: Piece, turn: int, opens_next: bool = False) -> tuple[Atom, ...]:
+    own = tuple((turn, atom) for atom in piece.atoms if not atom.startswith(NEXT))
+    following = tuple((turn + 1, atom.removeprefix(NEXT)) for atom in piece.atoms if atom.startswith(NEXT))
+    return own + following if opens_next else own
+
+
+def _ends_in_space(pieces: Sequence[tuple[str, tuple[Atom, ...]]]) -> bool:
+    return bool(pieces) and pieces[-1][0].endswith(" ")
+
+
+def _hand_over(
+    pieces: Sequence[tuple[str, tuple[Atom, ...]]], text_follows: bool
+) -> Sequence[tuple[str, tuple[Atom, ...]]]:
+    """Take a space at the very end away: the text that follows writes it (`backend.Before`)."""
+    if not text_follows or not _ends_in_space(pieces):
+        return pieces
+    *rest, (text, atoms) = pieces
+    return [*rest, (text[:-1], atoms)]
+
+
+class _GapWriter:
+    """Writes the pieces of one gap in order, as the tokenizer would cut the rendered template."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Before) -> None:
+        """Begin a gap at the start of the document or behind a text."""
+        self.tokenizer, self.before = tokenizer, before
+        self._strips = False  # the special token just written swallows whitespace
+        strings = sorted(tokenizer.control, key=len, reverse=True)
+        self._control = re.compile("(" + "|".join(map(re.escape, strings)) + ")") if strings else None
+        self._swallowing = {
+            token["content"] for token in tokenizer.document.get("added_tokens") or [] if token.get("rstrip")
+        }
+
+    def write(self, piece: str) -> list[int]:
+        """Return the ids of a piece: special tokens where their strings stand, text in between."""
+        ids: list[int] = []
+        parts = self._control.split(piece) if self._control else [piece]
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(self.tokenizer.control[part])
+                self.before, self._strips = "special", part in self._swallowing
+                continue
+            text = part.lstrip() if self._strips else part
+            if text:
+                ids += self._text(text)
+                self.before, self._strips = "text", False
+        return ids
+
+    def _text(self, text: str) -> list[int]:
+        (tokens,) = self.tokenizer.try_encode_batch([text], self.before)
+        if tokens is None:
+            # Text that the tokenizer would change, such as a newline that its normalizer drops.
+            normal = self.tokenizer.normalize(text)
+            (tokens,) = self.tokenizer.try_encode_batch([normal], self.before) if normal else (None,)
+        return [] if tokens is None else tokens.ids.tolist()
