@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` reaches the package through the symlink `tokenkit/kernels`: docs/architecture.md says why."""
+"""Packaging. `kernels/` is reached through the symlink `tokenkit/kernels`: docs/architecture.md says why."""
 
 from pathlib import Path
 
@@ -40,10 +40,10 @@ EXTRAS = {
 setup(
     name="tokenkit",
     version="0.1.0",
-    description="Move language models across tokenizers: fused cross-tokenizer distillation in PyTorch and Triton",
+    description="Move language models across tokenizers: fused distillation in PyTorch and Triton",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["tokenkit*"]),
