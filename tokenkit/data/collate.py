@@ -22,7 +22,7 @@ from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.chat import encode_documents
 from tokenkit.tokenization.documents import Document, document_from_row
 
-_QUOTED = re.compile(r"""\s*\(?(?:'[^']*'|"[^"]*"|\b\d+\b).*""", re.DOTALL)
+_QUOTED = re.compile(r"""\s*(?:\(?['"]|at character).*""", re.DOTALL)
 _WHITESPACE = "space+tab+newline"  # what may begin a word; a special token closes a chunk by itself
 
 
@@ -74,15 +74,15 @@ class AlignedCollator:
                     f"{type(tokenizer).__name__}"
                 )
         self._lengths = (self.max_length_student, self.max_length_teacher)
-        self._rules = [
-            SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, tokenizer.pad_id)
-            for tokenizer in tokenizers
-        ]
+        self._rules = (_rules(tokenizers[0]), _rules(tokenizers[1]))
         self._space = tuple(
             torch.tensor(tokenizer.space_mask(self.space_mask_mode)) for tokenizer in tokenizers
         )
         self._eos = tuple(tokenizer.eos_id for tokenizer in tokenizers)
-        self._encode([Document(text="a")])  # modes that a tokenizer does not know would spoil every row
+        self.chunk_kinds = tuple(self.chunk_kinds)
+        # a mode or kind that cannot be had would spoil every row: try one
+        (probe,) = self._encode([Document(text="a")])
+        self._align(flatten([probe[0]]), flatten([probe[-1]]))
         self._pads = tuple(tokenizer.pad_id or 0 for tokenizer in tokenizers)
 
     def __call__(self, rows: Sequence[Document | Mapping[str, Any]]) -> Batch:
@@ -102,8 +102,7 @@ class AlignedCollator:
         One rank of many may well have none in a micro-batch; the count of the whole step decides there.
         """
         sides = self._tokenize(rows)
-        student_rules, teacher_rules = self._rules
-        kinds = align_kinds(*sides, self.chunk_kinds, student_rules, teacher_rules, self.special_tokens_mode)
+        kinds = self._align(*sides)
         student, teacher = (self._side(number, flat) for number, flat in enumerate(sides))
         return Batch(student, teacher, {kind: self._chunks(kinds[kind], sides) for kind in kinds})
 
@@ -145,6 +144,9 @@ class AlignedCollator:
             documents, tokenizers, mode=self.chat_template_mode, loss_mask_mode=self.loss_mask_mode
         )
 
+    def _align(self, student: FlatTokens, teacher: FlatTokens) -> dict[ChunkKind, Alignment]:
+        return align_kinds(student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode)
+
     def _side(self, number: int, flat: FlatTokens) -> Side:
         return Side(
             ids_BT=self._pad(flat, flat.ids_N.astype(np.int64), self._pads[number]),
@@ -169,6 +171,10 @@ class AlignedCollator:
         result_BT = np.full((len(flat.length_B), T), fill, value_N.dtype)
         result_BT[np.arange(T) < flat.length_B[:, None]] = value_N
         return torch.from_numpy(result_BT)
+
+
+def _rules(tokenizer: Tokenizer) -> SideRules:
+    return SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, tokenizer.pad_id)
 
 
 def has_trained_token(batch: Batch) -> bool:
