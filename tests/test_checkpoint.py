@@ -33,7 +33,6 @@ def save_steps(root, *steps, **options):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(world_size, tmp_path):
-    """Without restoring the random generators this fails: the dropout masks differ (tried)."""
     whole = run_ranks(tiny_run.run, world_size, str(tmp_path / "whole"))[0]
     run_ranks(tiny_run.run, world_size, str(tmp_path / "broken"), 6)
     resumed = run_ranks(tiny_run.run, world_size, str(tmp_path / "broken"))[0]

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,11 +159,22 @@ def damage(folder: Path, manifest: Manifest, names: Collection[str]) -> str | No
     return None
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):
+    """The unpickler written in Python: the one in C fills memory where a number in the file tells it to."""
+
+    # the one operation that would do so here too
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # noqa: RUF012
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
             raise CheckpointError(f"{METADATA} asks for {module}.{name}, which no checkpoint needs: refused")
         return super().find_class(module, name)
+
+
+_UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, struct.error, EOFError, AssertionError, AttributeError, ImportError),
+    *(LookupError, TypeError, ValueError, OverflowError, MemoryError, RecursionError),
+)
 
 
 def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
@@ -177,8 +189,8 @@ def read_metadata(folder: Path, manifest: Manifest) -> Metadata:
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         _check_metadata(metadata, manifest)
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except _UNPICKLING_ERRORS as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
     return metadata
 
 
