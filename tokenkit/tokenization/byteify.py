@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
 from tokenkit.tokenization.generic import generic_family
 from tokenkit.tokenization.prefix import Prefix, find_prefix
+from tokenkit.tokenization.saving import save, to_huggingface
 from tokenkit.tokenization.sources import read_files
 from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
 from tokenkit.tokenization.special_tokens import (
@@ -35,6 +36,11 @@ from tokenkit.tokenization.special_tokens import (
 )
 from tokenkit.tokenization.template import family_of_template
 from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerFast
 
 SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
 MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
@@ -189,6 +195,18 @@ class Tokenizer:
                 "text with chat_template_mode=direct_encode"
             )
         return family_of_template(self.family, self.chat_template, self.control)
+
+    def to_huggingface(self) -> PreTrainedTokenizerFast:
+        """Return the transformers tokenizer with the same ids, special tokens and chat template."""
+        return to_huggingface(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that `AutoTokenizer` loads.
+
+        Raises:
+            FileExistsError: the folder holds a tokenizer already.
+        """
+        save(self, folder)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of all that decides which ids a document gets."""

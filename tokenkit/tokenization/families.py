@@ -154,7 +154,7 @@ FAMILIES: dict[str, Family] = {
             {
                 role: Turn(
                     (Piece(role.capitalize(), (ROLE,)), Piece(":\n", (END_HEADER,))),
-                    (Piece("<|endoftext|>" if role == "assistant" else "\n\n", (END_TURN,)),),
+                    (Piece("<|endoftext|>" if role == "assistant" else "\n", (END_TURN,)),),
                 )
                 for role in _ROLES
             },

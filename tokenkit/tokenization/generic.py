@@ -37,17 +37,17 @@ def generic_family(files: TokenizerFiles) -> Family:
     writes_bos = bos is not None and (
         bos == eos
         or bool(files.config.get("add_bos_token"))
-        or bos in _leading_tokens(files.document.get("post_processor"))
+        or bos in leading_tokens(files.document.get("post_processor"))
     )
     return Family("generic", tokens, writes_bos=writes_bos)
 
 
-def _leading_tokens(post_processor: Mapping[str, Any] | None) -> set[str]:
+def leading_tokens(post_processor: Mapping[str, Any] | None) -> set[str]:
     """Return the special tokens that the post-processor writes in front of a text."""
     if post_processor is None:
         return set()
     if post_processor["type"] == "Sequence":
-        return {token for member in post_processor["processors"] for token in _leading_tokens(member)}
+        return {token for member in post_processor["processors"] for token in leading_tokens(member)}
     leading = set()
     for item in post_processor.get("single") or []:
         if "Sequence" in item:

@@ -1,0 +1,92 @@
+"""A `Tokenizer` as a Hugging Face tokenizer, so that a trained model can be used without tokenkit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenkit.tokenization.backend import build
+from tokenkit.tokenization.generic import leading_tokens
+from tokenkit.tokenization.prefix import with_prepended_space
+from tokenkit.tokenization.template import template_of_family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenkit.tokenization.byteify import Tokenizer
+
+_ROLES = ("bos", "eos", "pad", "unk")
+
+
+def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return the transformers tokenizer with the same ids, special tokens and chat template.
+
+    It writes BOS in front of a text where `encode_documents` does.
+
+    Raises:
+        ValueError: the tokenizers library would number a special token differently.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    document = {**tokenizer.document, "post_processor": _post_processor(tokenizer)}
+    document |= {"truncation": None, "padding": None}
+    if tokenizer.prefix.is_manual:
+        document = with_prepended_space(document)
+    backend = build(document)
+    for string, token_id in tokenizer.control.items():
+        if backend.token_to_id(string) != token_id:
+            raise ValueError(
+                f"special token {string!r} has id {token_id} but would be saved as "
+                f"{backend.token_to_id(string)}: the vocabulary has a hole before it"
+            )
+    tokens = tokenizer.family.tokens
+    names = {f"{role}_token": tokens[role] for role in _ROLES if tokens.get(role) in tokenizer.control}
+    result = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    result.chat_template = _chat_template(tokenizer)
+    return result
+
+
+def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template for `AutoTokenizer`.
+
+    Raises:
+        FileExistsError: the folder holds a tokenizer already.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        raise FileExistsError(f"{folder} already holds a tokenizer.json: choose another folder")
+    to_huggingface(tokenizer).save_pretrained(str(folder))
+    # The class that every transformers with fast tokenizers has; newer ones write the name of its successor.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _chat_template(tokenizer: Tokenizer) -> str | None:
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    return template_of_family(tokenizer.family) if tokenizer.family.turns else None
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return what writes BOS: the tokenizer's own where it does that, or a template."""
+    own = tokenizer.document.get("post_processor")
+    bos = tokenizer.family.tokens.get("bos")
+    writes_bos = tokenizer.family.writes_bos and bos is not None and bos in tokenizer.control
+    is_own = tokenizer.spec.target is None and tokenizer.spec.conversion != "byte"
+    if is_own and (not writes_bos or bos in leading_tokens(own)):
+        return own
+    if not writes_bos or bos is None:
+        return None
+    token = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, second],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
