@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +82,18 @@ def write_durably(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep processes apart while they look at a lock and take it over. It ends with the process."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks have no such locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class RunLock:
     """One run per folder. Use it as a context around everything that writes there.
 
@@ -98,8 +112,9 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         """Take the lock."""
-        while not self._create():
-            self._remove_if_stale()
+        with _one_at_a_time(self.path.parent):
+            while not self._create():
+                self._remove_if_stale()
         threading.Thread(target=self._beat, name="tokenkit-lock", daemon=True).start()
         return self
 
@@ -139,15 +154,7 @@ class RunLock:
                 f"{self.path.parent} is in use by another run ({found}): wait for it, choose another "
                 f"output_dir, or delete {self.path} if you know that run to be gone"
             )
-        aside = self.path.with_name(f"{LOCK_NAME}-stale-{secrets.token_hex(8)}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_text(encoding="utf-8") != found:  # someone took over between the look and the rename
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink()
+        self.path.unlink(missing_ok=True)
 
     def _age(self) -> float:
         """Seconds since the last heartbeat, by the clock of the disk."""
