@@ -36,7 +36,7 @@ CORE = {"structs", "kernels", "losses"}
 """Other trainers pull these in: torch, triton and the standard library alone."""
 
 OWNERS = {
-    "transformers": 4,
+    "transformers": 6,
     "tokenizers": 4,
     "peft": 2,
     "datasets": 2,

@@ -33,7 +33,7 @@ class Target:
     tokens_to_add: tuple[str, ...] = ()
     """Tokens appended to the target tokenizer."""
 
-    special_tokens_mode: SpecialTokensMode = "ignore_pad"
+    special_tokens_mode: SpecialTokensMode = "identity"
     """Special tokens in the losses. identity: a pair of them is a chunk like any other; ignore: no
     chunk holds one; ignore_pad: padding alone is left out."""
 

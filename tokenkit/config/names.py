@@ -1,6 +1,6 @@
 """The names that a configuration may use, without importing what they name.
 
-`tests/test_config.py` holds them against `tokenkit.losses.LOSSES` and its relatives.
+`tests/test_config_names.py` holds them against `tokenkit.losses.LOSSES` and its relatives.
 """
 
 from typing import Literal, get_args
@@ -46,7 +46,7 @@ ChatTemplateMode = Literal[
     "direct_encode_no_force_bos",
     "direct_encode_no_force_bos_no_force_eos",
 ]
-LossMaskMode = Literal["all"]
+LossMaskMode = Literal["assistant", "all"]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]

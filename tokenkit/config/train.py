@@ -131,8 +131,8 @@ class Text:
     direct_encode: BOS, text, EOS, where the names say without one of them."""
 
     loss_mask_mode: LossMaskMode | None = None
-    """Tokens that the losses see. None: all of a plain text, of a conversation what the assistant says;
-    all: every token."""
+    """Tokens that the losses see. None or assistant: what the assistant says, the completion of a prompt, all
+    of a plain text; all: every token."""
 
     def __post_init__(self) -> None:
         at_least("max_length_teacher", self.max_length_teacher, 2)
