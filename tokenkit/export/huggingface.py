@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.causal_lm import CausalLM, quiet_off_terminal
 from tokenkit.tokenization.byteify import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def export_huggingface(
     model = model.to(request.dtype).eval()
     _set_special_ids(model, tokenizer)
 
+    quiet_off_terminal()
     staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     model.save_pretrained(staging, safe_serialization=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,7 @@ def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> 
     from transformers import AutoModelForCausalLM
 
     _check_path(name_or_path)
+    quiet_off_terminal()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -227,6 +229,14 @@ def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> 
             "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
         ) from error
     return CausalLM(model, vocab_size)
+
+
+def quiet_off_terminal() -> None:
+    """Let transformers draw its bars on a terminal only."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _check_path(name_or_path: str) -> None:
