@@ -7,6 +7,7 @@ from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import leaves
 
 LATER = {
+    "use_chat_template": "conversations written without a template",
     "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
     "loss_weight_mode": "trained loss weights",

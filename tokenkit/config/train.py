@@ -124,7 +124,7 @@ class Text:
     """Student tokens of a document; the rest is cut off."""
 
     use_chat_template: bool = True
-    """Write conversations with each tokenizer's own template pieces; no: rows with messages are refused."""
+    """Write conversations with each tokenizer's own template pieces."""
 
     chat_template_mode: ChatTemplateMode = "direct_encode"
     """What is done with a row of plain text. surround_instruct: it becomes the answer to an empty turn;
