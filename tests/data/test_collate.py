@@ -53,8 +53,9 @@ def test_shapes_types_and_padding(word_tokenizer, byte_tokenizer):
             assert chunk_BT.dtype == torch.int32
             assert (chunk_BT[padding] == -1).all()
             assert chunk_BT.max(dim=1).values.min() > 0
-    assert batch.student.eos_id == word_tokenizer.eos_id
-    assert batch.student.space_V.tolist() == word_tokenizer.space_mask().tolist()
+    for tokenizer, side in ((word_tokenizer, batch.student), (byte_tokenizer, batch.teacher)):
+        assert side.eos_id == tokenizer.eos_id
+        assert side.space_V.tolist() == tokenizer.space_mask().tolist()
     assert int(batch.student.ids_BT.max()) < word_tokenizer.vocab_size
 
 
@@ -142,6 +143,19 @@ def test_rows_that_are_no_documents_are_left_out_and_counted(word_tokenizer, byt
     assert batch.student.ids_BT.shape[0] == 2
     assert collator.skipped.total() == 3
     assert all("\ud800" not in reason and "bad" not in reason for reason in collator.skipped)
+
+
+def test_reasons_never_quote_the_text(word_tokenizer, monkeypatch):
+    collator = AlignedCollator(word_tokenizer)
+
+    def fail(documents):
+        raise ValueError(
+            f"tokenizer x would change the text at character 3 ({documents[0].text!r} becomes '')"
+        )
+
+    monkeypatch.setattr(collator, "_encode", fail)
+    collator.collate([{"text": "a secret"}, {"text": "it's another"}])
+    assert collator.skipped == {"tokenizer x would change the text…": 2}
 
 
 def test_a_batch_without_a_trained_token_says_why(word_tokenizer, byte_tokenizer):

@@ -45,7 +45,7 @@ def test_json_lines_that_cannot_be_read_keep_their_place(tmp_path, ending):
         b"",
         b"{broken",
         b'["list"]',
-        b'{"text": "' + b"x" * 5000 + b'"}',
+        b'{"text": "' + b"x" * 20_000 + b'"}',
         b'{"text": "b"}',
     ]
     path.write_bytes(gzip.compress(b"\n".join(lines)) if ending.endswith("gz") else b"\n".join(lines))

@@ -137,6 +137,9 @@ def test_documents_come_from_data_sets_in_proportion_to_the_weights(tmp_path):
     for name, weight in zip("abc", weights, strict=True):
         assert abs(counts[name] / 5000 - weight / 10) < 0.02
     assert sorted(texts(heldout)) == ["a", "b", "c"]
+    other, heldout = open_data(DataOptions(datasets=sources, heldout=HeldoutOptions(documents=2)), seed=1)
+    assert len(heldout) == 2
+    assert texts(other.take(50)) != texts(open_data(DataOptions(datasets=sources))[0].take(50))
 
 
 def test_a_source_keeps_its_order_in_any_mix(fifty, tmp_path):
@@ -165,6 +168,14 @@ def test_skipped_rows_are_counted_by_reason(tmp_path):
         "not UTF-8",
     }
     assert 5 <= mix.skipped.total() <= 10
+
+
+def test_documents_above_the_limit_are_skipped(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "é" * 500}, {"text": "é" * 501}])
+    options = DataOptions(dataset_name=path, heldout=NONE_OUT, bad_rows=BadRowOptions(max_row_bytes=1000))
+    mix, _ = open_data(options)
+    assert texts(mix.take(2)) == ["é" * 500] * 2
+    assert list(mix.skipped) == ["too long"]
 
 
 def test_more_bad_rows_than_the_quota_are_an_error(tmp_path):
