@@ -1,5 +1,7 @@
 """Ranks agree on losses and gradients, and say so where they cannot."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,6 +209,21 @@ def one_fails(world):
 
 def test_where_one_rank_fails_all_raise_and_can_go_on():
     assert all(run_ranks(one_fails, 2))
+
+
+def waits_for_a_rank_that_hangs(world):
+    parallel.set_timeout(world, 1)
+    if world.rank == 1:
+        time.sleep(4)
+        return 0.0
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)tim(ed|e) ?out"):
+        parallel.barrier(world)
+    return time.monotonic() - start
+
+
+def test_a_rank_that_hangs_is_noticed_after_the_timeout():
+    assert 0.5 < run_ranks(waits_for_a_rank_that_hangs, 2)[0] < 3.5
 
 
 def test_a_single_process_needs_no_group(monkeypatch):

@@ -109,6 +109,8 @@ def save(root: Path, state: State, identity: Identity, world: World, *, keep_las
 def _as_checkpoint_error(what: str, world: World) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except (OSError, OtherRankError) as error:
         raise CheckpointError(f"rank {world.rank} could not {what}: {error}") from error
     except CheckpointException as error:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ PANELS = {  # by the first part of a metric's name, in this order
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
 }
+_NOISY = ("loss", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 
 
@@ -136,7 +138,7 @@ class MetricsFile:
 def draw_curves(folder: Path) -> None:
     """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
     series = _series(read_metrics(folder / METRICS_NAME))
-    panels = [(title, series[prefix]) for prefix, title in PANELS.items() if prefix in series]
+    panels = [prefix for prefix in PANELS if prefix in series]
     if not panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -146,21 +148,21 @@ def draw_curves(folder: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.4 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (title, curves) in enumerate(panels):
+    for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for colour, (name, points) in zip(_COLOURS, sorted(curves.items()), strict=False):
+        for colour, (name, points) in zip(cycle(_COLOURS), sorted(series[panel].items()), strict=False):
             steps, values = zip(*points, strict=True)
-            noisy = len(values) > 50
+            noisy = panel in _NOISY and len(values) > 50
             axes.plot(
                 steps, values, color=colour, lw=1, alpha=0.25 if noisy else 1, label=None if noisy else name
             )
             if noisy:
                 axes.plot(steps, _smooth(values), color=colour, lw=1.6, label=name)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(PANELS[panel], fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        if len(curves) > 1:
+        if len(series[panel]) > 1:
             axes.legend(frameon=False, fontsize=8)
     temporary = folder / ".curves.png"
     figure.savefig(temporary, format="png")

@@ -56,7 +56,7 @@ ALLOWED_GLOBALS = frozenset(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written, or is not whole, or is not safe to read."""
 
 
