@@ -1,0 +1,23 @@
+"""Losses as a user would write them, named `tests.training.own_losses:function`."""
+
+import torch
+
+from tokenkit.losses import clm_loss
+from tokenkit.structs import LossTerm
+
+
+def double_clm(student, teacher, batch):
+    """Twice the cross entropy, over the default count."""
+    term = clm_loss(student, batch)
+    return LossTerm(2 * term.total, term.count)
+
+
+def wrong_count(student, teacher, batch):
+    """Sums over documents, but does not say so before the student runs."""
+    return LossTerm(clm_loss(student, batch).total, torch.tensor(len(batch.student.length_B)))
+
+
+def not_finite(student, teacher, batch):
+    """NaN in value and gradient."""
+    term = clm_loss(student, batch)
+    return LossTerm(term.total * float("nan"), term.count)

@@ -1,0 +1,158 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import tiny_model
+from tokenkit.models.causal_lm import Vocabulary
+from tokenkit.parallel import World
+from tokenkit.training.build import build
+from tokenkit.training.loop import train
+from tokenkit.training.step import NonFiniteError, train_step
+
+SINGLE = World(0, 1, torch.device("cpu"), None)
+
+
+def measured(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "none"])
+def test_a_run_lowers_its_losses_and_exports_a_model_that_loads(make_config, tmp_path, mode):
+    config = make_config(train_model_mode=mode, steps=12, eval_interval=6, eval_at_step_zero="true")
+    assert train(config) == 0
+    run = tmp_path / "run"
+    bits = measured(run, "bits_per_byte/student")
+    assert bits[-1] < bits[0]
+    assert len(set(measured(run, "bits_per_byte/teacher"))) == 1, "the teacher moved"
+
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert model.config.vocab_size % 64 == 0
+    assert len(tokenizer) <= model.config.vocab_size
+    ids = tokenizer("The cats sat", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(out[0], skip_special_tokens=True).startswith("The cats sat")
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "outcome.json", "checkpoints", "export"} <= names
+
+
+def test_adapters_and_embeddings_alone_keep_one_copy_of_the_body(make_config):
+    for mode in ("lora", "none"):
+        model = build(make_config(train_model_mode=mode), SINGLE).run.model
+        assert isinstance(model.teacher, Vocabulary)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert all("lora_" in name or "embed_tokens" in name or "lm_head" in name for name in names)
+
+
+def test_embeddings_can_be_left_alone(make_config):
+    model = build(make_config(train_embeddings="false"), SINGLE).run.model
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_teacher_of_another_width_and_tokenizer(make_config, workspace, tmp_path):
+    import shutil
+
+    shutil.copytree(workspace / "model", tmp_path / "teacher")
+    tiny_model(hidden_size=48, seed=1).save_pretrained(tmp_path / "teacher")
+    config = make_config(teacher__pretrained_model_name_or_path=tmp_path / "teacher", steps=2)
+    assert train(config) == 0
+
+
+def test_a_student_that_keeps_its_tokenizer_and_its_weights_is_at_the_minimum(make_config, workspace):
+    config = make_config(
+        target_tokenizer_name=workspace / "model", losses=["alm_unconstrained"], train_model_mode="full"
+    )
+    parts = build(config, SINGLE)
+    report = train_step(parts.run, next(parts.batches))
+    assert report.grad_norm < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_low_precision_trains_float32_parameters(make_config, dtype, mode):
+    parts = build(make_config(dtype=dtype, train_model_mode=mode), SINGLE)
+    reports = [train_step(parts.run, next(parts.batches)) for _ in range(3)]
+    assert {p.dtype for p in parts.run.model.parameters() if p.requires_grad} == {torch.float32}
+    assert not any(report.skipped for report in reports)
+    exact = build(make_config(train_model_mode=mode), SINGLE)
+    first = train_step(exact.run, next(exact.batches))
+    assert reports[0].losses["clm"] == pytest.approx(first.losses["clm"], rel=0.02)
+
+
+def test_gradient_checkpointing_changes_no_number(make_config):
+    losses = []
+    for value in ("true", "false"):
+        parts = build(make_config(gradient_checkpointing=value, train_model_mode="full"), SINGLE)
+        report = train_step(parts.run, next(parts.batches))
+        losses.append((report.loss, report.grad_norm))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_users_own_loss(make_config):
+    own = "tests.training.own_losses:double_clm"
+    parts = build(make_config(losses=["clm", own]), SINGLE)
+    report = train_step(parts.run, next(parts.batches))
+    assert report.losses[own] == pytest.approx(2 * report.losses["clm"], rel=1e-6)
+
+
+def test_a_users_loss_with_a_count_of_its_own_is_told_to_say_so(make_config):
+    parts = build(make_config(losses=["tests.training.own_losses:wrong_count"]), SINGLE)
+    with pytest.raises(ValueError, match=r"give the function an attribute `count\(teacher, batch\)`"):
+        train_step(parts.run, next(parts.batches))
+
+
+def test_a_loss_that_is_not_finite_is_named_and_updates_nothing(make_config, tmp_path):
+    own = "tests.training.own_losses:not_finite"
+    config = make_config(losses=["clm", own])
+    parts = build(config, SINGLE)
+    before = {name: p.detach().clone() for name, p in parts.run.model.named_parameters()}
+    with pytest.raises(NonFiniteError, match=f"loss {own} is not finite at step 0"):
+        train_step(parts.run, next(parts.batches))
+    assert all(torch.equal(before[name], p) for name, p in parts.run.model.named_parameters())
+    with pytest.raises(NonFiniteError):
+        train(config)
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["code"] == 70
+
+
+def test_a_dry_run_writes_nothing(make_config, tmp_path, capsys):
+    assert train(make_config(dry_run="true")) == 0
+    assert not (tmp_path / "run").exists()
+    assert "dry run: clm" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt"):
+        train(make_config())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_an_old_export_is_refused_before_training(make_config, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("precious")
+    with pytest.raises(FileExistsError, match="move it away, or name another folder with export_to"):
+        train(make_config(export_to=tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length_new": 500}, "max_length_new is 500, but the model has 128 positions"),
+        ({"student.tokenizer_name": "TARGET"}, "400 ids but the model's embedding only 300 rows"),
+        ({"data.dataset_name": "./nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"target_tokenizer_name": "./nowhere"}, "nowhere"),
+        ({"data.text_field": "body"}, "body"),
+        ({"model_lora_layers": "7"}, "the model's layers are 0 to 1"),
+        ({"optimizer.param_groups": '[{pattern: "nothing", lr_scale: 2}]'}, "matches none"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_step(make_config, workspace, tmp_path, changes, message):
+    changes = {name: workspace / "target" if value == "TARGET" else value for name, value in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(make_config(**changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,96 @@
+"""Killed anywhere and resumed: the same curve, the same weights, bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
+from tokenkit.metrics import ExitCode
+from tokenkit.training import loop
+from tokenkit.training.reports import Reports
+
+
+def run_in_rank(world, config, die_at):
+    """Train inside a forked rank; SIGKILL this process once step `die_at` was reported."""
+    loop.start = lambda **_: world
+    if die_at is not None:
+        report = Reports.step
+
+        def report_and_die(self, step, *args, **kwargs):
+            report(self, step, *args, **kwargs)
+            if step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Reports.step = report_and_die
+    return int(loop.train(config))
+
+
+def curve(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "mode", "die_at"), [(1, "full", 5), (1, "lora", 3), (2, "full", 4), (2, "lora", 5)]
+)
+def test_a_killed_run_resumes_to_the_same_bits(make_config, tmp_path, world_size, mode, die_at):
+    changes = {"steps": 6, "train_model_mode": mode, "model_lora_dropout": 0.1 if mode == "lora" else 0.0}
+    whole = make_config(**changes, output_dir=tmp_path / "whole")
+    assert run_ranks(run_in_rank, world_size, whole, None, always_shard=False) == [ExitCode.DONE] * world_size
+
+    broken = make_config(**changes, output_dir=tmp_path / "broken", resume="true")
+    codes = wait_ranks(start_ranks(run_in_rank, world_size, broken, die_at, always_shard=False))
+    assert KILLED in codes
+    assert (
+        run_ranks(run_in_rank, world_size, broken, None, always_shard=False) == [ExitCode.DONE] * world_size
+    )
+
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    weights = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "broken")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def stop_after_two(world, config):
+    """Train, but ask this process to stop once step 2 was reported."""
+    loop.start = lambda **_: world
+    report = Reports.step
+
+    def report_and_ask(self, step, *args, **kwargs):
+        report(self, step, *args, **kwargs)
+        if step == 2 and world.rank == world.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Reports.step = report_and_ask
+    return int(loop.train(config))
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_exits_with_75(make_config, tmp_path):
+    config = make_config(steps=5, save_interval=5, output_dir=tmp_path / "run")
+    assert run_ranks(stop_after_two, 2, config, always_shard=False) == [ExitCode.PREEMPTED] * 2
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "preempted"
+
+    resumed = make_config(steps=5, save_interval=5, output_dir=tmp_path / "run", resume="true")
+    assert run_ranks(run_in_rank, 2, resumed, None, always_shard=False) == [ExitCode.DONE] * 2
+    assert [line["step"] for line in curve(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_another_configuration_is_refused_with_the_difference(make_config, tmp_path):
+    loop.train(make_config(steps=2, output_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02"):
+        loop.train(
+            make_config(
+                steps=2,
+                output_dir=tmp_path / "run",
+                resume="true",
+                optimizer__learning_rate=0.02,
+                export_to=tmp_path / "elsewhere",
+            )
+        )
