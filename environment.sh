@@ -21,7 +21,9 @@ find_python() {
       return
     fi
   done
-  say "Python 3.11 or newer is needed; found: $("${PYTHON:-python3}" --version 2>&1 || true)"
+  local found
+  found=$("${PYTHON:-python3}" --version 2>/dev/null) || found="no ${PYTHON:-python3}"
+  say "Python 3.11 or newer is needed; found: $found"
   say "install one, or name it: PYTHON=/path/to/python3.11 bash environment.sh"
   return 1
 }
@@ -42,6 +44,7 @@ if is_current; then
   exit 0
 fi
 
+[ -x "$venv/bin/python" ] || python=$(find_python)
 mkdir -p "$(dirname "$venv")"
 if command -v flock >/dev/null; then
   exec 9>"$venv.lock"
@@ -52,7 +55,6 @@ if command -v flock >/dev/null; then
 fi
 
 if [ ! -x "$venv/bin/python" ]; then
-  python=$(find_python)
   say "making $venv with $python"
   "$python" -m venv "$venv"
 fi
