@@ -90,7 +90,7 @@ def _fold_kernel(
         tl.store(shift_ptr + n, m)
     if FROZEN:
         if HAS_CAP:
-            p *= 1.0 - (z / cap) * (z / cap)
+            p *= tl.where(mask, 1.0 - (z / cap) * (z / cap), 0.0)  # z is −inf behind the end
         p = tl.where(is_target, 0.0, p)
         tl.store(p_ptr + n * V + offs_v, p.to(p_ptr.dtype.element_ty), mask=mask)
         tl.store(shift_ptr + n, shrink)
@@ -130,9 +130,8 @@ def _dlogits_kernel(
         if HAS_CAP:
             tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0)
             z = cap * tanh
+            factor = factor * (1.0 - tanh * tanh)
         dz = tl.exp(z - tl.load(lse_ptr + n)) * factor
-        if HAS_CAP:
-            dz *= 1.0 - (z / cap) * (z / cap)
     is_target = offs_v == tl.load(position_ptr + n) - start
     dz = tl.where(is_target, tl.load(dz_target_ptr + n), dz)
     tl.store(dz_ptr + n * V + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -151,6 +150,11 @@ def fold(
     return _fold_torch(z_NV, bias_V, tile, plan, sums, p_NV)
 
 
+def fold_warps(V: int) -> int:
+    """Warps of one program of `_fold_kernel`: at most 32 numbers of the row in each thread."""
+    return 8 if V > 2048 else 4
+
+
 def _fold_triton(
     z_NV: Tensor, bias_V: Tensor | None, tile: Tile, plan: Plan, sums: Sums, p_NV: Tensor | None
 ) -> Tensor:
@@ -164,7 +168,7 @@ def _fold_triton(
             plan.alpha, plan.cap or 1.0,
             HAS_BIAS=bias_V is not None, HAS_CAP=plan.cap is not None,
             CACHED=plan.mode == "cached", FROZEN=plan.mode == "frozen",
-            BLOCK_V=triton.next_power_of_2(V), num_warps=8 if V > 2048 else 4,
+            BLOCK_V=triton.next_power_of_2(V), num_warps=fold_warps(V),
         )  # fmt: skip
     return shift_N
 

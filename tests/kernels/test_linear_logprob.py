@@ -21,8 +21,8 @@ CACHED, RECOMPUTE = 1 << 30, 0
 SHAPES = [
     (1, 1, 1),  # nothing to tile
     (7, 33, 16),  # odd everywhere: three tiles, the last one of a single column
-    (16, 64, 32),  # exact multiples
-    (33, 65, 24),  # one past everything
+    (16, 32, 32),  # exact multiples
+    (17, 49, 24),  # one past everything
 ]
 NAMES = ("logp", "subset_logp", "is_top1", "lse", "dhidden", "dweight", "dbias")
 
@@ -94,3 +94,215 @@ MODES = pytest.mark.parametrize(
 @MODES
 def test_matches_float64(mode, N, V, D, dtype, scale, executor, device):
     assert_like_eager(dtype, make(N, V, D, device, scale=scale), **mode)
+
+
+@pytest.mark.parametrize(
+    "head", [{"softcap": 4.0, "scale": 1.7}, {"vocab_size": 50}], ids=["softcap", "padded"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@MODES
+def test_head_options_reach_values_and_gradients(mode, dtype, head, executor, device):
+    hidden, weight, bias, target, mask, upstream = make(9, 65, 16, device)
+    V = head.get("vocab_size", 65)
+    inputs = hidden, weight, bias, target.clamp(max=V - 1), mask[:V], upstream
+    assert_like_eager(dtype, inputs, head=head, temperature=0.6, **mode)
+
+
+@MODES
+def test_without_subset_or_bias(mode, executor, device):
+    inputs = make(9, 65, 16, device, bias=False, subset=False)
+    inputs = (*inputs[:5], inputs[5])
+    assert_like_eager(torch.float32, inputs, **mode)
+
+
+@MODES
+def test_a_certain_target_keeps_its_small_gradient(mode, executor, device):
+    """p > 0.999: 1 − p in 16 bits would be 0 or 100 % off. float32's lse leaves it 1e-6 absolutely."""
+    hidden = torch.eye(4, 8, device=device)
+    weight = 12.0 * torch.eye(40, 8, device=device)
+    target = torch.arange(4, device=device)
+    mask = torch.arange(40, device=device) < 2
+    inputs = (hidden, weight, None, target, mask, torch.tensor([[1.0, 2.0, 0.5, 3.0]] * 3, device=device))
+    truth = run(reference.linear_logprob, torch.float64, inputs)
+    assert 0.999 < truth["logp"].exp().min() < 0.9999
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 2**-7)):
+        kernel = run(linear_logprob, dtype, inputs, **{"workspace_bytes": RECOMPUTE, **mode})
+        for name in ("logp", "subset_logp", "dhidden"):
+            torch.testing.assert_close(
+                kernel[name].double(), truth[name], rtol=tolerance, atol=2e-6, msg=name
+            )
+
+
+@MODES
+def test_logits_of_80_neither_overflow_nor_lose_the_subset(mode, executor, device):
+    """Rows where the subset's mass is e^-160: its log and its gradient are those of float64."""
+    weight = torch.zeros(40, 4, device=device)
+    weight[20, 0], weight[3, 0], weight[37, 1] = 80.0, -80.0, 80.0
+    weight[:, 2] = torch.linspace(-1, 1, 40, device=device)
+    hidden = torch.tensor([[1.0, 0, 1, 0], [-1.0, 0, 1, 0], [0.0, 1, 1, 0]], device=device)
+    mask = torch.zeros(40, dtype=torch.bool, device=device)
+    mask[3] = mask[4] = True
+    target = torch.tensor([3, 3, 37], device=device)
+    inputs = (hidden, weight, None, target, mask, torch.rand(3, 3, device=device))
+    truth = run(reference.linear_logprob, torch.float64, inputs)
+    kernel = run(linear_logprob, torch.float32, inputs, **{"workspace_bytes": RECOMPUTE, **mode})
+    assert truth["subset_logp"].min() < -75
+    for name in ("logp", "subset_logp", "lse", "dhidden"):
+        torch.testing.assert_close(kernel[name].double(), truth[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@MODES
+def test_16_bit_inputs_lose_only_their_own_rounding(mode, executor, device):
+    """Logits and sums are float32: logp is exact to 1e-5, gradients to the rounding of dz."""
+    hidden, weight, _, target, mask, upstream = make(17, 65, 24, device, scale=8.0)
+    inputs = (hidden.bfloat16(), weight.bfloat16(), None, target, mask, upstream)
+    truth = run(reference.linear_logprob, torch.float64, inputs)
+    kernel = run(linear_logprob, torch.bfloat16, inputs, **{"workspace_bytes": RECOMPUTE, **mode})
+    for name, tolerance in (("logp", 1e-5), ("subset_logp", 1e-5), ("lse", 1e-6), ("dhidden", 5e-3)):
+        error = (kernel[name].double() - truth[name]).abs().max() / truth[name].abs().max()
+        assert error <= tolerance, (name, error)
+
+
+@MODES
+def test_modes_are_chosen_by_gradients_and_budget(mode, device):
+    hidden, weight, _, target, _, _ = make(4, 40, 8, device)
+    head = Head(weight.requires_grad_(not mode.get("frozen")))
+    plan = module._plan(hidden.requires_grad_(), head, target, None, 1.0, mode.get("workspace_bytes", 0))
+    expected = {RECOMPUTE: "recompute", CACHED: "cached"}.get(mode.get("workspace_bytes"), "frozen")
+    assert plan.mode == expected
+    with torch.no_grad():
+        assert module._plan(hidden, head, target, None, 1.0, CACHED).mode == "statistics"
+
+
+@MODES
+def test_gradcheck(mode, device):
+    hidden, weight, bias, target, mask, _ = make(3, 33, 5, device)
+    hidden = hidden.double().requires_grad_()
+    weight, bias = (x.double().requires_grad_(not mode.get("frozen")) for x in (weight, bias))
+
+    def values(*tensors):
+        hidden, weight, bias = tensors
+        head = Head(weight, bias, softcap=3.0 if mode.get("frozen") else None, scale=0.7)
+        budget = mode.get("workspace_bytes", 0)
+        result = linear_logprob(hidden, head, target, subset_V=mask, workspace_bytes=budget)
+        return result.logp_N, result.subset_logp_N, result.lse_N
+
+    assert torch.autograd.gradcheck(values, (hidden, weight, bias))
+
+
+@MODES
+def test_a_second_backward_gives_the_same(mode, executor, device):
+    hidden, weight, _, target, mask, _ = make(9, 40, 8, device)
+    hidden.requires_grad_()
+    weight.requires_grad_(not mode.get("frozen"))
+    inputs = [hidden] if mode.get("frozen") else [hidden, weight]
+    budget = mode.get("workspace_bytes", 0)
+    result = linear_logprob(hidden, Head(weight), target, subset_V=mask, workspace_bytes=budget)
+    total = result.logp_N.sum() + result.subset_logp_N.sum()
+    first = torch.autograd.grad(total, inputs, retain_graph=True)
+    second = torch.autograd.grad(total, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@MODES
+@pytest.mark.parametrize("N", [0, 4])
+def test_ignored_rows_are_zero_and_pull_nothing(mode, N, executor, device):
+    hidden = torch.randn(N, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=not mode.get("frozen"))
+    target = torch.full((N,), IGNORE, device=device)
+    budget = mode.get("workspace_bytes", 0)
+    result = linear_logprob(hidden, Head(weight), target, workspace_bytes=budget)
+    result.logp_N.sum().backward()
+    assert result.logp_N.shape == (N,)
+    assert not result.logp_N.any()
+    assert not result.is_top1_N.any()
+    assert not hidden.grad.any()
+    assert mode.get("frozen") or not weight.grad.any()
+
+
+@MODES
+def test_an_ignored_row_still_has_its_mass_and_its_gradient(mode, executor, device):
+    hidden, weight, _, _, mask, upstream = make(5, 40, 8, device)
+    target = torch.full((5,), IGNORE, device=device)
+    assert_like_eager(torch.float32, (hidden, weight, None, target, mask, upstream), **mode)
+
+
+@MODES
+def test_repeats_bit_for_bit(mode, executor, device):
+    inputs = make(9, 33, 8, device)
+    options = {"workspace_bytes": RECOMPUTE, **mode}
+    first, second = (run(linear_logprob, torch.float32, inputs, **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_product_that_nobody_needs(device, monkeypatch):
+    """A frozen head multiplies no dW, constant hidden states no dX: autograd would drop both silently."""
+    calls = []
+    for name in ("_write_product", "_add_product"):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1]
+        )
+    hidden, weight, _, target, _, _ = make(4, 40, 8, device)
+    linear_logprob(hidden, Head(weight.requires_grad_()), target).logp_N.sum().backward()
+    assert set(calls) == {"_write_product"}
+    calls.clear()
+    linear_logprob(hidden.requires_grad_(), Head(weight.detach()), target).logp_N.sum().backward()
+    assert set(calls) == {"_add_product"}
+    calls.clear()
+    with torch.no_grad():
+        linear_logprob(hidden, Head(weight), target)
+    assert not calls
+
+
+def test_the_head_option_of_16_bit_cache_is_refused_under_a_softcap(device):
+    hidden, weight, _, target, _, _ = make(4, 40, 8, device)
+    head = Head(weight.requires_grad_(), softcap=5.0)
+    assert module._plan(hidden, head, target, None, 1.0, CACHED).mode == "recompute"
+
+
+def test_a_subset_may_be_split_beforehand_and_be_shorter_than_the_head(device):
+    hidden, weight, _, target, mask, _ = make(6, 40, 8, device)
+    short = mask[:30]
+    short[0] = True
+    padded = torch.nn.functional.pad(short, (0, 10))
+    values = [
+        linear_logprob(hidden, Head(weight), target, subset_V=x).subset_logp_N
+        for x in (padded, short, module.split_vocabulary(short))
+    ]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+
+
+def test_the_whole_vocabulary_as_subset_has_mass_one(executor, device):
+    hidden, weight, _, target, _, upstream = make(6, 40, 8, device)
+    everything = torch.ones(40, dtype=torch.bool, device=device)
+    result = run(linear_logprob, torch.float32, (hidden, weight, None, target, everything, upstream))
+    assert not result["subset_logp"].any()
+    assert torch.isfinite(result["dhidden"]).all()
+
+
+BAD = {
+    "hidden and weight differ": (dict(weight=torch.zeros(5, 9)), r"\(4, 8\) and \(5, 9\)"),
+    "targets per row": (dict(target=torch.zeros(3, dtype=torch.long)), r"one id per row .* \(4\)"),
+    "dtypes differ": (dict(weight=torch.zeros(5, 8).half()), "cast the head once"),
+    "target outside": (dict(target=torch.tensor([0, 1, 5, 2])), "the other model's tokenizer"),
+    "negative target": (dict(target=torch.tensor([0, 1, -1, 2])), r"-1 to 2"),
+    "subset too long": (dict(subset=torch.ones(6, dtype=torch.bool)), "covers 6 ids but the head has 5"),
+    "subset empty": (dict(subset=torch.zeros(5, dtype=torch.bool)), "holds no id"),
+    "subset not bool": (dict(subset=torch.ones(5)), "bool mask"),
+    "vocab_size": (dict(vocab_size=6), r"\[1, 5\]"),
+    "temperature": (dict(temperature=0.0), "positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    change, message = BAD[name]
+    head = Head(change.get("weight", torch.zeros(5, 8)), vocab_size=change.get("vocab_size"))
+    target = change.get("target", torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(
+            torch.zeros(4, 8), head, target,
+            subset_V=change.get("subset"), temperature=change.get("temperature", 1.0),
+        )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Compile every Triton kernel for GPUs that are not here, and report what each would use. Run as a script.
+
+    python -m tests.kernels.aot          prints JSON, one record per kernel, variant and architecture
+
+It must run without TRITON_INTERPRET, in a process of its own, with an empty TRITON_CACHE_DIR. A launch is
+imitated through `warmup` under a stub driver, so arguments are specialised as they would be.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from tokenkit.kernels import alm_difference, chunk_likelihood, logprob_tile
+
+ARCHITECTURES = (80, 90, 100)
+F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class StubDriver:
+    """Claims a GPU of one architecture; the device index differs, because compiled kernels are kept by it."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def launches():
+    """Yield (name, kernel, positional arguments, keyword arguments), as the launchers pass them."""
+    fold, dlogits = logprob_tile._fold_kernel, logprob_tile._dlogits_kernel
+    for name, flags in {
+        "statistics": {},
+        "cached": {"CACHED": True},
+        "frozen": {"FROZEN": True},
+        "frozen softcap bias": {"FROZEN": True, "HAS_CAP": True, "HAS_BIAS": True},
+    }.items():
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "CACHED", "FROZEN"), False) | flags
+        bias = BF16 if flags["HAS_BIAS"] else None
+        p = BF16 if flags["CACHED"] or flags["FROZEN"] else None
+        for V in (8192,):
+            arguments = (F32, bias, I64, F32, F32, F32, p, F32, 4096, V, 1.0, 1.0)
+            yield f"fold {name} {V}", fold, arguments, flags | {
+                "BLOCK_V": V, "num_warps": logprob_tile.fold_warps(V)
+            }  # fmt: skip
+    for name, source, flags in (
+        ("recompute", F32, {}),
+        ("recompute softcap bias", F32, {"HAS_CAP": True, "HAS_BIAS": True}),
+        ("cached", BF16, {"CACHED": True}),
+    ):
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "CACHED"), False) | flags
+        bias = BF16 if flags["HAS_BIAS"] else None
+        arguments = (source, bias, I64, F32, F32, F32, BF16, 4096, 4096, 1.0, 1.0)
+        yield f"dlogits {name}", dlogits, arguments, flags | {"BLOCK_V": logprob_tile.BLOCK_V}
+    yield "rescale", logprob_tile._rescale_kernel, (F32, F32, 4096), {"BLOCK_D": logprob_tile.BLOCK_D}
+    yield (
+        "span_sum", chunk_likelihood._span_sum_kernel, (F32, I64, I64, F32, 1024, 2048, 16384),
+        {"BLOCK_C": chunk_likelihood.BLOCK_C},
+    )  # fmt: skip
+    for kind in alm_difference.DIFFERENCES:
+        options = {"KIND": kind, "TEMPERATURE": 100.0, "ALPHA": 0.5, "EPSILON": alm_difference.EPS}
+        options["BLOCK_C"] = alm_difference.BLOCK_C
+        yield f"difference {kind}", alm_difference._difference_kernel, (F32, F32, F32, F32, 16384), options
+
+
+def resources(compiled):
+    """Return registers, stack and local bytes of a compiled kernel, as its own machine code states them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
+    registers, stack, local = (int(re.search(rf"{x}:(\d+)", text)[1]) for x in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "stack": stack, "local": local, "shared": compiled.metadata.shared}
+
+
+def main():
+    records = []
+    for architecture in ARCHITECTURES:
+        driver.set_active(StubDriver(architecture))
+        for name, kernel, arguments, options in launches():
+            compiled = kernel.warmup(*arguments, grid=(1,), **options)
+            records.append({"kernel": name, "sm": architecture, **resources(compiled)})
+    json.dump(records, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without spilling, within shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that one block may have
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.kernels.aot"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def test_every_kernel_compiles_for_every_architecture(records):
+    kernels = {record["kernel"].split()[0] for record in records}
+    assert kernels == {"fold", "dlogits", "rescale", "span_sum", "difference"}
+    assert {record["sm"] for record in records} == set(SHARED_BYTES)
+
+
+def test_nothing_spills(records):
+    assert [r for r in records if r["stack"] or r["local"]] == []
+
+
+def test_shared_memory_and_registers_fit(records):
+    assert [r for r in records if r["shared"] > SHARED_BYTES[r["sm"]]] == []
+    assert max(r["registers"] for r in records) <= 128, "two blocks of 256 threads no longer fit an SM"
