@@ -148,7 +148,7 @@ def cut(text: str) -> Iterator[str]:
 
 def train_tokenizer(text: Path, folder: Path, vocab_size: int, *, split_digits: bool) -> None:
     """Train a byte-level BPE tokenizer and save it in Hugging Face layout."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -164,6 +164,7 @@ def train_tokenizer(text: Path, folder: Path, vocab_size: int, *, split_digits: 
     )
     lines = text.read_text(encoding="utf-8").splitlines()
     tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(folder)
 
@@ -228,7 +229,7 @@ def samples(folder: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = []
     for prompt in PROMPTS:
-        inputs = tokenizer(tokenizer.bos_token + prompt, add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         texts.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     return texts

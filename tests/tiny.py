@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 TEXT = [
@@ -90,6 +90,10 @@ def sentencepiece_bpe(folder: Path, vocab_size: int = 400) -> Path:
 
 
 def _save(folder: Path, tokenizer: Tokenizer, bos: str, eos: str, **more: str) -> Path:
+    bos_id = tokenizer.token_to_id(bos)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+    )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, **more)
     wrapped.save_pretrained(folder)
     return folder

@@ -9,6 +9,7 @@ within one setting of the lengths; documents cut elsewhere give other numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.chat import Document, encode_documents
 
 Bools = NDArray[np.bool_]
-BITS_PER_NAT = 1 / np.log(2.0)
+BITS_PER_NAT = 1 / math.log(2.0)
 
 
 @dataclass(frozen=True, slots=True)

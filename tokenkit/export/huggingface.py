@@ -7,6 +7,7 @@ The folder is written beside its final name, loaded back with the Auto classes, 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import linear_logprob
@@ -24,6 +27,14 @@ from tokenkit.tokenization.byteify import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PLAIN_TOKENIZER = '''"""The tokenizer of tokenizer.json, as it is."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class PlainTokenizer(PreTrainedTokenizerFast):
+    """Reads tokenizer.json; adds nothing."""
+'''
 SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
 
 
@@ -68,6 +79,7 @@ def export_huggingface(
     staging.mkdir(parents=True)
     model.save_pretrained(staging, safe_serialization=True)
     tokenizer.save(staging)
+    _make_auto_tokenizer_keep_it(staging, tokenizer)
     (staging / "README.md").write_text(model_card(request.facts or {}), encoding="utf-8")
     _check(staging, model, tokenizer)
     if folder.exists():
@@ -127,14 +139,39 @@ def _set_special_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         setattr(model.generation_config, key, value)
 
 
+def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
+    return tokenizer.encode(tokenizer.normalize(SAMPLE)).ids
+
+
+def _ids_of_reload(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return list(loaded(tokenizer.normalize(SAMPLE), add_special_tokens=False)["input_ids"])
+
+
+def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer) -> None:
+    """Keep `AutoTokenizer` from rebuilding the tokenizer in the way of the model's architecture.
+
+    For some model types (qwen2, phi3) transformers 5 ignores the class that tokenizer_config.json names
+    and puts the new vocabulary behind the old architecture's pre-tokenizer: other ids, no warning. A class
+    of the folder's own takes precedence, and where its code is not trusted the file is read as it is.
+    """
+    if _ids_of_reload(folder, tokenizer) == _sample_ids(tokenizer).tolist():
+        return
+    (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_plain.PlainTokenizer"]}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @torch.no_grad()
 def _check(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    text = tokenizer.normalize(SAMPLE)
-    ids = tokenizer.encode(text).ids
-    loaded_tokenizer = AutoTokenizer.from_pretrained(folder)
-    got = list(loaded_tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = _sample_ids(tokenizer)
+    got = _ids_of_reload(folder, tokenizer)
     if got != ids.tolist():
         raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids.tolist()}")
 

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
+from tokenkit.embeddings.fvt import METHODS, row_sources, transfer_vocabulary
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    byte_level_bpe(folder / "small", 300)
+    byte_level_bpe(folder / "large", 420, bos="<begin>", eos="<end>")
+    sentencepiece_bpe(folder / "pieces", 400)
+    named = {path.name: load_tokenizer(str(path)) for path in folder.iterdir()}
+    return {**named, "byte": load_tokenizer("byte")}
+
+
+def test_same_bytes_take_the_old_row_and_others_the_mean_of_their_pieces(tokenizers):
+    old, new = tokenizers["small"], tokenizers["large"]
+    sources = row_sources(old, new)
+    old_WD = torch.randn(old.vocab_size, 8)
+    new_VD = sources.rows(old_WD, new.vocab_size)
+    for token_id, raw in enumerate(new.token_bytes):
+        if new.is_special_V[token_id]:
+            continue
+        pieces = old.encode(raw.decode()).ids if _is_text(raw) else None
+        method = METHODS[sources.method_V[token_id]]
+        if raw in old.token_bytes:
+            assert method == "same_bytes"
+            torch.testing.assert_close(new_VD[token_id], old_WD[old.token_bytes.index(raw)])
+        elif pieces is not None:
+            assert method == "mean_of_pieces"
+            torch.testing.assert_close(new_VD[token_id], old_WD[pieces].mean(0))
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_special_tokens_go_by_role_whatever_they_are_called(tokenizers):
+    old, new = tokenizers["small"], tokenizers["large"]
+    old_WD = torch.randn(old.vocab_size, 8)
+    new_VD = row_sources(old, new).rows(old_WD, new.vocab_size)
+    torch.testing.assert_close(new_VD[new.bos_id], old_WD[old.bos_id])
+    torch.testing.assert_close(new_VD[new.eos_id], old_WD[old.eos_id])
+
+
+def test_one_token_in_two_roles_is_made_of_both(tokenizers, tmp_path):
+    old = tokenizers["small"]
+    new = load_tokenizer(str(byte_level_bpe(tmp_path, 300, bos="<|both|>", eos="<|both|>")))
+    old_WD = torch.randn(old.vocab_size, 8)
+    new_VD = row_sources(old, new).rows(old_WD, new.vocab_size)
+    torch.testing.assert_close(new_VD[new.bos_id], old_WD[[old.bos_id, old.eos_id]].mean(0))
+
+
+@pytest.mark.parametrize("old", ["small", "large", "pieces", "byte"])
+@pytest.mark.parametrize("new", ["small", "large", "pieces", "byte"])
+def test_every_row_has_a_method_and_bytes_always_reach_some_old_row(tokenizers, old, new):
+    sources = row_sources(tokenizers[old], tokenizers[new])
+    report = sources.report()
+    assert sum(report.values()) == tokenizers[new].vocab_size
+    without = np.flatnonzero(sources.method_V == METHODS.index("mean_of_all"))
+    assert all(tokenizers[new].is_special_V[i] for i in without), "all old ones here can write any byte"
+
+
+def test_a_piece_inside_a_word_is_not_written_with_the_space_that_begins_a_text(tokenizers):
+    old = tokenizers["pieces"]
+    sources = row_sources(old, tokenizers["large"])
+    inside = [i for i, raw in enumerate(tokenizers["large"].token_bytes) if raw.isalpha() and len(raw) > 1]
+    for token_id in inside:
+        start = sources.offset_V[token_id]
+        end = sources.offset_V[token_id + 1] if token_id + 1 < len(sources.offset_V) else None
+        spelled = b"".join(old.token_bytes[i] for i in sources.old_ids_K[start:end].tolist())
+        assert spelled == tokenizers["large"].token_bytes[token_id]
+
+
+@given(st.integers(0, 100), st.integers(1, 9))
+@settings(max_examples=10, deadline=None)
+def test_padding_rows_are_the_mean_row(tokenizers, extra, width):
+    old, new = tokenizers["small"], tokenizers["byte"]
+    old_WD = torch.randn(old.vocab_size, width)
+    new_VD = row_sources(old, new).rows(old_WD, new.vocab_size + extra)
+    for row in new_VD[new.vocab_size :]:
+        torch.testing.assert_close(row, old_WD.mean(0))
+
+
+def test_it_is_deterministic(tokenizers):
+    first, second = (row_sources(tokenizers["pieces"], tokenizers["large"]) for _ in range(2))
+    assert torch.equal(first.old_ids_K, second.old_ids_K)
+    assert torch.equal(first.offset_V, second.offset_V)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_input_and_output_embeddings_are_made_separately(tokenizers, tied):
+    old, new = tokenizers["small"], tokenizers["large"]
+    model = CausalLM(tiny_model(tie_word_embeddings=tied), old.vocab_size)
+    embedding, output = model.embedding.weight.detach().clone(), model.output.weight.detach().clone()
+    report = transfer_vocabulary(model, old, new, pad_to_multiple_of=64)
+    sources = row_sources(old, new)
+    assert report == sources.report()
+    assert model.is_tied == tied
+    assert model.config.vocab_size == model.embedding.weight.shape[0] == 448
+    torch.testing.assert_close(model.embedding.weight.detach(), sources.rows(embedding, 448))
+    torch.testing.assert_close(model.output.weight.detach(), sources.rows(output, 448))
+
+
+def test_a_tied_head_can_be_untied(tokenizers):
+    model = CausalLM(tiny_model(tie_word_embeddings=True), 300)
+    transfer_vocabulary(model, tokenizers["small"], tokenizers["large"], output_embeddings="untie")
+    assert not model.is_tied
+    torch.testing.assert_close(model.output.weight, model.embedding.weight)
+
+
+def test_the_bias_of_a_head_moves_too(tokenizers):
+    old, new = tokenizers["small"], tokenizers["large"]
+    model = CausalLM(tiny_model(tie_word_embeddings=False), 300)
+    model.output.bias = torch.nn.Parameter(torch.randn(300))
+    bias = model.output.bias.detach().clone()
+    transfer_vocabulary(model, old, new)
+    expected = row_sources(old, new).rows(bias[:, None], new.vocab_size)[:, 0]
+    torch.testing.assert_close(model.output.bias.detach(), expected)
+
+
+def test_a_tokenizer_that_the_model_never_had_is_refused(tokenizers):
+    with pytest.raises(ValueError, match=r"\d+ ids but the model's embedding only 300 rows"):
+        transfer_vocabulary(CausalLM(tiny_model(), 300), tokenizers["large"], tokenizers["small"])
+
+
+def test_real_vocabularies(shared_data):
+    old = load_tokenizer(str(shared_data / "tokenizers" / "llama2"))
+    new = load_tokenizer(str(shared_data / "tokenizers" / "gpt2"))
+    report = row_sources(old, new).report()
+    assert report["same_bytes"] > 15_000
+    assert report["mean_of_all"] == 0

@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+
+from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
+from tokenkit.evaluation.bits_per_byte import HeldoutOptions, bits_per_byte, heldout_batches
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.parallel import World
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.chat import Document
+from tokenkit.training.distillation import Distillation
+
+SINGLE = World(0, 1, torch.device("cpu"), None)
+OPTIONS = HeldoutOptions(max_length_student=64, max_length_teacher=64, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return (
+        load_tokenizer(str(byte_level_bpe(folder / "a", 300))),
+        load_tokenizer(str(sentencepiece_bpe(folder / "b", 400))),
+    )
+
+
+def model_for(student, teacher) -> Distillation:
+    sides = [
+        CausalLM(tiny_model(vocab_size=t.vocab_size, seed=s), t.vocab_size)
+        for s, t in ((0, student), (1, teacher))
+    ]
+    return Distillation(*sides, [])
+
+
+def documents(texts):
+    return [Document(text=text) for text in texts]
+
+
+def test_one_document_by_hand(pair):
+    student, teacher = pair
+    model = model_for(student, teacher)
+    text = "The cats sat on the mat."
+    batches = heldout_batches(documents([text]), student, teacher, OPTIONS)
+    got = bits_per_byte(model, batches, SINGLE)
+    ids = torch.tensor([[student.bos_id, *student.encode(text).ids.tolist(), student.eos_id]])
+    logits = model.student.causal_lm(input_ids=ids).logits.log_softmax(-1)
+    nats = -logits[0, :-2].gather(-1, ids[0, 1:-1, None]).sum()  # not the end of the document
+    assert got.num_bytes == len(text.encode())
+    assert got.student == pytest.approx(nats.item() / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_it_does_not_depend_on_how_documents_are_batched(pair):
+    student, teacher = pair
+    model = model_for(student, teacher)
+    results = []
+    for size in (1, 3, 100):
+        options = HeldoutOptions(max_length_student=64, max_length_teacher=64, batch_size=size)
+        results.append(bits_per_byte(model, heldout_batches(documents(TEXT[:5]), *pair, options), SINGLE))
+    for result in results[1:]:
+        assert result.num_bytes == results[0].num_bytes
+        assert result.student == pytest.approx(results[0].student, rel=1e-5)
+        assert result.teacher == pytest.approx(results[0].teacher, rel=1e-5)
+
+
+def test_the_same_model_and_tokenizer_on_both_sides_is_worth_the_same(pair):
+    model = CausalLM(tiny_model(), 300)
+    batches = heldout_batches(documents(TEXT[:5]), pair[0], pair[0], OPTIONS)
+    result = bits_per_byte(Distillation(model, model.vocabulary(), []), batches, SINGLE)
+    assert result.student == pytest.approx(result.teacher, rel=1e-6)
+
+
+def test_what_only_one_side_read_before_its_limit_does_not_count(pair):
+    options = HeldoutOptions(max_length_student=5, max_length_teacher=64)
+    (short,) = heldout_batches(documents(TEXT[:1]), *pair, options)
+    (whole,) = heldout_batches(documents(TEXT[:1]), *pair, OPTIONS)
+    assert 0 < short.num_bytes < whole.num_bytes == len(TEXT[0].encode())
+
+
+def test_text_that_nobody_scores_is_an_error(pair):
+    options = HeldoutOptions(max_length_student=1, max_length_teacher=1)
+    with pytest.raises(ValueError, match="none of the 1 held-out documents"):
+        heldout_batches(documents(TEXT[:1]), *pair, options)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import ARCHITECTURES, byte_level_bpe, sentencepiece_bpe, tiny_model
+from tokenkit.embeddings.fvt import transfer_vocabulary
+from tokenkit.export.huggingface import ExportRequest, export_huggingface
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.lora import LoraOptions, add_lora
+from tokenkit.tokenization.byteify import load_tokenizer
+
+TEXT = "The cats sat on the mat — naïve."
+
+
+@pytest.fixture(scope="module")
+def old_and_new(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return (
+        load_tokenizer(str(byte_level_bpe(folder / "old", 300))),
+        load_tokenizer(str(sentencepiece_bpe(folder / "new", 400))),
+    )
+
+
+def transferred(architecture, old_and_new, **changes) -> CausalLM:
+    student = CausalLM(tiny_model(architecture, **changes), 300)
+    transfer_vocabulary(student, *old_and_new, pad_to_multiple_of=64)
+    return student
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_reload_gives_the_same_logits_and_ids(architecture, old_and_new, tmp_path):
+    student, new = transferred(architecture, old_and_new), old_and_new[1]
+    folder = export_huggingface(student, None, new, ExportRequest(folder=tmp_path / "out"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt").input_ids
+    assert ids[0].tolist() == new.encode(TEXT).ids.tolist()
+    assert tokenizer.decode(ids[0]) == TEXT
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, student.causal_lm.eval()(ids).logits)
+    assert model.generation_config.eos_token_id == new.eos_id
+    assert (folder / "README.md").read_text().startswith("---")
+    assert list(folder.glob("*.safetensors"))
+    assert not list(folder.glob("*.bin"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_are_merged(architecture, old_and_new, tmp_path):
+    student = transferred(architecture, old_and_new)
+    add_lora(student, LoraOptions(rank=4))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    folder = export_huggingface(student, None, old_and_new[1], ExportRequest(folder=tmp_path / "out"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert not any("lora" in name for name in file.keys())  # noqa: SIM118
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        torch.testing.assert_close(got, student.model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_it_is_written_in_the_type_asked_for(old_and_new, tmp_path):
+    student = transferred("llama", old_and_new)
+    request = ExportRequest(folder=tmp_path / "out", dtype=torch.bfloat16)
+    folder = export_huggingface(student, None, old_and_new[1], request)
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+    assert next(student.parameters()).dtype == torch.float32
+
+
+def test_a_folder_that_holds_something_is_left_alone(old_and_new, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="move it away"):
+        export_huggingface(
+            transferred("llama", old_and_new), None, old_and_new[1], ExportRequest(folder=tmp_path / "out")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
