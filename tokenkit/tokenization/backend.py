@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import tokenizers
 
 from tokenkit.tokenization.prefix import Prefix, without_prefix
-from tokenkit.tokenization.vocabulary import BYTE_PIECE, METASPACE, Alphabet, spell
+from tokenkit.tokenization.vocabulary import METASPACE, Alphabet, spell
 
 Before = Literal["start", "special", "text", "space"]
 """What stands before a text: the start of the document, a special token, other text, or a template's space
@@ -34,8 +34,6 @@ class Backend:
         """Build the tokenizer for the start of a document; the others are built when asked for."""
         self.prefix, self.alphabet = prefix, alphabet
         self._plain = plain
-        model = plain["model"]
-        self._matches_byte_pieces = model["type"] == "Unigram" and bool(model.get("byte_fallback"))
         self._first = build(without_prefix(plain) if prefix.is_manual else plain)
         for token in plain["added_tokens"]:
             if self._first.token_to_id(token["content"]) != token["id"]:
@@ -53,10 +51,7 @@ class Backend:
 
     def encode_with_offsets(self, text: str, writer: Writer) -> tokenizers.Encoding:
         """Encode one text, where the offsets of its tokens (characters) are needed."""
-        backend = writer.backend
-        if self._matches_byte_pieces and BYTE_PIECE.search(text):
-            backend = _spelling_byte_pieces(backend)
-        return backend.encode(writer.lead + text, add_special_tokens=False)
+        return writer.backend.encode(writer.lead + text, add_special_tokens=False)
 
     def normalize(self, text: str) -> str | None:
         """Return, as text, what the model gets to see; None where that is not UTF-8."""
@@ -96,15 +91,3 @@ def build(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
     except Exception as error:  # the library raises Exception itself, nothing narrower
         raise ValueError(f"the tokenizers library refuses the tokenizer.json: {error}") from error
-
-
-def _spelling_byte_pieces(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a Unigram tokenizer that reads the characters `<0x0A>` as six characters, not as the byte.
-
-    Kept for texts that hold such a string: its scores are not the original's where characters are unknown.
-    """
-    document = json.loads(backend.to_str())
-    document["model"]["vocab"] = [
-        [piece, -1e4 if BYTE_PIECE.fullmatch(piece) else score] for piece, score in document["model"]["vocab"]
-    ]
-    return build(document)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.structs import UNPAIRED
+from tokenkit.structs import UNPAIRED, Tokens
 from tokenkit.tokenization.backend import Before
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.families import AFTER_TURN, BOS, END_TURN, EOS, HEADER, NEXT, Family, Piece
@@ -107,7 +107,9 @@ def _write_gaps(plan: Plan, tokenizer: Tokenizer) -> list[tuple[list[_Written], 
         writer = _GapWriter(tokenizer, "text" if index else "start")
         # BOS in front of a plain text changes nothing for the text: it is still the start.
         keeps_start = not plan.roles and index == 0
-        written = [_Written(writer.write(text), atoms) for text, atoms in _hand_over(pieces, index < texts)]
+        handed = _hand_over(pieces, index < texts)
+        ids = writer.write([text for text, _ in handed], text_follows=index < texts)
+        written = [_Written(own, atoms) for own, (_, atoms) in zip(ids, handed, strict=True)]
         before: Before = "space" if _ends_in_space(pieces) else "start" if keeps_start else writer.before
         result.append(([piece for piece in written if piece.ids], before))
     return result
@@ -162,37 +164,59 @@ def _hand_over(
 
 
 class _GapWriter:
-    """Writes the pieces of one gap in order, as the tokenizer would cut the rendered template."""
+    """Writes the pieces of one gap, cut as the tokenizer would cut the rendered template."""
 
     def __init__(self, tokenizer: Tokenizer, before: Before) -> None:
         """Begin a gap at the start of the document or behind a text."""
         self.tokenizer, self.before = tokenizer, before
-        self._strips = False  # the special token just written swallows whitespace
         strings = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile("(" + "|".join(map(re.escape, strings)) + ")") if strings else None
         self._swallowing = {
             token["content"] for token in tokenizer.document.get("added_tokens") or [] if token.get("rstrip")
         }
 
-    def write(self, piece: str) -> list[int]:
-        """Return the ids of a piece: special tokens where their strings stand, text in between."""
-        ids: list[int] = []
-        parts = self._control.split(piece) if self._control else [piece]
-        for number, part in enumerate(parts):
-            if number % 2:
-                ids.append(self.tokenizer.control[part])
-                self.before, self._strips = "special", part in self._swallowing
-                continue
-            text = part.lstrip() if self._strips else part
-            if text:
-                ids += self._text(text)
-                self.before, self._strips = "text", False
+    def write(self, pieces: Sequence[str], text_follows: bool) -> list[list[int]]:
+        """Return the ids of each piece: special tokens where their strings stand, text in between."""
+        ids: list[list[int]] = [[] for _ in pieces]
+        run: list[tuple[int, str]] = []  # text without a special token in it, piece by piece
+        strips = False  # the special token just written swallows whitespace
+        for index, piece in enumerate(pieces):
+            parts = self._control.split(piece) if self._control else [piece]
+            for number, part in enumerate(parts):
+                if number % 2:
+                    self._write_run(run, ids, text_follows=False)
+                    run, strips = [], part in self._swallowing
+                    ids[index].append(self.tokenizer.control[part])
+                    self.before = "special"
+                elif text := part.lstrip() if strips else part:
+                    run.append((index, text))
+                    strips = False
+        self._write_run(run, ids, text_follows)
         return ids
 
-    def _text(self, text: str) -> list[int]:
+    def _write_run(self, run: Sequence[tuple[int, str]], ids: list[list[int]], text_follows: bool) -> None:
+        """Encode neighbouring texts as one, and share the tokens out where none lies across a border."""
+        if not run:
+            return
+        borders = np.cumsum([len(text.encode()) for _, text in run])
+        # A letter stands for the text that follows: GPT-2 cuts a run of newlines differently before one.
+        tokens = self._encode("".join(text for _, text in run) + ("a" if text_follows else ""))
+        if tokens is not None and np.isin(borders, tokens.byte_ends).all():
+            owners = np.searchsorted(borders, tokens.byte_ends)
+            for token_id, owner in zip(tokens.ids.tolist(), owners, strict=True):
+                if owner < len(run):
+                    ids[run[owner][0]].append(token_id)
+            self.before = "text"
+            return
+        for index, text in run:
+            tokens = self._encode(text)
+            if tokens is not None:
+                ids[index] += tokens.ids.tolist()
+            self.before = "text"
+
+    def _encode(self, text: str) -> Tokens | None:
         (tokens,) = self.tokenizer.try_encode_batch([text], self.before)
-        if tokens is None:
+        if tokens is None and (normal := self.tokenizer.normalize(text)):
             # Text that the tokenizer would change, such as a newline that its normalizer drops.
-            normal = self.tokenizer.normalize(text)
-            (tokens,) = self.tokenizer.try_encode_batch([normal], self.before) if normal else (None,)
-        return [] if tokens is None else tokens.ids.tolist()
+            (tokens,) = self.tokenizer.try_encode_batch([normal], self.before)
+        return tokens

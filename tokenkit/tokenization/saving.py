@@ -25,13 +25,19 @@ def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     It writes BOS in front of a text where `encode_documents` does.
 
     Raises:
-        ValueError: the tokenizers library would number a special token differently.
+        ValueError: the tokenizers library would number a special token differently, or cannot express
+            the manual prefix.
     """
     from transformers import PreTrainedTokenizerFast
 
     document = {**tokenizer.document, "post_processor": _post_processor(tokenizer)}
     document |= {"truncation": None, "padding": None}
     if tokenizer.prefix.is_manual:
+        if tokenizer.vocabulary.text_added:
+            raise ValueError(
+                f"tokenizer {tokenizer.spec} has added tokens that are text: a saved one would put a space "
+                "behind each, so leave ':conversion=manual_add_prefix_space' out"
+            )
         document = with_prepended_space(document)
     backend = build(document)
     for string, token_id in tokenizer.control.items():

@@ -138,6 +138,7 @@ def plain_text_document(document: Mapping[str, Any]) -> dict[str, Any]:
 
     Control tokens leave `added_tokens`, and their vocabulary entries keep the id under a name that no
     text contains: a Unigram model would match `</s>` as a piece. Templates and truncation are dropped.
+    The characters `<0x0A>` in a text are not the byte's piece either.
     """
     added = document.get("added_tokens") or []
     control = {token["content"]: token["id"] for token in added if is_control(token)}
@@ -158,8 +159,12 @@ def plain_text_document(document: Mapping[str, Any]) -> dict[str, Any]:
         if model.get("merges"):
             model["merges"] = list(_merges_without(model["merges"], hidden))
     text_added = [token for token in added if not is_control(token)]
+    pre_tokenizer = document.get("pre_tokenizer")
+    if model["type"] == "Unigram" and model.get("byte_fallback"):
+        pre_tokenizer = _spelling_byte_pieces(pre_tokenizer)
     return {
         **document,
+        "pre_tokenizer": pre_tokenizer,
         "model": _with_entries(model, text_added),
         "added_tokens": text_added,
         "post_processor": None,
@@ -221,6 +226,17 @@ def _unknown_id(model: Mapping[str, Any], strings: Mapping[str, int], alphabet: 
             f"<0x{byte:02X}>" in strings for byte in range(256)
         )
     return None if complete else unk_id
+
+
+def _spelling_byte_pieces(pre_tokenizer: Any) -> dict[str, Any]:
+    """Cut the characters `<0x0A>` behind the first: a Unigram model would match them as the byte's piece."""
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {"type": "Sequence", "pretokenizers": [*([pre_tokenizer] if pre_tokenizer else []), cut]}
 
 
 def _with_entries(model: dict[str, Any], added: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

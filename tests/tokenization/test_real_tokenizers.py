@@ -1,0 +1,100 @@
+"""Every tokenizer of the shared data against the tokenizers library on text in many scripts."""
+
+import functools
+
+import pytest
+from tokenizers import Tokenizer as RustTokenizer
+
+from tests.conftest import SHARED_DATA
+from tests.tokenization.test_byteify import check_spells
+from tokenkit.tokenization.byteify import Tokenizer, canonical_text, load_tokenizer
+from tokenkit.tokenization.chat import document_from_row, encode_documents
+
+NAMES = sorted(
+    str(path.parent.relative_to(SHARED_DATA))
+    for room in ("tokenizers", "models")
+    for path in SHARED_DATA.glob(f"{room}/*/tokenizer.json")
+)
+pytestmark = pytest.mark.usefixtures("shared_data")
+ODD = [
+    "👩‍👩‍👧‍👦 ZWJ, e\u0301 and \u212b, ﬁ",
+    "a\r\nb\r\n\r\n\tdef f(x):\n\t\treturn x  # 12345\n",
+    "  two leading, trailing  ",
+    "\x00\x7f\u00a0\u2028x",
+    "@-@ <unk> = = </s> <s> <|endoftext|> <pad> <|im_start|>user [INST] <tool_call> <extra_id_0> <0x0A>",
+]
+
+
+@functools.cache
+def load(name: str) -> Tokenizer:
+    return load_tokenizer(str(SHARED_DATA / name))
+
+
+@functools.cache
+def texts() -> list[str]:
+    scripts = [path.read_text()[1000:1900] for path in sorted((SHARED_DATA / "text/udhr").glob("*.txt"))]
+    wikitext = (SHARED_DATA / "text/wikitext2.valid.txt").read_text()
+    return [*scripts, *(wikitext[at : at + 900] for at in range(0, 27_000, 900)), *ODD]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_the_originals_and_their_bytes_spell_the_text(name):
+    tokenizer = load(name)
+    original = RustTokenizer.from_file(str(SHARED_DATA / name / "tokenizer.json"))
+    original.no_truncation()
+    compared = 0
+    for text in texts():
+        canonical = canonical_text(text, tokenizer)
+        check_spells(tokenizer, canonical)
+        if not any(string in text for string in tokenizer.control):
+            assert (
+                tokenizer.encode(canonical).ids.tolist()
+                == original.encode(text, add_special_tokens=False).ids
+            )
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_id_has_bytes(name):
+    tokenizer = load(name)
+    assert all(tokenizer.token_bytes)
+    pairs = zip(tokenizer.token_bytes, tokenizer.is_special_V, strict=True)
+    ordinary = [raw for raw, is_special in pairs if not is_special]
+    assert len(set(ordinary)) >= len(ordinary) - 130  # a byte piece and the character spell the same
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2.5", "qwen2.5-sub8000", "phi-3-mini", "smollm2"])
+def test_conversations_are_written_as_the_hugging_face_template_does(name):
+    from transformers import AutoTokenizer
+
+    folder = SHARED_DATA / "tokenizers" / name
+    hugging_face, tokenizer = AutoTokenizer.from_pretrained(folder), load(f"tokenizers/{name}")
+    messages = [
+        {"role": "system", "content": "You are terse."},
+        {"role": "user", "content": "What is 15 + 27?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "Naïve 日本?\n\nPlease."},
+        {"role": "assistant", "content": "def f():\n    return 1"},
+    ]
+    expected = hugging_face.apply_chat_template(messages, tokenize=True, return_dict=False)
+    ((tokens,),) = encode_documents([document_from_row({"messages": messages})], [tokenizer])
+    assert tokens.ids.tolist() == expected
+    # No system prompt is put into a conversation that has none.
+    ((tokens,),) = encode_documents([document_from_row({"messages": messages[1:]})], [tokenizer])
+    assert b"".join(tokenizer.token_bytes[i] for i in tokens.ids).count(b"system") == 0
+
+
+@pytest.mark.parametrize(
+    "spec", ["llama2:source=Llama2", "mistral-v0.1:source=Mistral", "llama2:source=TinyLlama"]
+)
+def test_sentencepiece_templates_are_cut_as_the_rendered_text_is(spec):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_tokenizer(f"{SHARED_DATA}/tokenizers/{spec}")
+    messages = [("user", "Hi there"), ("assistant", "Hello you"), ("user", "4 + 4?"), ("assistant", "8")]
+    rows = [{"role": role, "content": content} for role, content in messages]
+    ((tokens,),) = encode_documents([document_from_row({"messages": rows})], [tokenizer])
+    hugging_face = tokenizer.to_huggingface()
+    assert isinstance(hugging_face, PreTrainedTokenizerFast)
+    assert tokens.ids.tolist() == hugging_face.apply_chat_template(rows, tokenize=True, return_dict=False)

@@ -1,0 +1,57 @@
+import pytest
+
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.families import FAMILIES
+
+
+def test_special_tokens_are_renamed_by_role_and_appended_where_new(folders):
+    folder = folders["byte-level"]
+    before, after = load_tokenizer(str(folder)), load_tokenizer(f"{folder}:source=Qwen2:target=Llama3")
+    assert after.control["<|start_header_id|>"] == before.control["<|im_start|>"]
+    assert after.control["<|eot_id|>"] == before.control["<|im_end|>"]
+    assert after.control["<|end_of_text|>"] == before.control["<|endoftext|>"]
+    assert after.control["<|begin_of_text|>"] == before.vocab_size
+    assert after.control["<|end_header_id|>"] == before.vocab_size + 1
+    assert "<|im_start|>" not in after.control
+    assert after.encode("The cat").ids.tolist() == before.encode("The cat").ids.tolist()
+    assert (after.bos_id, after.eos_id) == (before.vocab_size, 0)
+
+
+@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram", "metaspace"])
+def test_every_family_can_be_put_on_every_tokenizer(folders, kind, target):
+    before, after = load_tokenizer(str(folders[kind])), load_tokenizer(f"{folders[kind]}:target={target}")
+    family = FAMILIES[target]
+    assert set(family.tokens.values()) <= set(after.control)
+    assert len(set(after.control.values())) == len(after.control)
+    text = after.normalize("the cat and the dog")
+    assert after.encode(text).ids.tolist() == before.encode(text).ids.tolist()
+
+
+def test_a_string_that_both_families_have_keeps_its_id(folders):
+    folder = folders["sentencepiece"]
+    before, after = load_tokenizer(str(folder)), load_tokenizer(f"{folder}:source=Llama2:target=Phi3")
+    assert after.control["<s>"] == before.bos_id
+    assert after.control["<|endoftext|>"] == before.eos_id
+
+
+def test_a_tokenizer_that_lacks_its_family_is_refused(folders):
+    with pytest.raises(
+        ValueError, match=r"said to have the special tokens of Llama3 but lacks '<\|begin_of_text"
+    ):
+        load_tokenizer(f"{folders['byte-level']}:source=Llama3")
+
+
+def test_added_tokens_come_last_and_are_never_text(folders):
+    before = load_tokenizer(str(folders["byte-level"]))
+    after = load_tokenizer(str(folders["byte-level"]), tokens_to_add=["<a>", "word", "<a>", "<|im_end|>"])
+    assert after.control["<a>"] == before.vocab_size
+    assert after.control["word"] == before.vocab_size + 1
+    assert after.vocab_size == before.vocab_size + 2
+    assert not set(after.encode("<a> word").ids.tolist()) & {after.control["<a>"], after.control["word"]}
+
+
+@pytest.mark.parametrize("string", ["", " a", "a\n"])
+def test_an_added_token_with_whitespace_around_it_is_refused(folders, string):
+    with pytest.raises(ValueError, match="without whitespace around it"):
+        load_tokenizer(str(folders["byte-level"]), tokens_to_add=[string])
