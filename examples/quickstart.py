@@ -59,7 +59,7 @@ def main() -> None:
     quiet_off_terminal()
     train_tokenizer(text, folder / "teacher_start", TEACHER_VOCABULARY, split_digits=False)
     train_tokenizer(text, folder / "target_tokenizer", TARGET_VOCABULARY, split_digits=True)
-    make_model(folder / "teacher_start")
+    make_model(folder / "teacher_start", TEACHER_VOCABULARY)
 
     common: Settings = {
         "data.dataset_name": text,
@@ -169,13 +169,13 @@ def train_tokenizer(text: Path, folder: Path, vocab_size: int, *, split_digits: 
     wrapped.save_pretrained(folder)
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, vocab_size: int) -> None:
     """Save a randomly initialised Llama beside its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=TEACHER_VOCABULARY, bos_token_id=0, eos_token_id=1, **MODEL)
+    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, **MODEL)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
