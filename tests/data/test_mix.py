@@ -304,6 +304,37 @@ def test_hub_data_sets_resume_like_local_ones(monkeypatch, streaming):
     assert hub.calls[0] == ("someone/stories", "small", "test", streaming)
 
 
+def test_a_data_set_of_a_mix_may_have_a_name_of_its_own(fifty):
+    with pytest.raises(ValueError, match="data set stories has rows without the field 'no'"):
+        open_data(DataOptions(datasets=(SourceOptions(name="stories", path=fifty, text_field="no"),)))
+    with pytest.raises(ValueError, match=r"needs a path"):
+        SourceOptions(weight=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: SourceOptions(path="a", weight=0), "weight must be positive"),
+        (lambda: SourceOptions(path="a", weight=float("nan")), "weight must be positive"),
+        (lambda: SourceOptions(path="a", format="docx"), "format must be one of"),
+        (lambda: SourceOptions(path="a", text_field="a", text_template="{a}"), "not both"),
+        (lambda: DataOptions(dataset_name="a", datasets=(SourceOptions(path="a"),)), "not both"),
+        (lambda: DataOptions(text_field="a", text_template="{a}"), "not both"),
+        (lambda: DataOptions(shuffle_buffer_size=0), "shuffle_buffer_size must be at least 1"),
+        (lambda: DataOptions(num_workers=-1), "num_workers must not be negative"),
+        (lambda: DataOptions(batch_size=0), "batch_size must be positive"),
+        (lambda: HeldoutOptions(fraction=1.0), r"fraction must lie in \[0, 1\)"),
+        (lambda: HeldoutOptions(documents=-1), "documents must not be negative"),
+        (lambda: BadRowOptions(action="drop"), "action must be skip or raise"),
+        (lambda: BadRowOptions(quota=1.5), r"quota must lie in \[0, 1\]"),
+        (lambda: BadRowOptions(max_row_bytes=0), "must be positive"),
+    ],
+)
+def test_options_out_of_range_are_refused_when_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        options()
+
+
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route")

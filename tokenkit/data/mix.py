@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenkit.data.files import format_of
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.sources import Source, hash64
 from tokenkit.tokenization.documents import Document
@@ -141,26 +139,13 @@ def _sources(options: DataOptions) -> tuple[SourceOptions, ...]:
         return options.datasets
     if options.dataset_name is None:
         raise ValueError("no data: set data.dataset_name (a file, folder or hub name) or data.datasets")
-    is_local = _is_local(options.dataset_name)
     return (
         SourceOptions(
-            name=None if is_local else options.dataset_name,
-            path=options.dataset_name if is_local else None,
+            path=options.dataset_name,
             subset=options.dataset_config_name,
             split=options.split,
             streaming=options.streaming,
             text_field=options.text_field,
             text_template=options.text_template,
         ),
-    )
-
-
-def _is_local(name: str) -> bool:
-    """Whether a name is a path: it exists, or looks like nothing that the hub could hold."""
-    path = Path(name).expanduser()
-    return (
-        path.exists()
-        or name.startswith((".", "~", "/"))
-        or format_of(path) is not None
-        or name.count("/") > 1
     )

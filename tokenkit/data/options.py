@@ -13,9 +13,9 @@ class SourceOptions:
     """One data set of a mix."""
 
     name: str | None = None
-    """Name on the Hugging Face hub."""
+    """What messages call it; without `path`, also where it is."""
     path: str | None = None
-    """Local file or folder; used instead of `name`."""
+    """Local file or folder, or a name on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -33,17 +33,19 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         """Check what does not need the data."""
-        if (self.name is None) == (self.path is None):
-            raise ValueError(
-                "each of data.datasets needs either name (hub) or path (local): "
-                f"got name={self.name!r}, path={self.path!r}"
-            )
+        if self.name is None and self.path is None:
+            raise ValueError("each of data.datasets needs a path (a file, folder or hub name): got none")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets.weight must be positive and finite: got {self.weight}")
         if self.text_field is not None and self.text_template is not None:
             raise ValueError("give text_field or text_template, not both")
         if self.format is not None and self.format not in get_args(Format):
             raise ValueError(f"data.datasets.format must be one of {get_args(Format)}: got {self.format!r}")
+
+    @property
+    def location(self) -> str:
+        """Where the data set is: a path, or a name on the hub."""
+        return self.path if self.path is not None else str(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

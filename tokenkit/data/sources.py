@@ -64,7 +64,7 @@ class Source:
         seed: tuple[int, ...],
         block_size: int,
     ) -> None:
-        self.name = str(options.path or options.name)
+        self.name = options.name or options.location
         self.epoch = 0
         self.position = 0
         self.read = 0
@@ -222,8 +222,8 @@ def _opener(
     options: SourceOptions, limits: BadRowOptions
 ) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
     """Return a function that gives the rows from a number on, again at every call."""
-    if options.path is not None:
-        files = data_files(Path(options.path).expanduser())
+    if _is_local(options.location):
+        files = data_files(Path(options.location).expanduser())
         for file in files:
             if options.format is None and format_of(file) is None:
                 next(read_rows(file, None, limits))  # raises: names the formats
@@ -241,14 +241,21 @@ def _hub_opener(options: SourceOptions) -> Callable[[int], Iterator[Row | BadRow
 
     try:
         data = datasets.load_dataset(
-            options.name, options.subset, split=options.split, streaming=options.streaming
+            options.location, options.subset, split=options.split, streaming=options.streaming
         )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"data set {options.name!r} is neither a local path nor could it be loaded from the hub: "
+            f"data set {options.location!r} is neither a local path nor could it be loaded from the hub: "
             f"{first_line}; check the name, subset={options.subset!r} and split={options.split!r}"
         ) from error
     if options.streaming:
         return lambda start: iter(data.skip(start))
     return lambda start: data
+
+
+def _is_local(location: str) -> bool:
+    """Whether a data set is a path: it exists, or looks like nothing that the hub could hold."""
+    path = Path(location).expanduser()
+    has_ending = format_of(path) is not None
+    return path.exists() or location.startswith((".", "~", "/")) or has_ending or location.count("/") > 1
