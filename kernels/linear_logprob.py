@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.logprob_tile import Mode, Plan, Sums, dlogits, fold, rescale
+from tokenkit.kernels.products import Work, add_product, operand, product, write_product
 from tokenkit.kernels.vocabulary import REST, SUBSET, Subset, Tile, cut, extend, split_vocabulary
 from tokenkit.structs import Head
 
@@ -76,12 +76,12 @@ def _forward(
         parts = 1 if plan.subset is None else 2
         mean_PND = hidden_ND.new_zeros((parts, N, D), dtype=plan.dtype)
         kept = [mean_PND]
-    operand_ND = _operand(hidden_ND, plan)
-    work = _Work(hidden_ND, plan)
+    operand_ND = operand(hidden_ND, plan)
+    work = Work(hidden_ND, plan)
     for tile in plan.tiles if N else ():
-        weight_tile = _operand(weight_VD[tile.rows], plan)
+        weight_tile = operand(weight_VD[tile.rows], plan)
         keeps_z = plan.mode == "cached" and _kept_dtype(hidden_ND, plan) == plan.dtype
-        z_NV = _product(operand_ND, weight_tile.T, work.tile("z", tile, plan.dtype, fresh=keeps_z))
+        z_NV = product(operand_ND, weight_tile.T, work.tile("z", tile, plan.dtype, fresh=keeps_z))
         p_NV = None
         if plan.mode == "cached":
             p_NV = z_NV if keeps_z else work.tile("p", tile, _kept_dtype(hidden_ND, plan), fresh=True)
@@ -94,7 +94,7 @@ def _forward(
         if mean_PND is not None:
             assert p_NV is not None
             rescale(mean_PND[tile.part], shift_N)
-            _add_product(mean_PND[tile.part], _operand(p_NV, plan), weight_tile)
+            add_product(mean_PND[tile.part], operand(p_NV, plan), weight_tile)
     return sums, kept
 
 
@@ -117,10 +117,10 @@ def _backward(
     dbias_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
     if dweight_VD is not None:
         dweight_VD[plan.backward_tiles[-1].end :].zero_()  # padding: the tiles hold every other row
-    operand_ND = _operand(hidden_ND, plan)
-    work = _Work(hidden_ND, plan)
+    operand_ND = operand(hidden_ND, plan)
+    work = Work(hidden_ND, plan)
     for i, tile in enumerate(plan.backward_tiles):
-        weight_tile = _operand(weight_VD[tile.rows], plan)
+        weight_tile = operand(weight_VD[tile.rows], plan)
         lse_N, factor_N = lse_PN[tile.part], factor_PN[tile.part]
         if plan.mode == "cached":
             z_NV = kept[2 * i] if kept else work.tile("z", tile, plan.dtype)
@@ -128,15 +128,15 @@ def _backward(
                 factor_N = factor_N * torch.exp(kept[2 * i + 1] - lse_N)
             dz_NV = work.tile("dz", tile, work.low)
         else:
-            z_NV = _product(operand_ND, weight_tile.T, work.tile("z", tile, plan.dtype))
+            z_NV = product(operand_ND, weight_tile.T, work.tile("z", tile, plan.dtype))
             dz_NV = z_NV if z_NV.dtype == work.low else work.tile("dz", tile, work.low)
         if len(z_NV):
             dlogits(z_NV, _bias_tile(bias_V, tile), tile, plan, (lse_N, factor_N, dz_target_N), dz_NV)
-        dz_NV = _operand(dz_NV, plan)
+        dz_NV = operand(dz_NV, plan)
         if dhidden_ND is not None:
-            _add_product(dhidden_ND, dz_NV, weight_tile)
+            add_product(dhidden_ND, dz_NV, weight_tile)
         if dweight_VD is not None:
-            _write_product(dweight_VD, tile.rows, dz_NV.T, operand_ND)
+            write_product(dweight_VD, tile.rows, dz_NV.T, operand_ND)
         if dbias_V is not None:
             dbias_V[tile.rows] = dz_NV.sum(0, dtype=plan.dtype).to(dbias_V.dtype)
     return None if dhidden_ND is None else dhidden_ND.to(hidden_ND.dtype), dweight_VD, dbias_V
@@ -185,53 +185,6 @@ def _frozen_backward(
     return dhidden_ND.to(hidden_ND.dtype)
 
 
-class _Work:
-    """Buffers that every tile reuses: a fresh allocation of a tile costs a CPU its page faults again."""
-
-    def __init__(self, hidden_ND: Tensor, plan: Plan) -> None:
-        self.hidden_ND = hidden_ND
-        self.buffers: dict[str, Tensor] = {}
-        self.low = hidden_ND.dtype if runs_triton(hidden_ND) else plan.dtype
-        """The dtype in which a tile enters the second GEMM."""
-        self.columns = max(tile.end - tile.start for tile in plan.tiles + plan.backward_tiles)
-
-    def tile(self, name: str, tile: Tile, dtype: torch.dtype, *, fresh: bool = False) -> Tensor:
-        """Return [N, the tile's rows], contiguous, uninitialised; `fresh`: nobody reuses it."""
-        N, V = len(self.hidden_ND), tile.end - tile.start
-        if fresh:
-            return self.hidden_ND.new_empty((N, V), dtype=dtype)
-        if name not in self.buffers:
-            self.buffers[name] = self.hidden_ND.new_empty(N * self.columns, dtype=dtype)
-        return self.buffers[name][: N * V].view(N, V)
-
-
-def _operand(tensor: Tensor, plan: Plan) -> Tensor:
-    """Return what a GEMM takes: 16-bit tensors as they are on a GPU, float32 on a CPU (its GEMMs round)."""
-    return tensor if tensor.is_cuda else tensor.to(plan.dtype)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Write left @ right to `out`, which is of the accumulator's dtype."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
-def _write_product(matrix: Tensor, rows: slice | Tensor, left: Tensor, right: Tensor) -> None:
-    """Write left @ right to rows of `matrix`; the sum over tokens is rounded once, when it is written."""
-    if isinstance(rows, slice) and left.dtype == matrix.dtype:
-        torch.mm(left, right, out=matrix[rows])
-    else:
-        matrix[rows] = torch.mm(left, right).to(matrix.dtype)
-
-
 def _bias_tile(bias_V: Tensor | None, tile: Tile) -> Tensor | None:
     return None if bias_V is None else bias_V[tile.rows]
 
@@ -244,7 +197,8 @@ def _kept_dtype(hidden_ND: Tensor, plan: Plan) -> torch.dtype:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: Plan):
-        sums, kept = _forward(hidden_ND, weight_VD, bias_V, plan)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands
+            sums, kept = _forward(hidden_ND, weight_VD, bias_V, plan)
         lse_PN = sums.max_PN + sums.sum_PN.log()
         lse_N = torch.logaddexp(lse_PN[REST], lse_PN[SUBSET])
         scored_N = plan.position_N >= 0
@@ -259,14 +213,15 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogp_N: Tensor, dsubset_N: Tensor | None, _: None, dlse_N: Tensor):
         hidden_ND, weight_VD, bias_V, max_PN, sum_PN, z_target_N, *kept = ctx.saved_tensors
-        gradients = _backward(
-            (dlogp_N, dsubset_N, dlse_N),
-            (hidden_ND, weight_VD, bias_V),
-            Sums(max_PN, sum_PN, z_target_N),
-            kept,
-            ctx.plan,
-            ctx.needs_input_grad,
-        )
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            gradients = _backward(
+                (dlogp_N, dsubset_N, dlse_N),
+                (hidden_ND, weight_VD, bias_V),
+                Sums(max_PN, sum_PN, z_target_N),
+                kept,
+                ctx.plan,
+                ctx.needs_input_grad,
+            )
         return *gradients, None
 
 

@@ -238,17 +238,17 @@ def test_repeats_bit_for_bit(mode, executor, device):
 def test_no_product_that_nobody_needs(device, monkeypatch):
     """A frozen head multiplies no dW, constant hidden states no dX: autograd would drop both silently."""
     calls = []
-    for name in ("_write_product", "_add_product"):
+    for name in ("write_product", "add_product"):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1]
         )
     hidden, weight, _, target, _, _ = make(4, 40, 8, device)
     linear_logprob(hidden, Head(weight.requires_grad_()), target).logp_N.sum().backward()
-    assert set(calls) == {"_write_product"}
+    assert set(calls) == {"write_product"}
     calls.clear()
     linear_logprob(hidden.requires_grad_(), Head(weight.detach()), target).logp_N.sum().backward()
-    assert set(calls) == {"_add_product"}
+    assert set(calls) == {"add_product"}
     calls.clear()
     with torch.no_grad():
         linear_logprob(hidden, Head(weight), target)
