@@ -13,6 +13,7 @@ from tokenkit.redaction import redact
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
+    "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
