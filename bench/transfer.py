@@ -111,7 +111,8 @@ def table(rows: list[dict]) -> str:
     ]
     for start in range(0, len(rows), len(LOSSES)):
         group = rows[start : start + len(LOSSES)]
-        head = f"| {group[0]['target']} | {group[0]['mode']} | {group[0]['teacher']:.3f} | {group[0]['fvt']:.3f} "
+        first = group[0]
+        head = f"| {first['target']} | {first['mode']} | {first['teacher']:.3f} | {first['fvt']:.3f} "
         students = " | ".join(f"{row['student']:.3f}" for row in group)
         seconds = " / ".join(f"{row['seconds']:.0f}" for row in group)
         peak = max(row["peak_mib"] for row in group)

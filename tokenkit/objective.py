@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def _ramp(kind: str, start: float, end: float, steps: int) -> Schedule:
     return value
 
 
-def _per_loss(field: str, given: object, names: list[str], default: object) -> dict[str, object]:
+def _per_loss(field: str, given: object, names: list[str], default: Any) -> dict[str, Any]:
     if given is None or (isinstance(given, Sequence) and not given):
         return dict.fromkeys(names, default)
     if isinstance(given, Mapping):

@@ -127,5 +127,5 @@ class LossTerm(NamedTuple):
 
     total: Tensor
     """float32, nats, differentiable: a scalar, or [K] where the loss is the mean of K such quotients."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count; FSDP2 finds tensors in tuples only
     """How many things `total` sums over, of its shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,9 +215,13 @@ def _export(session: Session) -> None:
     """Gather the student on rank 0 and write it in Hugging Face layout."""
     config, student = session.config, session.parts.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered: Mapping[str, Tensor] = get_model_state_dict(session.parts.run.model, options=options)
+    gathered = get_model_state_dict(session.parts.run.model, options=options)
     prefix = "student.model."
-    state = {name.removeprefix(prefix): t for name, t in gathered.items() if name.startswith(prefix)}
+    state: dict[str, Tensor] = {
+        name.removeprefix(prefix): value
+        for name, value in gathered.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
     with together("export the student", session.world):
         if session.world.is_main:
             request = ExportRequest(
