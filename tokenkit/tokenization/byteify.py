@@ -118,19 +118,19 @@ class Tokenizer:
         writer = self._backend.writer(before)
         written = [writer.lead + text for text in texts] if writer.lead else texts
         ids_of_each = [e.ids for e in writer.backend.encode_batch_fast(written, add_special_tokens=False)]
+        # Only these tokenizers write something else than the text's own bytes behind its first token.
+        may_walk = writer.adds_space and bool(self.vocabulary.text_added)
         results: list[Tokens | None] = []
-        for index, ids in enumerate(ids_of_each):
-            expected = raw[index]
+        for text, expected, ids in zip(texts, raw, ids_of_each, strict=True):
             spelled = b"".join(map(self.token_bytes.__getitem__, ids))
-            shift = len(spelled) - len(expected)
-            has_unknown = self.unk_id is not None and self.unk_id in ids
-            if not has_unknown and (
-                spelled == expected or (shift == 1 and spelled == b" " + expected and before != "text")
-            ):
+            own_space = (writer.adds_space or bool(writer.lead)) and spelled == b" " + expected
+            if self.unk_id is not None and self.unk_id in ids:
+                results.append(self._encode_slowly(text, writer))
+            elif own_space or spelled == expected:
                 ids_n = np.fromiter(ids, dtype=np.int32, count=len(ids))
-                results.append(_as_tokens(ids_n, self.byte_length_V[ids_n], shift))
+                results.append(_as_tokens(ids_n, self.byte_length_V[ids_n], shift=int(own_space)))
             else:
-                results.append(self._encode_slowly(texts[index], writer))
+                results.append(self._encode_slowly(text, writer) if may_walk else None)
         return results
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
