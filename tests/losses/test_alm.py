@@ -183,7 +183,7 @@ def test_only_needed_rows_reach_the_head(monkeypatch):
     monkeypatch.setattr(
         module,
         "score",
-        lambda states, r, subset=None: (rows.append(len(r.row_N)), original(states, r, subset))[1],
+        lambda states, r, *rest: (rows.append(len(r.row_N)), original(states, r, *rest))[1],
     )
     batch = make_batch()
     student, teacher = make_states(batch)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tokenkit.kernels.alm_difference import alm_difference, check_difference
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join, lay_out
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
 from tokenkit.losses.score import Rows, Scores, score, scored_tokens, select_rows
 from tokenkit.structs import Batch, ChunkKind, HiddenStates, LossTerm, Side
@@ -56,6 +57,8 @@ class AlmOptions:
     """Z: the valid chunks, or their teacher tokens."""
     space_threshold: float = 0.1
     """merge_by_space_prob joins until the teacher's probability of whitespace exceeds this."""
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Memory for the head beside results, bytes; more lets it keep what the backward would compute again."""
 
     def __post_init__(self) -> None:
         unknown = sorted(self.modes - set(MODES))
@@ -134,7 +137,8 @@ def prepare(teacher: HiddenStates | None, batch: Batch, options: AlmOptions) -> 
         subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
         ends_BS = _at_ends(layout.teacher, layout.valid_BC)
     token_BS = _in_valid(layout.teacher, layout.valid_BC)
-    scores = score(teacher, select_rows(batch.teacher, token_BS, ends_BS), subset)
+    rows = select_rows(batch.teacher, token_BS, ends_BS)
+    scores = score(teacher, rows, subset, options.workspace_bytes)
     if merges:
         assert scores.mass_BT is not None
         layout = join(
@@ -162,7 +166,7 @@ def prepare(teacher: HiddenStates | None, batch: Batch, options: AlmOptions) -> 
 
 def function(student: HiddenStates, prepared: AlmPrepared, batch: Batch, options: AlmOptions) -> LossTerm:
     """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
-    scores = score(student, prepared.rows, prepared.subset)
+    scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
     totals = []
     for sized in prepared.sizes:
         student_BC = _likelihood(sized.student, sized.valid_BC, scores, prepared.subset is not None)

@@ -8,16 +8,21 @@ Dimensions: B documents, T student positions, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
 from tokenkit.structs import Batch, HiddenStates, LossTerm
 
 
 @dataclass(frozen=True, slots=True)
 class ClmOptions:
-    """Next-token prediction has no options."""
+    """How next-token prediction runs."""
+
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Memory for the head beside results, bytes; more lets it keep what the backward would compute again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +44,17 @@ def function(
     student: HiddenStates, prepared: ClmPrepared, batch: Batch, options: ClmOptions | None = None
 ) -> LossTerm:
     """Return the summed cross entropy, nats, and the number of tokens."""
-    return LossTerm(-score(student, prepared.rows).logp_BT.sum(), prepared.count)
+    workspace_bytes = (options or ClmOptions()).workspace_bytes
+    scores = score(student, prepared.rows, workspace_bytes=workspace_bytes)
+    return LossTerm(-scores.logp_BT.sum(), prepared.count)
 
 
-def clm_loss(student: HiddenStates, batch: Batch) -> LossTerm:
-    """Cross entropy of the student's tokens: the drop-in form.
+def clm_loss(student: HiddenStates, batch: Batch, **options: Any) -> LossTerm:
+    """Cross entropy of the student's tokens: the drop-in form. `options`: the fields of `ClmOptions`.
 
     Returns:
         total, nats, differentiable in hidden states and head; count, tokens, at least 1 so that
         `total / count` is 0 in a batch without a scored token.
     """
-    term = function(student, prepare(None, batch), batch)
+    term = function(student, prepare(None, batch), batch, ClmOptions(**options))
     return LossTerm(term.total, term.count.clamp_min(1))

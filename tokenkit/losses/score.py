@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
 from tokenkit.kernels.vocabulary import Subset
 from tokenkit.structs import HiddenStates, Side
 
@@ -64,11 +64,16 @@ def select_rows(side: Side, token_BT: Tensor, mass_BT: Tensor | None = None) -> 
     return Rows(row_N, target_BT.flatten()[row_N], (B, T))
 
 
-def score(states: HiddenStates, rows: Rows, subset: Tensor | Subset | None = None) -> Scores:
+def score(
+    states: HiddenStates,
+    rows: Rows,
+    subset: Tensor | Subset | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Scores:
     """Run the head on the rows. Differentiable in the hidden states and the head.
 
     Under autocast the hidden states are of 16 bits and the head's parameters of 32: the head is cast, as
-    autocast would.
+    autocast would. `workspace_bytes` is `linear_logprob`'s.
 
     Raises:
         ValueError: if the hidden states are not those of the batch.
@@ -84,7 +89,7 @@ def score(states: HiddenStates, rows: Rows, subset: Tensor | Subset | None = Non
         bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
         head = replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
     hidden_ND = states.hidden_BTD.flatten(0, 1)[rows.row_N]
-    result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset)
+    result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset, workspace_bytes=workspace_bytes)
 
     place = result.logp_N.new_zeros(B * T + 1)
     # token row + 1; a row that serves its mass alone writes 0 to a token that nobody named
