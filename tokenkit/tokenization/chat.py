@@ -180,29 +180,38 @@ def _encode_by_place(
 
 def _assemble(script: _Script, gaps: Sequence[Gap], texts: Sequence[Tokens], *, trains_all: bool) -> Tokens:
     """Put the gaps and texts of one document in a row."""
-    ids, ends, special, trained = [], [], [], []
-    position, trains_text, is_plain = 0, False, not script.plan.roles
+    length = sum(len(gap.ids) for gap in gaps) + sum(len(tokens.ids) for tokens in texts)
+    ids, ends = np.empty(length, np.int32), np.empty(length, np.int64)
+    special, trained = np.ones(length, bool), np.zeros(length, bool)
+    trains_gaps = trains_all or not (script.plan.roles or script.prompt)
+    at, position, trains_text = 0, 0, False
     for index, gap in enumerate(gaps):
-        ids.append(gap.ids)
-        ends.append(np.where(gap.ends == UNPAIRED, UNPAIRED, gap.ends + position))
-        special.append(np.ones(len(gap.ids), dtype=bool))
-        all_trained = trains_all or (is_plain and not script.prompt)
-        trained.append(special[-1] if all_trained else gap.closes & trains_text)
+        if len(gap.ids):
+            here = slice(at, at + len(gap.ids))
+            ids[here] = gap.ids
+            ends[here] = gap.ends + position
+            ends[here][gap.ends == UNPAIRED] = UNPAIRED
+            if trains_gaps or trains_text:
+                trained[here] = trains_gaps or gap.closes
+            at += len(gap.ids)
         position += gap.width
         if index == len(texts):
             break
         tokens, trains_text = texts[index], script.trained[index]
-        ids.append(tokens.ids)
-        ends.append(tokens.byte_ends + position)
-        special.append(tokens.special)
-        trained.append(tokens.trained & (trains_all or _trained(script, tokens, trains_text)))
-        position += len(script.texts[index].encode())
-    return Tokens(*(np.concatenate(parts) for parts in (ids, ends, special, trained)))
+        here = slice(at, at + len(tokens.ids))
+        ids[here] = tokens.ids
+        ends[here] = tokens.byte_ends + position
+        special[here] = False
+        if trains_all or trains_text:
+            trained[here] = trains_all or _trained(script, tokens)
+        at += len(tokens.ids)
+        position += int(tokens.byte_ends[-1]) if len(tokens.ids) else 0
+    return Tokens(ids, ends, special, trained)
 
 
-def _trained(script: _Script, tokens: Tokens, trains_text: bool) -> bool | NDArray[np.bool_]:
-    """Return which tokens of a text are trained: behind a prompt, those that begin in the completion."""
+def _trained(script: _Script, tokens: Tokens) -> bool | NDArray[np.bool_]:
+    """Return which tokens of a trained text are: behind a prompt, those that begin in the completion."""
     if not script.prompt:
-        return trains_text
+        return True
     starts = np.concatenate([[0], tokens.byte_ends[:-1]])
     return starts >= len(script.prompt.encode())
