@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tokenkit.cli import one_line, run
+from tokenkit.cli import run
 from tokenkit.config import ALIASES, EXIT_CONFIG, ConfigError, TrainConfig, parse_command_line
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_command_line(TrainConfig, arguments, program="tokenkit train", aliases=ALIASES)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank reads the same configuration
-            print(f"tokenkit: {one_line(error)}", file=sys.stderr)
+            print(f"tokenkit: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
 
     def door() -> object:

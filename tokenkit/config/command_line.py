@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
@@ -32,7 +33,6 @@ def parse_command_line(
     *,
     program: str,
     aliases: Mapping[str, str] | None = None,
-    epilogue: str = "",
 ) -> T:
     """Read `--config FILE [FILE ...]` and flags into a configuration; flags win.
 
@@ -47,7 +47,7 @@ def parse_command_line(
     files, rest = take_config_files(rest)
     used: dict[str, str] = {}
     rest = [_canonical_flag(schema, argument, aliases, used) for argument in rest]
-    overrides = _flags(schema, rest, program, epilogue)
+    overrides = _flags(schema, rest, program, _description(schema, aliases))
     for alias, name in used.items():
         _say(f"tokenkit: --{alias} is read as --{name}")
     config = read_config(schema, files, overrides, aliases=aliases, say=_say)
@@ -100,7 +100,7 @@ def _canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], use
     return "--" + known.replace("_", "-") + equals + value
 
 
-def _flags(schema: type, arguments: list[str], program: str, epilogue: str) -> dict[str, Any]:
+def _flags(schema: type, arguments: list[str], program: str, description: str) -> dict[str, Any]:
     """What the command line sets, by dotted name, as YAML would hold it."""
     import tyro
 
@@ -108,7 +108,7 @@ def _flags(schema: type, arguments: list[str], program: str, epilogue: str) -> d
         _view(schema),
         args=arguments,
         prog=program,
-        description=_description(schema, epilogue),
+        description=description,
         return_unknown_args=True,
     )
     if unknown:
@@ -242,14 +242,17 @@ def _collect(schema: type, view: Any, prefix: str = "") -> list[tuple[str, Any]]
     return found
 
 
-def _description(schema: type, epilogue: str) -> str:
+def _description(schema: type, aliases: Mapping[str, str]) -> str:
+    """What stands above the list of flags."""
+    others = ", ".join(f"{alias} for {name}" for alias, name in aliases.items())
     lines = [
         (schema.__doc__ or "").strip(),
         "",
         "--config FILE [FILE ...] reads YAML with the same names: a later file wins, flags win over all.",
         "--print-config shows the resolved configuration and stops. --a-b and --a_b are the same flag.",
+        *textwrap.wrap(f"Other names: {others}." if others else "", 100),
     ]
-    return "\n".join(lines + ([epilogue] if epilogue else []))
+    return "\n".join(lines)
 
 
 def _say(line: str) -> None:

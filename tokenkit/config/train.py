@@ -77,7 +77,7 @@ class Schedule:
     """Optimizer steps."""
 
     warmup_steps: int = 0
-    """Steps of linear warmup of the learning rate, from 0."""
+    """Steps in which the learning rate rises linearly to its peak."""
 
     batch_size: int = 16
     """Documents per optimizer step, over all ranks."""
