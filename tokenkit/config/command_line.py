@@ -8,7 +8,6 @@ import dataclasses
 import os
 import re
 import sys
-import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
@@ -245,14 +244,13 @@ def _collect(schema: type, view: Any, prefix: str = "") -> list[tuple[str, Any]]
 def _description(schema: type, aliases: Mapping[str, str]) -> str:
     """What stands above the list of flags."""
     others = ", ".join(f"{alias} for {name}" for alias, name in aliases.items())
-    lines = [
+    paragraphs = [
         (schema.__doc__ or "").strip(),
-        "",
         "--config FILE [FILE ...] reads YAML with the same names: a later file wins, flags win over all.",
         "--print-config shows the resolved configuration and stops. --a-b and --a_b are the same flag.",
-        *textwrap.wrap(f"Other names: {others}." if others else "", 100),
+        *([f"Other names: {others}."] if others else []),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
 def _say(line: str) -> None:
