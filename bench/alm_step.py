@@ -1,0 +1,209 @@
+"""One ALM step of the student, from hidden states to gradients, against full logits in eager PyTorch.
+
+    python bench/alm_step.py                              table of time and memory, ratios to eager
+    python bench/alm_step.py --save bench/results/cpu/alm_step.json
+    pytest bench/alm_step.py --benchmark-only
+
+Contenders compute the same loss from the same prepared teacher half: `eager` keeps log_softmax over the
+vocabulary, `lean eager` only what logsumexp needs. Times are interleaved in one process, memory is taken
+in a process each, above inputs and outputs. Stops if a contender is wrong.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Step, as_row, peak_bytes, print_table, save, time_interleaved
+
+from tokenkit.kernels.chunk_likelihood import chunk_likelihood
+from tokenkit.losses import alm
+from tokenkit.losses.alm import AlmOptions
+from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
+
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of the step."""
+
+    tokens: int = 2048
+    vocab: int = 128_256
+    hidden: int = 512
+    rows: int = 8
+    """Documents; tokens / rows positions each."""
+
+
+def make_batch(case: Case, device: str) -> Batch:
+    """Return random tokens in chunks of one to three on both sides, a third of the vocabulary as space."""
+    T = case.tokens // case.rows
+
+    def side() -> Side:
+        ids = torch.randint(case.vocab, (case.rows, T), device=device)
+        trained = torch.ones_like(ids, dtype=torch.bool)
+        space = torch.rand(case.vocab, device=device) < 0.35
+        return Side(ids, torch.full((case.rows,), T, device=device), trained, space, 2)
+
+    def chunks() -> Tensor:
+        starts = torch.rand(case.rows, T, device=device) < 0.6
+        starts[:, :2] = True
+        ids = starts.cumsum(1) - 1
+        return ids.where(ids < T // 2, -1).int()
+
+    return Batch(side(), side(), {"unconstrained": Chunks(chunks(), chunks())})
+
+
+class Problem:
+    """One step's inputs, and the contenders as functions that leave gradients in them."""
+
+    def __init__(self, case: Case, device: str, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.batch = make_batch(case, device)
+        T = case.tokens // case.rows
+        self.hidden = torch.randn(case.rows, T, case.hidden, device=device, dtype=dtype).requires_grad_()
+        weight = torch.randn(case.vocab, case.hidden, device=device, dtype=dtype) / case.hidden**0.5
+        self.weight = weight.requires_grad_()
+        teacher_hidden = torch.randn(case.rows, T, 64, device=device, dtype=dtype)
+        teacher_weight = torch.randn(case.vocab, 64, device=device, dtype=dtype) / 8
+        teacher = HiddenStates(teacher_hidden, Head(teacher_weight))
+        self.options = AlmOptions()
+        self.prepared = alm.prepare(teacher, self.batch, self.options)
+
+    def kernel(self, workspace_bytes: int, *, frozen: bool = False) -> None:
+        """The library's step."""
+        weight = self.weight.detach() if frozen else self.weight
+        options = AlmOptions(workspace_bytes=workspace_bytes)
+        student = HiddenStates(self.hidden, Head(weight))
+        term = alm.function(student, self.prepared, self.batch, options)
+        (term.total / term.count).backward()
+
+    def eager(self, *, lean: bool = False) -> None:
+        """The same loss with all logits in memory."""
+        side, prepared = self.batch.student, self.prepared
+        logits = self.hidden @ self.weight.T
+        following = side.ids_BT.roll(-1, 1)[..., None]
+        if lean:
+            lse = logits.logsumexp(-1)
+            logp = logits.gather(-1, following)[..., 0] - lse
+            mass = logits.masked_fill(~side.space_V, -torch.inf).logsumexp(-1) - lse
+        else:
+            scores = logits.log_softmax(-1)
+            logp = scores.gather(-1, following)[..., 0]
+            mass = scores.masked_fill(~side.space_V, -torch.inf).logsumexp(-1)
+        chunks = prepared.sizes[0]
+        inside = torch.nn.functional.pad(chunks.valid_BC, (0, 1)).gather(1, chunks.student.slot_BL)
+        logp = torch.nn.functional.pad(logp[:, :-1], (1, 0)).where(inside, 0).float()
+        space = mass.gather(1, chunks.student.last_BC.clamp_min(0)).where(chunks.valid_BC, 0).float()
+        likelihood = chunk_likelihood(logp, chunks.student, space).where(chunks.valid_BC, 0)
+        total = alm.alm(chunks.teacher_BC, likelihood, chunks.weight_BC, self.options)
+        (total / prepared.count).backward()
+
+    def contenders(self) -> dict[str, Step]:
+        """Return every contender; each starts without gradients."""
+        steps = {
+            EAGER: lambda: self.eager(),
+            "lean eager": lambda: self.eager(lean=True),
+            "recompute": lambda: self.kernel(0),
+            "cached": lambda: self.kernel(1 << 36),
+            "frozen head": lambda: self.kernel(0, frozen=True),
+        }
+        return {name: self._fresh(step) for name, step in steps.items()}
+
+    def _fresh(self, step: Step) -> Step:
+        def run() -> None:
+            self.hidden.grad = self.weight.grad = None
+            step()
+
+        return run
+
+    def check(self) -> None:
+        """Raise SystemExit if a contender's gradients are not those of eager PyTorch."""
+        steps = self.contenders()
+        steps[EAGER]()
+        truth = self.hidden.grad, self.weight.grad
+        for name, step in steps.items():
+            step()
+            for value, expected in zip((self.hidden.grad, self.weight.grad), truth, strict=True):
+                if value is None:
+                    continue
+                error = ((value - expected).abs().max() / expected.abs().max()).item()
+                if not error <= (1e-3 if value.dtype == torch.float32 else 2e-2):
+                    raise SystemExit(f"{name} is off by {error:.1e} of the largest gradient: not timed")
+
+
+def memory_mib(case: Case, device: str, dtype: str) -> dict[str, float]:
+    """Return MiB above inputs and outputs, each contender in a process of its own."""
+    found = {}
+    for name in (EAGER, "lean eager", "recompute", "cached", "frozen head"):
+        command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of", name]
+        command += [x for key, value in asdict(case).items() for x in (f"--{key}", str(value))]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[name] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def measure(case: Case, device: str, dtype: str, repetitions: int) -> dict[str, dict[str, float]]:
+    """Return time and memory of each contender, and their ratios to eager."""
+    memory = memory_mib(case, device, dtype)
+    problem = Problem(case, device, getattr(torch, dtype))
+    problem.check()
+    timings = time_interleaved(problem.contenders(), repetitions, device)
+    rows = {}
+    for name, timing in timings.items():
+        rows[name] = as_row(timing) | {
+            "time/eager": timing.median / timings[EAGER].median,
+            "MiB": memory[name],
+            "memory/eager": memory[name] / memory[EAGER],
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for key, value in asdict(Case()).items():
+        parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = arguments.device
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+    case = Case(**{key: getattr(arguments, key) for key in asdict(Case())})
+    if arguments.memory_of:
+        problem = Problem(case, device, getattr(torch, dtype))
+        peak = peak_bytes(problem.contenders()[arguments.memory_of], device)
+        outputs = sum(x.grad.nbytes for x in (problem.hidden, problem.weight) if x.grad is not None)
+        print(json.dumps((peak - outputs) / 2**20))
+        return
+    rows = measure(case, device, dtype, arguments.repetitions)
+    print_table(rows)
+    if arguments.save:
+        save(arguments.save, device, {"case": asdict(case), "dtype": dtype, "rows": rows})
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(Case(), device, torch.float32 if device == "cpu" else torch.bfloat16)
+    problem.check()
+    return problem
+
+
+@pytest.mark.parametrize("name", [EAGER, "lean eager", "recompute", "cached", "frozen head"])
+def test_alm_step(benchmark, problem: Problem, name: str) -> None:
+    benchmark.pedantic(problem.contenders()[name], rounds=3, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main()

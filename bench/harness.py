@@ -1,0 +1,142 @@
+"""Measuring: interleaved contenders, a median with its spread, memory above inputs, one JSON per run."""
+
+import ctypes
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @property
+    def spread(self) -> float:
+        """p80 over p20, less one; above 0.05 the machine was not quiet."""
+        return self.p80 / self.p20 - 1
+
+
+def time_interleaved(contenders: Mapping[str, Step], repetitions: int, device: str) -> dict[str, Timing]:
+    """Time each contender `repetitions` times, in turns, after one round that is not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(repetitions + 1):
+        for name, step in contenders.items():
+            milliseconds = _time_once(step, device)
+            if round_:
+                samples[name].append(milliseconds)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _time_once(step: Step, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return Timing(statistics.median(ordered), low, high)
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """Return what `step` needs above what is allocated before it, its results included.
+
+    On a CPU the resident set is sampled every millisecond, so call it in a fresh process: memory that an
+    earlier step freed may still be resident.
+    """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide what the step allocates
+    before, peak, done = _resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    watcher.start()
+    step()
+    done.set()
+    watcher.join()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (after if after > high_water else max(peak, _resident_bytes())) - before
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what a number means nothing without."""
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    facts = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}
+    facts["python"] = platform.python_version()
+    if device == "cpu":
+        return facts | {"device": "cpu", "threads": torch.get_num_threads()}
+    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    clocks = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return facts | {"device": torch.cuda.get_device_name(), "clocks": clocks}
+
+
+def folder_name(device: str) -> str:
+    """Return the folder of `bench/results` for this machine: cpu, or the GPU's name."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+
+
+def print_table(rows: Mapping[str, Mapping[str, object]]) -> None:
+    """Print one line per contender."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    width = max(map(len, rows), default=0)
+    print(" " * width, *(f"{column:>16}" for column in columns))
+    for name, row in rows.items():
+        cells = (row.get(column, "") for column in columns)
+        print(f"{name:{width}}", *(f"{x:16.4g}" if isinstance(x, float) else f"{x!s:>16}" for x in cells))
+
+
+def save(path: Path, device: str, results: object) -> None:
+    """Write results beside the facts of the machine, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def as_row(timing: Timing) -> dict[str, float]:
+    """Return a timing as columns."""
+    return {"ms": timing.median, **{key: value for key, value in asdict(timing).items() if key != "median"}}
