@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenkit.tokenization.sentencepiece_model import sentencepiece_document
+
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 HUB_PATTERNS = ["tokenizer*", "*token*.json", "*.model", "vocab.*", "merges.txt", "config.json", "*.jinja"]
@@ -32,7 +34,8 @@ class TokenizerFiles:
 def read_files(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> TokenizerFiles:
     """Read the files of a local tokenizer folder, or of a hub repository through its client's cache.
 
-    A folder that has only a SentencePiece model, or slow tokenizer files, is converted by transformers.
+    A SentencePiece model alone is read as it stands; other files (vocab.json and merges.txt, a repository's
+    own code) are converted by transformers.
 
     Raises:
         FileNotFoundError: no such folder, or the hub does not know or cannot deliver the name.
@@ -45,8 +48,14 @@ def read_files(name_or_path: str, *, revision: str | None, trust_remote_code: bo
             config.update(
                 {key: value for key, value in _read_json(folder / file).items() if value is not None}
             )
+    model_file = next((folder / file for file in SENTENCEPIECE_FILES if (folder / file).is_file()), None)
     if (folder / "tokenizer.json").is_file():
         document = _read_json(folder / "tokenizer.json")
+    elif model_file is not None:
+        document = sentencepiece_document(model_file)
+        config.setdefault(
+            "add_bos_token", True
+        )  # what transformers assumes of such a folder, if it has a BOS
     else:
         document = _converted(folder, name_or_path, revision, trust_remote_code)
     if not isinstance(document.get("model"), dict):
@@ -87,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _converted(folder: Path, name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    if not folder_has_slow_files(folder) and not trust_remote_code:
+    if not (folder / "vocab.json").is_file() and not trust_remote_code:
         files = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
             f"{folder} must hold tokenizer.json, {', '.join(SENTENCEPIECE_FILES)} or vocab.json: got {files}"
@@ -107,11 +116,6 @@ def _converted(folder: Path, name: str, revision: str | None, trust_remote_code:
     except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
         raise ValueError(f"transformers cannot turn {folder} into a fast tokenizer: {error}") from error
     return json.loads(backend.to_str())
-
-
-def folder_has_slow_files(folder: Path) -> bool:
-    """Whether transformers has something to build a fast tokenizer from."""
-    return any((folder / file).is_file() for file in (*SENTENCEPIECE_FILES, "vocab.json"))
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -247,7 +247,8 @@ def _with_entries(model: dict[str, Any], added: Sequence[Mapping[str, Any]]) -> 
         return model
     if isinstance(model["vocab"], dict):
         return {**model, "vocab": {**strings, **{string: token_id for token_id, string in missing.items()}}}
-    vocab = list(model["vocab"])
+    # SentencePiece's own user-defined pieces are in the list, with the mark for a space in their names.
+    vocab = [[missing.get(token_id, piece), score] for token_id, (piece, score) in enumerate(model["vocab"])]
     lowest = min((score for _, score in vocab), default=0.0)  # the score of unknown characters depends on it
     for token_id in range(len(vocab), 1 + max(missing)):
         vocab.append([missing.get(token_id, _UNMATCHABLE.format(id=token_id)), lowest])
