@@ -304,6 +304,18 @@ def test_hub_data_sets_resume_like_local_ones(monkeypatch, streaming):
     assert hub.calls[0] == ("someone/stories", "small", "test", streaming)
 
 
+def test_a_hub_data_set_stays_on_disk(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", _Hub([{"text": "a"}] * 3))
+    mix, _ = open_data(DataOptions(dataset_name="someone/stories"))
+    assert type(mix._sources[0]._table).__name__ == "Dataset"
+
+
+def test_a_stream_without_enough_heldout_documents_is_given_up(fifty):
+    tiny = HeldoutOptions(fraction=1e-12, documents=3)
+    _, heldout = open_data(DataOptions(dataset_name=fifty, streaming=True, heldout=tiny))
+    assert texts(heldout) == ["document 0"]
+
+
 def test_a_data_set_of_a_mix_may_have_a_name_of_its_own(fifty):
     with pytest.raises(ValueError, match="data set stories has rows without the field 'no'"):
         open_data(DataOptions(datasets=(SourceOptions(name="stories", path=fifty, text_field="no"),)))

@@ -36,7 +36,7 @@ class Mix:
         self._upper = np.cumsum(np.array(weights, np.float64) / np.sum(weights))
 
     @property
-    def epoch(self) -> float:
+    def epoch(self) -> int:
         """Passes over the first data set that are complete."""
         return self._sources[0].epoch
 

@@ -21,6 +21,7 @@ from tokenkit.data.options import BadRowOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.rows import check_fields, document_of
 from tokenkit.tokenization.documents import Document
 
+_MAX_HELDOUT_SEARCH = 1_000_000  # rows
 _FREE_SKIPS = 10  # the quota is a share, which means nothing for the first few rows
 
 
@@ -75,7 +76,8 @@ class Source:
         self._table: Sequence[Row | BadRow] | None = None
         if not options.streaming:
             rows = self._open(0)
-            self._table = rows if isinstance(rows, Sequence) else list(rows)
+            # a hub's data set is a table on disk; a local file is read into memory here
+            self._table = list(rows) if isinstance(rows, Iterator) else rows
         self._check_first_row()
         self._rows: Iterator[Row | BadRow | None] | None = None
         self._found_in_epoch = False
@@ -179,13 +181,14 @@ class Source:
     def heldout(self, count: int) -> list[Document]:
         """Return the first held-out documents, in the order of the data set.
 
-        A stream is read until they are found, at most twice the rows that should hold so many.
+        A stream is read until they are found, at most twice the rows that should hold so many, and never
+        more than a million.
         """
         fraction = self._heldout.fraction
         if fraction == 0 or count == 0:
             return []
         rows: Iterable[Row | BadRow] = self._open(0) if self._table is None else self._table
-        limit = len(self) or int(2 * count / fraction) + 1
+        limit = len(self) or min(int(2 * count / fraction) + 1, _MAX_HELDOUT_SEARCH)
         out = is_heldout(np.arange(limit), fraction).tolist()
         chosen = itertools.compress(rows, out)
         return list(itertools.islice(filter(None, map(self._document, chosen)), count))
