@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,10 @@ from tokenkit.config import (
 )
 from tokenkit.config.later import LATER, feature_of, spell
 from tokenkit.config.schema import flatten, leaves
-from tokenkit.config.yaml_files import parse_yaml
+from tokenkit.config.yaml_files import parse_yaml, read_yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 NEEDED = {
     "student.pretrained_model_name_or_path": "student",
@@ -346,6 +350,16 @@ def test_a_field_that_looks_like_a_secret_is_refused_without_repeating_it(name):
     message = refusal({name: "hunter2"})
     assert "looks like a secret" in message
     assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_file_of_configs_is_valid_alone_and_behind_the_main_one(file):
+    needed = {
+        name: value for name, value in NEEDED.items() if "data" not in read_yaml(file) or "data" not in name
+    }
+    assert read_config(TrainConfig, [file], needed).student.pretrained_model_name_or_path == "student"
+    behind = [CONFIGS / "cross_tokenizer_distill.yaml", file]
+    assert read_config(TrainConfig, behind).run.name == "cross_tokenizer_distill"
 
 
 def test_an_error_in_a_file_names_the_file(tmp_path):
