@@ -163,6 +163,31 @@ def test_16_bit_inputs_lose_only_their_own_rounding(mode, executor, device):
         assert error <= tolerance, (name, error)
 
 
+def test_the_top_token_is_known_whichever_part_it_is_in(executor, device):
+    """A vocabulary of two parts; targets are the top token, the second, and one of two that tie."""
+    weight = torch.zeros(40, 3, device=device)
+    weight[[5, 30, 31], 0] = torch.tensor([9.0, 8.0, 7.0], device=device)
+    weight[[5, 30, 31], 1] = torch.tensor([7.0, 8.0, 9.0], device=device)
+    weight[[5, 30], 2] = 9.0
+    hidden = torch.eye(3, device=device).repeat_interleave(2, 0)
+    target = torch.tensor([5, 30, 31, 30, 5, 31], device=device)
+    for mask in (torch.arange(40, device=device) >= 30, torch.arange(40, device=device) < 30):
+        result = linear_logprob(hidden, Head(weight), target, subset_V=mask)
+        assert result.is_top1_N.tolist() == [True, False, True, False, True, False]
+
+
+def test_a_16_bit_cache_keeps_small_probabilities(executor, device):
+    """e^-25 is below float16's smallest number; its row of dW is right all the same."""
+    hidden = torch.tensor([[5.0, 1.0]], device=device, dtype=torch.bfloat16)
+    weight = torch.zeros(40, 2, device=device, dtype=torch.bfloat16)
+    weight[7, 0] = 5.0
+    upstream = torch.tensor([[1.0], [0.0], [0.0]], device=device)
+    inputs = (hidden, weight, None, torch.tensor([7], device=device), None, upstream)
+    truth = run(reference.linear_logprob, torch.float64, inputs)
+    kernel = run(linear_logprob, torch.bfloat16, inputs, workspace_bytes=CACHED)
+    torch.testing.assert_close(kernel["dweight"][8].double(), truth["dweight"][8], rtol=1e-2, atol=0)
+
+
 @MODES
 def test_modes_are_chosen_by_gradients_and_budget(mode, device):
     hidden, weight, _, target, _, _ = make(4, 40, 8, device)
