@@ -6,6 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
         fan_in_fan_out=type(student.causal_lm).__name__.startswith("GPT2"),  # its layers are transposed
     )
     try:
-        student.model = get_peft_model(student.causal_lm, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers about a name that peft uses
+            student.model = get_peft_model(student.causal_lm, config)
     except ValueError as error:
         raise ValueError(f"no adapter could be placed (model_lora_*): {error}") from error
 
