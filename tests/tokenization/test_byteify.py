@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
-from tests.tokenization.tiny import CORPUS, KINDS
+from tests.tokenization.tiny import CORPUS, KINDS, byte_level, write
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text, load_tokenizer
 
 TEXTS = [
@@ -150,10 +152,6 @@ def test_text_that_is_not_unicode_is_refused(tokenizers):
 
 
 def test_text_that_the_vocabulary_lacks_is_refused(tmp_path):
-    import json
-
-    from tests.tokenization.tiny import byte_level
-
     folder = byte_level(tmp_path)
     document = json.loads((folder / "tokenizer.json").read_text())
     del document["model"]["vocab"]["z"]
@@ -168,6 +166,15 @@ def test_canonical_text_is_left_alone_by_all_tokenizers(tokenizers):
     for tokenizer in tokenizers.values():
         assert tokenizer.normalize(text) == text
         tokenizer.encode(text)
+
+
+def test_normalizers_that_undo_each_other_are_refused(tokenizers, folders, tmp_path):
+    document = json.loads((folders["byte-level"] / "tokenizer.json").read_text())
+    decomposing = load_tokenizer(str(write(tmp_path, {**document, "normalizer": {"type": "NFD"}})))
+    assert canonical_text("plain", tokenizers["byte-level"], decomposing) == "plain"
+    for pair in ((tokenizers["byte-level"], decomposing), (decomposing, tokenizers["byte-level"])):
+        with pytest.raises(ValueError, match="undo each other's work"):
+            canonical_text("café", *pair)
 
 
 @given(text=texts)
@@ -256,8 +263,6 @@ def test_a_manual_prefix_space_gives_the_ids_of_the_tokenizers_own(tokenizers, f
 
 
 def test_a_prebyteified_vocabulary_is_read_as_it_stands(tmp_path):
-    from tests.tokenization.tiny import write
-
     document = {
         "version": "1.0",
         "added_tokens": [],

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -300,8 +301,6 @@ def test_a_tokenizer_without_a_template_refuses_messages_but_not_text(tokenizers
     ],
 )
 def test_a_template_that_cannot_be_read_is_refused(tmp_path, template, message):
-    import json
-
     folder = byte_level(tmp_path)
     document = json.loads((folder / "tokenizer.json").read_text())
     write(folder, document, chat_template=template)

@@ -317,10 +317,12 @@ def canonical_text(text: str, *tokenizers: Tokenizer) -> str:
         ValueError: text that is not valid Unicode, or that the normalizers change back and forth.
     """
     for _ in range(MAX_ROUNDS):
-        before = text
+        changed = False
         for tokenizer in tokenizers:
-            text = tokenizer.normalize(text)
-        if text == before:
+            normal = tokenizer.normalize(text)
+            changed |= normal != text
+            text = normal
+        if not changed:
             return text
     names = ", ".join(str(tokenizer.spec) for tokenizer in tokenizers)
     raise ValueError(f"the normalizers of {names} undo each other's work on the text: leave it out")
