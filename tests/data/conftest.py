@@ -3,9 +3,13 @@
 import json
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokenkit.tokenization.byteify import load_tokenizer
+
+settings.register_profile("tokenkit", deadline=None)  # machines that test are often busy
+settings.load_profile("tokenkit")
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.tokenization.documents import Document
@@ -143,6 +144,13 @@ def test_rows_that_are_no_documents_are_left_out_and_counted(word_tokenizer, byt
     assert batch.student.ids_BT.shape[0] == 2
     assert collator.skipped.total() == 3
     assert all("\ud800" not in reason and "bad" not in reason for reason in collator.skipped)
+
+
+def test_it_is_a_collate_fn(word_tokenizer, byte_tokenizer):
+    rows = [{"text": f"the cat {i}"} for i in range(6)]
+    collator = AlignedCollator(word_tokenizer, byte_tokenizer)
+    batches = list(DataLoader(rows, batch_size=4, collate_fn=collator))
+    assert [len(batch.student.length_B) for batch in batches] == [4, 2]
 
 
 def test_reasons_never_quote_the_text(word_tokenizer, monkeypatch):

@@ -6,7 +6,6 @@ from itertools import pairwise, permutations
 import pytest
 
 from tokenkit.pairing.align import FlatTokens, SideRules, align_kinds, flatten, token_spans
-from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import document_from_row, encode_documents
 
 SPECS = {
@@ -23,8 +22,8 @@ SPECS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizers(shared_data):
-    return {name: load_tokenizer(str(shared_data / "tokenizers" / spec)) for name, spec in SPECS.items()}
+def tokenizers(load_real):
+    return {name: load_real(f"tokenizers/{spec}") for name, spec in SPECS.items()}
 
 
 @pytest.fixture(scope="module")

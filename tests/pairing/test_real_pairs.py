@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from tokenkit.pairing.align import SideRules, align_kinds, chunk_spans, flatten
-from tokenkit.tokenization.byteify import canonical_text, load_tokenizer
+from tokenkit.tokenization.byteify import canonical_text
 
 SPACES = "space+tab+newline"
 
 
 @pytest.fixture(scope="module")
-def tokenizers(shared_data):
-    folders = sorted(
-        [*shared_data.glob("tokenizers/*"), *(p.parent for p in shared_data.glob("models/*/tokenizer.json"))]
+def tokenizers(shared_data, load_real):
+    files = sorted(
+        [*shared_data.glob("tokenizers/*/tokenizer.json"), *shared_data.glob("models/*/tokenizer.json")]
     )
-    assert len(folders) >= 16
-    return {folder.name: load_tokenizer(str(folder)) for folder in folders}
+    assert len(files) >= 16
+    return {file.parent.name: load_real(file.parent.relative_to(shared_data).as_posix()) for file in files}
 
 
 @pytest.fixture(scope="module")
