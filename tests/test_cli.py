@@ -146,6 +146,12 @@ def raising(error):
         (FileNotFoundError(2, "No such file", "x.txt"), EXIT_DATA, "x.txt: No such file"),
         (FileExistsError("out holds a run: pass --resume"), EXIT_DATA, "out holds a run: pass --resume"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), EXIT_DATA, "can't decode byte 0xff"),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            EXIT_CONFIG,
+            "pip install 'tokenkit[train]'",
+        ),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), EXIT_CONFIG, "'tokenkit[track]'"),
         (FloatingPointError("loss clm is not finite"), EXIT_NUMERICS, "loss clm is not finite"),
     ],
 )
@@ -155,6 +161,19 @@ def test_an_error_with_a_remedy_is_one_line_and_the_code_of_its_kind(capsys, err
     assert written.startswith("tokenkit: ")
     assert text in written
     assert written.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["yaml", "tyro"])
+def test_without_the_train_extra_the_commands_say_what_to_install(missing):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from tokenkit.train import main; sys.exit(main([]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'tokenkit[train]'" in result.stderr
 
 
 def test_debug_shows_the_traceback_too(capsys):
@@ -173,8 +192,9 @@ def test_neither_message_nor_traceback_shows_a_secret(capsys, monkeypatch):
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(capsys):
-    assert run(raising(KeyError("x"))) == 1
-    assert "Traceback" in capsys.readouterr().err
+    for error in (KeyError("x"), ModuleNotFoundError("No module", name="tokenkit.nothing")):
+        assert run(raising(error)) == 1
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_an_error_names_its_rank_where_there_are_several(monkeypatch, capsys):

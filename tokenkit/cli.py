@@ -8,14 +8,29 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, nearest
 from tokenkit.redaction import redact
+
+try:
+    from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError, nearest
+except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
+    raise SystemExit(
+        f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit[train]'"
+    ) from missing
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
     "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
+
+EXTRAS = {
+    "wandb": "track",
+    "tensorboard": "track",
+    "lm_eval": "eval",
+    "onnx": "export",
+    "flash_attn": "flash",
+}
+"""Which extra brings a package that is missing; any other comes with `train`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +85,8 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         return 130
     except Exception as error:
         code = exit_code(error)
+        if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
+            return code  # every rank reads the same configuration: one of them speaks
         if debug or code == 1:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if code != 1:
@@ -85,11 +102,14 @@ def exit_code(error: BaseException) -> int:
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tokenkit"):
+        return 1
     kinds: list[tuple[type[BaseException], int]] = [
         (ArithmeticError, EXIT_NUMERICS),
         (UnicodeError, EXIT_DATA),
         (OSError, EXIT_DATA),
         (ValueError, EXIT_CONFIG),
+        (ModuleNotFoundError, EXIT_CONFIG),
     ]
     return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
@@ -99,8 +119,12 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        text += f": pip install 'tokenkit[{EXTRAS.get(package, 'train')}]'"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return f"rank {os.environ.get('RANK', '0')}: {text}" if world_size > 1 else text
+    names_rank = world_size > 1 and not isinstance(error, ConfigError)
+    return f"rank {os.environ.get('RANK', '0')}: {text}" if names_rank else text
 
 
 if __name__ == "__main__":

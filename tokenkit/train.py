@@ -7,30 +7,26 @@ Flags are read before anything heavy is imported, so `--help` and every error in
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 from tokenkit.cli import run
-from tokenkit.config import ALIASES, EXIT_CONFIG, ConfigError, TrainConfig, parse_command_line
+from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the configuration, train, and return the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        config = parse_command_line(TrainConfig, arguments, program="tokenkit train", aliases=ALIASES)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same configuration
-            print(f"tokenkit: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_CONFIG
 
-    def door() -> object:
-        from tokenkit.training.loop import train
+    def read_and_train() -> int:
+        config = parse_command_line(TrainConfig, argv, program="tokenkit train", aliases=ALIASES)
 
-        return train(config)
+        def train_as_configured() -> object:
+            from tokenkit.training.loop import train
 
-    return run(door, debug=config.run.debug)
+            return train(config)
+
+        return run(train_as_configured, debug=config.run.debug)
+
+    return run(read_and_train)
 
 
 if __name__ == "__main__":
