@@ -8,7 +8,6 @@ from hypothesis import settings
 
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 
-
 settings.register_profile("tokenkit", deadline=None)  # machines that test are often busy
 settings.load_profile("tokenkit")
 
