@@ -1,5 +1,6 @@
 """Ranks agree on losses and gradients, and say so where they cannot."""
 
+import os
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks, wait_ranks
 from tokenkit import parallel
 
 VOCAB, WIDTH, IGNORE = 37, 16, -100
@@ -214,29 +215,51 @@ def test_where_one_rank_fails_all_raise_and_can_go_on():
 def waits_for_a_rank_that_hangs(world):
     parallel.set_timeout(world, 1)
     if world.rank == 1:
-        time.sleep(4)
-        return 0.0
+        time.sleep(3)
+        raise SystemExit(0)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)tim(ed|e) ?out"):
         parallel.barrier(world)
-    return time.monotonic() - start
+    raise SystemExit(0 if 0.5 < time.monotonic() - start < 2.8 else 3)
 
 
 def test_a_rank_that_hangs_is_noticed_after_the_timeout():
-    assert 0.5 < run_ranks(waits_for_a_rank_that_hangs, 2)[0] < 3.5
+    assert wait_ranks(start_ranks(waits_for_a_rank_that_hangs, 2)) == [0, 0]
 
 
-def test_a_single_process_needs_no_group(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    world = parallel.start(backend="gloo")
-    assert (world.rank, world.world_size, world.mesh, world.is_main) == (0, 1, None, True)
-    model = make()
-    assert parallel.shard(model, model.layers, world) is model
-    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-    assert parallel.all_reduce_counts({"tokens": torch.tensor(3)}, 0, world)["tokens"] == 3
-    assert parallel.gather_json([1], world) == [[1]]
-    parallel.stop(world)
+def leaves_with_an_error(world):
+    if world.rank == 0:
+        time.sleep(3)  # another rank at work
+        return 0.0
+    start = time.monotonic()
+    try:
+        raise ValueError("this rank failed")
+    except ValueError:
+        parallel.stop(world)
+    return time.monotonic() - start
+
+
+def test_a_rank_that_leaves_with_an_error_waits_for_nobody():
+    ranks = start_ranks(leaves_with_an_error, 2)
+    while not (ranks.folder / "1.pt").exists():
+        assert os.waitpid(ranks.pids[0], os.WNOHANG)[0] == 0, "rank 1 waited for rank 0"
+        time.sleep(0.01)
+    wait_ranks(ranks)
+
+
+def shards_alone(world):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    alone = parallel.start(backend="gloo", always_shard=True)
+    curve = train(alone)
+    model = parallel.shard(make(), [], alone, param_dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    parallel.stop(alone)
+    return curve
+
+
+def test_a_single_process_may_shard_with_itself_and_needs_no_address(reference):
+    assert disagreement(run_ranks(shards_alone, 1, always_shard=False)[0], reference).max() < 1e-6
 
 
 @pytest.mark.parametrize(
