@@ -103,8 +103,15 @@ class AlignedCollator:
         """
         sides = self._tokenize(rows)
         kinds = self._align(*sides)
-        student, teacher = (self._side(number, flat) for number, flat in enumerate(sides))
-        return Batch(student, teacher, {kind: self._chunks(kinds[kind], sides) for kind in kinds})
+        student, teacher = (_Rows(flat, self.pad_to_multiple_of) for flat in sides)
+        chunks: dict[str, Chunks] = {
+            kind: Chunks(
+                student.chunks(alignment.student_N, alignment.offset_B),
+                teacher.chunks(alignment.teacher_M, alignment.offset_B),
+            )
+            for kind, alignment in kinds.items()
+        }
+        return Batch(self._side(0, student), self._side(1, teacher), chunks)
 
     def nothing_trained(self, rows: int) -> str:
         """Return the message for a batch of so many rows without a trained token."""
@@ -147,30 +154,33 @@ class AlignedCollator:
     def _align(self, student: FlatTokens, teacher: FlatTokens) -> dict[ChunkKind, Alignment]:
         return align_kinds(student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode)
 
-    def _side(self, number: int, flat: FlatTokens) -> Side:
+    def _side(self, number: int, rows: _Rows) -> Side:
         return Side(
-            ids_BT=self._pad(flat, flat.ids_N.astype(np.int64), self._pads[number]),
-            length_B=torch.from_numpy(flat.length_B),
-            trained_BT=self._pad(flat, flat.trained_N, False),
+            ids_BT=rows.pad(rows.flat.ids_N.astype(np.int64), self._pads[number]),
+            length_B=torch.from_numpy(rows.length_B),
+            trained_BT=rows.pad(rows.flat.trained_N, False),
             space_V=self._space[number],
             eos_id=self._eos[number],
         )
 
-    def _chunks(self, alignment: Alignment, sides: tuple[FlatTokens, FlatTokens]) -> Chunks:
-        in_row = (alignment.student_N, alignment.teacher_M)
-        padded = []
-        for chunk_N, flat in zip(in_row, sides, strict=True):
-            first_N = np.repeat(alignment.offset_B[:-1].astype(np.int32), flat.length_B)
-            padded.append(self._pad(flat, np.where(chunk_N < 0, np.int32(-1), chunk_N - first_N), -1))
-        return Chunks(*padded)
 
-    def _pad(self, flat: FlatTokens, value_N: NDArray[Any], fill: int) -> Tensor:
-        """Lay flat values out as [B, T]."""
-        multiple = self.pad_to_multiple_of
-        T = -(-int(flat.length_B.max(initial=1)) // multiple) * multiple
-        result_BT = np.full((len(flat.length_B), T), fill, value_N.dtype)
-        result_BT[np.arange(T) < flat.length_B[:, None]] = value_N
+class _Rows:
+    """Lays the flat tokens of one side out as [B, T], padded on the right."""
+
+    def __init__(self, flat: FlatTokens, multiple: int) -> None:
+        self.flat, self.length_B = flat, flat.length_B
+        T = -(-int(self.length_B.max(initial=1)) // multiple) * multiple
+        self._filled_BT = np.arange(T) < self.length_B[:, None]
+
+    def pad(self, value_N: NDArray[Any], fill: int) -> Tensor:
+        result_BT = np.full(self._filled_BT.shape, fill, value_N.dtype)
+        result_BT[self._filled_BT] = value_N
         return torch.from_numpy(result_BT)
+
+    def chunks(self, chunk_N: NDArray[np.int32], offset_B: NDArray[np.int64]) -> Tensor:
+        """Pad chunk ids, counted from the first chunk of their own row."""
+        first_N = np.repeat(offset_B[:-1].astype(np.int32), self.length_B)
+        return self.pad(np.where(chunk_N < 0, np.int32(-1), chunk_N - first_N), -1)
 
 
 def _rules(tokenizer: Tokenizer) -> SideRules:
