@@ -101,7 +101,7 @@ def _documents(options: AlignOptions) -> list[Document]:
         raise ValueError(f"--limit must be at least 1: got {options.limit}")
     if options.text is not None:
         return [Document(text=options.text)]
-    return read_documents(SourceOptions(path=options.file), options.limit)
+    return read_documents(SourceOptions(path=options.file, streaming=True), options.limit)
 
 
 def _targets(output: str | None) -> tuple[Path, Path] | None:
