@@ -124,6 +124,7 @@ def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world
     with together("make room for a checkpoint", world):
         if world.is_main:
             root.mkdir(mode=0o750, parents=True, exist_ok=True)
+            fsync_folder(root.parent)
             free = free_bytes(root)
             if free < needed:
                 raise OSError(
@@ -224,8 +225,7 @@ def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | Non
     for name in names:
         reason = _examine(root / name, world)
         if reason is None:
-            if world.is_main and repair:
-                _repair(root, bad)
+            _repair(root, bad if repair else None, world)
             return root / name
         bad[name] = reason
     aside = broadcast_json(sorted(p.name for p in root.glob(".quarantine-*")) if world.is_main else [], world)
@@ -235,8 +235,7 @@ def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | Non
             f"no checkpoint in {root} is intact ({listed}). Nothing was deleted: put an intact one back, "
             "or start again in another output_dir"
         )
-    if world.is_main and repair:
-        _repair(root, {})
+    _repair(root, {} if repair else None, world)
     return None
 
 
@@ -253,14 +252,18 @@ def _examine(folder: Path, world: World) -> str | None:
     return next((found for found in gather_json(reason, world) if found is not None), None)
 
 
-def _repair(root: Path, bad: Mapping[str, str]) -> None:
-    for name, reason in bad.items():
-        aside = root / f".quarantine-{name}-{time.time_ns()}"
-        os.rename(root / name, aside)
-        logger.warning("checkpoint %s is damaged (%s): moved to %s", name, reason, aside.name)
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def _repair(root: Path, bad: Mapping[str, str] | None, world: World) -> None:
+    """Move the damaged aside and delete leftovers; None: touch nothing."""
+    with together("move damaged checkpoints aside", world):
+        if bad is None or not world.is_main or not root.is_dir():
+            return
+        for name, reason in bad.items():
+            aside = root / f".quarantine-{name}-{time.time_ns()}"
+            os.rename(root / name, aside)
+            logger.warning("checkpoint %s is damaged (%s): moved to %s", name, reason, aside.name)
+        for path in sorted(root.iterdir()):
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
 
 def restore(
