@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tokenkit.align import main
+from tokenkit.align import SHOWN_TOKENS, main
 
 PAIR = ["--student", "byte", "--teacher", "byte:target=Llama3"]
 
@@ -35,6 +35,13 @@ def test_a_file_is_counted_whole(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "documents                │ 3 " in out
     assert "three" not in out
+
+
+def test_a_long_text_is_shown_in_part_and_counted_whole(capsys):
+    assert main([*PAIR, "--text", "z" * 3000]) == 0
+    out = capsys.readouterr().out
+    assert SHOWN_TOKENS - 5 <= out.count("z") / 2 <= SHOWN_TOKENS
+    assert "3,000" in out
 
 
 def test_templates_can_be_shown(capsys, monkeypatch):

@@ -97,7 +97,9 @@ def test_the_page_is_self_contained_and_escapes_tokens():
 def test_the_picture_is_a_png_that_grows_with_the_text(tmp_path):
     sizes = []
     for number, row in enumerate((ROW, ROW * 40)):
-        save_png([*row, Cell(("$x_1$", "東"), ("a",), 9)], tmp_path / f"{number}.png", "title $")
+        save_png(
+            [*row, Cell((r"$\nothing$", "東"), ("a",), 9)], tmp_path / f"{number}.png", r"title $\nothing$"
+        )
         data = (tmp_path / f"{number}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         sizes.append(int.from_bytes(data[20:24]))

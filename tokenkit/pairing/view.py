@@ -10,6 +10,7 @@ import html
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -221,7 +222,8 @@ def save_png(row: Sequence[Cell], path: Path, title: str, columns: int = 100) ->
     axes.set_xlim(0, columns)
     axes.set_ylim(-3 * len(lines), 1.5)
     axes.axis("off")
-    axes.text(0, 0.4, title, fontsize=10)
+    write = partial(axes.text, parse_math=False)  # a dollar is a dollar, not the beginning of a formula
+    write(0, 0.4, title, fontsize=10)
     color = {id(cell): background for cell, background in colored(row)}
     for number, line in enumerate(lines):
         x = 0
@@ -232,8 +234,7 @@ def save_png(row: Sequence[Cell], path: Path, title: str, columns: int = 100) ->
                     continue
                 y = -3 * number - depth - 1
                 axes.add_patch(Rectangle((x, y), measure(cell) - 0.3, 0.95, color=color[id(cell)], lw=0))
-                content = "|".join(tokens).replace("$", r"\$")  # a dollar would begin a formula
-                axes.text(x + 0.2, y + 0.25, content, fontsize=8, family="monospace", color=INK)
+                write(x + 0.2, y + 0.25, "|".join(tokens), fontsize=8, family="monospace", color=INK)
             x += measure(cell)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
