@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -52,6 +52,7 @@ def test_the_bytes_of_the_ids_spell_the_canonical_text(tokenizers, kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
+@settings(deadline=None)
 def test_the_bytes_of_the_ids_spell_any_canonical_text(tokenizers, kind, text):
     check_spells(tokenizers[kind], canonical_text(text, tokenizers[kind]))
 
@@ -102,6 +103,28 @@ def test_an_unknown_character_spans_its_own_bytes(tokenizers):
     (at,) = np.flatnonzero(tokens.ids == tokenizer.unk_id)
     start, end = tokens.byte_ends[at - 1], tokens.byte_ends[at]
     assert "cat 日本 dog".encode()[start:end] == "日本".encode()
+
+
+def test_an_added_word_may_bring_a_space_of_its_own_behind_it(folders, tmp_path):
+    document = json.loads((folders["sentencepiece"] / "tokenizer.json").read_text())
+    word = {"id": 1 + max(document["model"]["vocab"].values()), "content": "dog", "special": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"].append({**word, **flags})
+    tokenizer = load_tokenizer(str(write(tmp_path, document)))
+    tokens = tokenizer.encode("the doghouse")
+    original = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokens.ids.tolist() == original.encode("the doghouse", add_special_tokens=False).ids
+    at = tokens.ids.tolist().index(word["id"])
+    assert tokens.byte_ends[at] == len("the dog")
+    assert b"".join(tokenizer.token_bytes[i] for i in tokens.ids[at + 1 :]) == b" house"
+    assert tokens.byte_ends[-1] == len("the doghouse")
+
+
+def test_an_unknown_character_behind_a_manual_prefix_spans_its_own_bytes(folders):
+    tokenizer = load_tokenizer(f"{folders['metaspace']}:conversion=manual_add_prefix_space")
+    tokens = tokenizer.encode("the Ω")
+    assert tokens.ids[-1] == tokenizer.unk_id
+    assert tokens.byte_ends[-2:].tolist() == [len("the "), len("the Ω".encode())]
 
 
 def test_unknown_ids_exist_only_where_text_can_become_unknown(tokenizers):
@@ -178,6 +201,7 @@ def test_normalizers_that_undo_each_other_are_refused(tokenizers, folders, tmp_p
 
 
 @given(text=texts)
+@settings(deadline=None)
 def test_normalizing_twice_changes_nothing_more(tokenizers, text):
     for tokenizer in tokenizers.values():
         assert tokenizer.normalize(tokenizer.normalize(text)) == tokenizer.normalize(text)

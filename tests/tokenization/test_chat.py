@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tokenization.tiny import byte_level, write
+from tests.tokenization.tiny import CHATML, byte_level, write
 from tokenkit.structs import UNPAIRED
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import (
@@ -102,6 +102,33 @@ def test_closing_a_question_opens_the_answer_where_a_family_says_both_at_once():
     assert ("<s>", UNPAIRED) in by_end  # Qwen has none
     (start,) = (e for s, e in spelled(qwen, teacher) if s == "2")
     assert start == 14
+
+
+def test_closing_a_question_opens_no_second_question():
+    llama2, llama3 = families("Llama2", "Llama3")
+    student, teacher = encode(
+        Document(messages=(Message("user", "1"), Message("user", "2"))), [llama2, llama3]
+    )
+    # BOS, three of a header, "1", END_TURN; the second question begins behind it, at 6.
+    assert [e for s, e in spelled(llama2, student) if s in "]12"] == [4, 5, 6, 9, 10, 11]
+    assert [e for s, e in spelled(llama3, teacher) if s in "12"] == [5, 10]
+
+
+def test_whitespace_that_a_special_token_swallows_is_not_written(folders, tmp_path):
+    document = json.loads((folders["byte-level"] / "tokenizer.json").read_text())
+    for token in document["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|im_end|>"
+    swallowing = load_tokenizer(str(write(tmp_path, document, chat_template=CHATML)))
+    other = load_tokenizer("byte:target=Qwen2")
+    student, teacher = encode(TALK, [swallowing, other])
+    assert spelled(swallowing, student)[-1][0] == "<|im_end|>"
+    assert spelled(other, teacher)[-1] == ("\n", UNPAIRED)
+
+
+def test_a_template_that_trims_is_noticed(folders, tmp_path):
+    document = json.loads((folders["byte-level"] / "tokenizer.json").read_text())
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    assert load_tokenizer(str(write(tmp_path, document, chat_template=trimming))).chat.trims_content
 
 
 def test_a_one_sided_bos_has_no_partner():
@@ -231,6 +258,7 @@ ALL_FAMILIES = list(itertools.permutations(FAMILIES, 2))
     roles=st.permutations(["system", "user", "assistant", "user"]),
     mode=st.sampled_from(ChatTemplateMode.__args__),
 )
+@settings(deadline=None)
 def test_axes_of_any_two_families_agree(byte_families, pair, contents, roles, mode):
     if not any(content.strip() for content in contents):
         return

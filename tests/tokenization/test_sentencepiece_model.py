@@ -7,7 +7,7 @@ import sentencepiece
 from tests.conftest import SHARED_DATA
 from tests.tokenization.tiny import CORPUS
 from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.sentencepiece_model import sentencepiece_document
+from tokenkit.tokenization.sentencepiece_model import Piece, merges, sentencepiece_document
 
 TEXTS = [
     "The cat sat on the mat, and the dog ran away.",
@@ -64,6 +64,16 @@ def test_real_models_give_the_tokenizer_json_beside_them(shared_data, name):
     assert document["model"]["merges"] == merges
     assert document["model"]["vocab"] == beside["model"]["vocab"]
     assert document["normalizer"] == beside["normalizer"]
+
+
+def test_merges_are_ordered_by_score_and_not_by_place():
+    pieces = [Piece(string, score, 1) for string, score in (("a", 0), ("b", 0), ("ab", -3), ("ba", -2))]
+    assert merges([*pieces, Piece("aba", -1.0, 1), Piece("<x>", 0.0, 3)]) == [
+        ["a", "ba"],
+        ["ab", "a"],
+        ["b", "a"],
+        ["a", "b"],
+    ]
 
 
 @pytest.mark.parametrize("raw", [b"", b"not a model at all", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\x08"])

@@ -35,6 +35,13 @@ def test_a_string_that_both_families_have_keeps_its_id(folders):
     assert after.control["<|endoftext|>"] == before.eos_id
 
 
+def test_a_string_that_plays_another_role_is_not_renamed(folders):
+    folder = folders["byte-level"]
+    before, after = load_tokenizer(str(folder)), load_tokenizer(f"{folder}:source=GPT2:target=Phi3")
+    assert after.control["<|endoftext|>"] == before.control["<|endoftext|>"]  # BOS before, EOS now
+    assert after.control["<s>"] >= before.vocab_size
+
+
 def test_a_tokenizer_that_lacks_its_family_is_refused(folders):
     with pytest.raises(
         ValueError, match=r"said to have the special tokens of Llama3 but lacks '<\|begin_of_text"

@@ -135,18 +135,21 @@ def _chat_gaps(plan: Plan, family: Family) -> list[list[tuple[str, tuple[Atom, .
         if role == "user" and turn and family.repeats_bos:
             gaps[turn].append((family.tokens[BOS], ((turn, BOS),)))
         header, end = family.turns[role].header, family.turns[role].end
-        gaps[turn] += [(piece.text, _own_atoms(piece, turn)) for piece in header]
+        gaps[turn] += [_as_said(piece, turn, opens_next=False) for piece in header]
         opens_next = turn < last and not family.turns[plan.roles[turn + 1]].header
-        gaps[turn + 1] += [(piece.text, _own_atoms(piece, turn, opens_next)) for piece in end]
+        gaps[turn + 1] += [_as_said(piece, turn, opens_next) for piece in end]
     if family.ends_chat_with_eos:
         gaps[-1].append((family.tokens[EOS], ((last, EOS),)))
     return gaps
 
 
-def _own_atoms(piece: Piece, turn: int, opens_next: bool = False) -> tuple[Atom, ...]:
+def _as_said(piece: Piece, turn: int, opens_next: bool) -> tuple[str, tuple[Atom, ...]]:
+    """Return a piece's text and the atoms that it says here; where it opens no answer, its space goes too."""
     own = tuple((turn, atom) for atom in piece.atoms if not atom.startswith(NEXT))
     following = tuple((turn + 1, atom.removeprefix(NEXT)) for atom in piece.atoms if atom.startswith(NEXT))
-    return own + following if opens_next else own
+    if following and not opens_next:
+        return piece.text.rstrip(" "), own
+    return piece.text, own + following
 
 
 def _ends_in_space(pieces: Sequence[tuple[str, tuple[Atom, ...]]]) -> bool:

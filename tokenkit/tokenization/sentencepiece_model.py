@@ -67,7 +67,7 @@ def sentencepiece_document(path: Path) -> dict[str, Any]:
             # A user-defined piece comes of no merge; the pre-tokenizer hands it over whole.
             "ignore_merges": any(piece.kind == USER_DEFINED for piece in pieces),
             "vocab": {piece.string: index for index, piece in enumerate(pieces)},
-            "merges": _merges(pieces),
+            "merges": merges(pieces),
         }
     return {
         "version": "1.0",
@@ -130,19 +130,19 @@ def _added(index: int, piece: Piece) -> dict[str, Any]:
     return {"id": index, "content": piece.string, **flags, "special": True}
 
 
-def _merges(pieces: list[Piece]) -> list[list[str]]:
+def merges(pieces: list[Piece]) -> list[list[str]]:
     """Return the merges of a BPE model, best first."""
     # Control, unknown and byte pieces come of no merge and take part in none.
     rank = {piece.string: index for index, piece in enumerate(pieces) if piece.kind == NORMAL}
-    merges = []
+    candidates: list[tuple[float, int, int, int, str, str]] = []
     for index, piece in enumerate(pieces):
         if piece.kind != NORMAL:
             continue
         string = piece.string
         splits = ((string[:at], string[at:]) for at in range(1, len(string)))
         found = [(rank[a], rank[b], a, b) for a, b in splits if a in rank and b in rank]
-        merges += [(-piece.score, index, *split) for split in sorted(found)]
-    return [[left, right] for *_, left, right in sorted(merges)]
+        candidates += [(-piece.score, index, *split) for split in sorted(found)]
+    return [[left, right] for *_, left, right in sorted(candidates)]
 
 
 def _read(path: Path) -> Model:
