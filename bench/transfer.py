@@ -19,7 +19,12 @@ from pathlib import Path
 
 from tokenkit.metrics import read_metrics
 
-LOSSES = {"CLM": ["clm"], "ALM": ["alm_unconstrained"], "ALM + CLM": ["clm", "alm_unconstrained"]}
+LOSSES = {
+    "CLM": ["--losses", "clm"],
+    "ALM": ["--losses", "alm_unconstrained"],
+    # the temperature of 100 divides ALM's gradient: the weight gives it back
+    "ALM + CLM": ["--losses", "clm", "alm_unconstrained", "--loss-weights", "1", "100"],
+}
 TARGETS = ("tinystories10k", "byte", "gpt2", "llama3", "qwen2.5")
 MODES = ("full", "lora")
 
@@ -42,7 +47,7 @@ def main() -> None:
     for target in arguments.targets:
         for mode in arguments.modes:
             for name, losses in LOSSES.items():
-                folder = arguments.output / f"{target}-{mode}-{'-'.join(losses)}"
+                folder = arguments.output / f"{target}-{mode}-{name.replace(' + ', '-').lower()}"
                 row = run(flags(arguments, target, mode, losses, folder), folder)
                 rows.append({"target": target, "mode": mode, "losses": name, **row})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -79,7 +84,7 @@ def flags(
         stories = (arguments.data / "text" / "tinystories.heldout.txt").read_text(encoding="utf-8")
         heldout.write_text("<|endoftext|>\n".join(stories.split("<|endoftext|>\n")[:60]), encoding="utf-8")
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return [*words, "--losses", *losses, "--eval-at-step-zero"]
+    return [*words, *losses, "--eval-at-step-zero"]
 
 
 def run(command: list[str], folder: Path) -> dict[str, float]:

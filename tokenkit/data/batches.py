@@ -7,7 +7,7 @@ micro-batches changes which documents a step sees. What has been read ahead does
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -97,6 +97,11 @@ class Batches:
         if self._world == 1 and not any(map(has_trained_token, batches)):
             raise ValueError(self._collator.nothing_trained(len(mine)))
         return _Step(batches, self._mix.state_dict())
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows left out so far, by reason: no documents (of all ranks), or not tokenizable (of this rank)."""
+        return self._mix.skipped + self._collator.skipped
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state behind the last step given out; JSON."""

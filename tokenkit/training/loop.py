@@ -175,6 +175,7 @@ def _train(session: Session) -> tuple[ExitCode, str]:
                     )
     finally:
         reports.close()
+    _report_skipped(session)
     if session.world.is_main:
         draw_curves(session.folder)
     _export(session)
@@ -209,6 +210,14 @@ def _save(session: Session) -> None:
     root = session.folder / "checkpoints"
     if not (root / f"step_{run.step:08d}").exists():
         checkpoint.save(root, state, session.identity, session.world)
+
+
+def _report_skipped(session: Session) -> None:
+    """Say which rows were no documents, or could not be tokenized: counts and reasons, no text."""
+    skipped = session.parts.batches.skipped
+    if skipped:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common(5))
+        _say(session.world, f"rows left out: {reasons}")
 
 
 def _export(session: Session) -> None:

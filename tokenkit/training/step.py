@@ -83,6 +83,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
 
     Raises:
         NonFiniteError: a loss or the gradient norm is not finite; parameters and optimizer are untouched.
+        ValueError: no token of the whole step is trained.
     """
     device = run.world.device
     batches = [batch.to(device) for batch in micro_batches]
@@ -102,7 +103,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     grads = [p for p in run.model.parameters() if p.requires_grad]
     _unscale(grads, run.loss_scale)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
-    report = _report(run, means, grad_norm, counts)
+    report = _report(run, means, grad_norm, counts, _trained_tokens(batches))
     if not report.skipped:
         set_learning_rate(run.optimizer, report.learning_rate)
         run.optimizer.step()
@@ -142,11 +143,23 @@ def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
             param.grad.div_(scale.value)
 
 
-def _report(run: Run, means: Tensor, grad_norm: Tensor, counts: dict[str, Tensor]) -> StepReport:
+def _trained_tokens(batches: Sequence[Batch]) -> Tensor:
+    return torch.stack([batch.student.trained_BT[:, 1:].sum() for batch in batches]).sum()
+
+
+def _report(
+    run: Run, means: Tensor, grad_norm: Tensor, counts: dict[str, Tensor], trained: Tensor
+) -> StepReport:
     names = run.objective.names
-    sums = all_reduce_counts({name: means[j].double() for j, name in enumerate(names)}, run.step, run.world)
-    packed = torch.stack([sums[name] for name in names] + [grad_norm.double()])
-    *values, norm = packed.tolist()
+    local = {name: means[j].double() for j, name in enumerate(names)}
+    sums = all_reduce_counts({**local, "#trained": trained}, run.step, run.world)
+    packed = torch.stack([sums[name] for name in names] + [grad_norm.double(), sums["#trained"]])
+    *values, norm, num_trained = packed.tolist()
+    if not num_trained:
+        raise ValueError(
+            f"no token of step {run.step} is trained, on any process: the answers may lie behind "
+            "max_length_new, or be masked (loss_mask_mode); nothing was updated"
+        )
     losses = dict(zip(names, values, strict=True))
     bad = [name for name in names if not math.isfinite(losses[name])]
     if bad:
