@@ -1,5 +1,7 @@
 """Next-token prediction against torch's cross entropy."""
 
+from dataclasses import replace
+
 import torch
 
 from tests.losses.example import make_batch, make_states
@@ -39,6 +41,13 @@ def test_a_hidden_state_behind_the_end_is_never_read():
     with torch.no_grad():
         student.hidden_BTD[1, 6:] = torch.nan
     assert torch.isfinite(clm_loss(student, batch).total)
+
+
+def test_a_mask_that_reaches_into_the_padding_is_cut():
+    batch = make_batch()
+    careless = replace(batch.student, trained_BT=torch.ones(2, 8, dtype=torch.bool))
+    student, _ = make_states(batch)
+    assert clm_loss(student, replace(batch, student=careless)).count == 7 + 5
 
 
 def test_under_autocast_sums_stay_float32():
