@@ -71,7 +71,7 @@ def encode_documents(
     """
     _check_modes(mode, loss_mask_mode)
     scripts = [_script(document, tokenizers, mode) for document in documents]
-    layout_of = {plan: layouts(plan, tokenizers) for plan in {script.plan for script in scripts}}
+    layout_of = {plan: layouts(plan, tuple(tokenizers)) for plan in {script.plan for script in scripts}}
     gaps = [[layout_of[script.plan][side] for script in scripts] for side in range(len(tokenizers))]
     encoded = _encode_texts(scripts, tokenizers, gaps)
     sides = []

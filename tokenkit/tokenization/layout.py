@@ -7,6 +7,7 @@ them can write takes one unit of the axis; a piece that says none of those has n
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class _Written:
     atoms: tuple[Atom, ...]
 
 
-def layouts(plan: Plan, tokenizers: Sequence[Tokenizer]) -> list[list[Gap]]:
+@functools.lru_cache(maxsize=512)  # conversations of a data set share few plans
+def layouts(plan: Plan, tokenizers: tuple[Tokenizer, ...]) -> list[list[Gap]]:
     """Return the gaps of a plan, one list per tokenizer.
 
     Raises:
