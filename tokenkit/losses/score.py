@@ -88,7 +88,7 @@ def score(
     if head.weight_VD.dtype != dtype:
         bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
         head = replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
-    hidden_ND = states.hidden_BTD.flatten(0, 1)[rows.row_N]
+    hidden_ND = states.hidden_BTD.flatten(0, 1).index_select(0, rows.row_N)
     result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset, workspace_bytes=workspace_bytes)
 
     place = result.logp_N.new_zeros(B * T + 1)
