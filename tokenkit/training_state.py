@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -43,9 +42,7 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     A weight that is used in two places appears once, under its first name. Sharded parameters are
     DTensors. No gradient is asked of the caller, and none flows.
     """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()  # after an evaluation the root still holds whole weights
+    # first: it makes FSDP2 take back the whole weights that its root still holds after an evaluation
     persistent = module.state_dict().keys()
     tensors: dict[str, Tensor] = {
         name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
