@@ -8,4 +8,5 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/environment.sh"
 cd "$root"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tensors are small: threads cost more than they bring
 exec "${TOKENKIT_VENV:-$root/.venv}/bin/python" -m pytest "$@"

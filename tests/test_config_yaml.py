@@ -1,7 +1,7 @@
 """YAML is read as data, and written so that it reads the same."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokenkit.config import ConfigError
@@ -14,6 +14,7 @@ def write(folder, name, text):
     return path
 
 
+@settings(deadline=None)
 @example("\x85", 0.0, 0)
 @example("a\u2028b", 0.0, 0)
 @given(st.text(max_size=20), st.floats(allow_nan=False, allow_infinity=False), st.integers())
