@@ -69,6 +69,16 @@ def test_it_is_written_in_the_type_asked_for(old_and_new, tmp_path):
     assert next(student.parameters()).dtype == torch.float32
 
 
+def test_generation_stops_at_the_end_of_a_turn_too(old_and_new, tmp_path):
+    new = load_tokenizer("byte:target=Qwen2")
+    student = CausalLM(tiny_model(), 300)
+    transfer_vocabulary(student, old_and_new[0], new)
+    folder = export_huggingface(student, None, new, ExportRequest(folder=tmp_path / "out"))
+    ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert ends == sorted([new.eos_id, new.special_ids["end_turn"]])
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
 def test_a_folder_that_holds_something_is_left_alone(old_and_new, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")

@@ -137,6 +137,9 @@ def _set_special_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     for key, value in ids.items():
         setattr(model.config, key, value)
         setattr(model.generation_config, key, value)
+    ends = {tokenizer.eos_id, tokenizer.special_ids.get("end_turn")} - {None}
+    if len(ends) > 1:  # an answer ends with its turn, not with the document
+        model.generation_config.eos_token_id = sorted(ends)
 
 
 def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
