@@ -96,6 +96,21 @@ def test_ranks_and_micro_batches_agree_with_one_process(world_size, accumulation
     assert disagreement(curves[0], reference).max() < 1e-6
 
 
+def reduced_after_each_backward(world):
+    model = make()
+    parallel.shard(model, model.layers, world, param_dtype=None)
+    reduced = []
+    for is_last in (False, True):
+        parallel.set_gradient_sync(model, is_last)
+        model(*ragged_batch(0)).backward()
+        reduced.append(all(p.grad is not None for p in model.parameters()))
+    return reduced
+
+
+def test_gradients_travel_once_per_step():
+    assert run_ranks(reduced_after_each_backward, 2) == [[False, True]] * 2
+
+
 def test_a_mean_of_means_would_be_noticed(reference):
     curve = run_ranks(train, 2, 3, 1, True)[0]
     assert disagreement(curve, reference)[1] > 1e-2
