@@ -30,6 +30,8 @@ Backend = Literal["nccl", "gloo"]
 class OtherRankError(RuntimeError):
     """Another rank failed: this rank stops with it instead of waiting for it in the next collective."""
 
+    exit_code = 69  # that rank says what was wrong, with a code of its own
+
 
 @dataclass(frozen=True, slots=True)
 class World:

@@ -18,7 +18,7 @@ from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves, write_outcome
 from tokenkit.models.causal_lm import DTYPES
-from tokenkit.parallel import World, all_reduce_counts, barrier, start, stop, together
+from tokenkit.parallel import World, all_reduce_counts, barrier, set_timeout, start, stop, together
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.training.build import Parts, build
 from tokenkit.training.reports import Reports
@@ -31,6 +31,9 @@ MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
     "use_distributed", "distributed_backend", "n_data_parallel",
 )  # fmt: skip
+
+
+COLLECTIVE_SECONDS = 1800.0  # a rank that is silent for longer, while training, is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,11 @@ def _dry_run(config: TrainConfig, world: World) -> int:
 
 
 def _build(config: TrainConfig, world: World) -> Parts:
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.run.seed)  # the same on every rank: adapters begin equal
     with together("load models, tokenizers and data", world):
-        return build(config, world)
+        parts = build(config, world)
+    torch.manual_seed(config.run.seed + world.rank)  # dropout is each rank's own
+    return parts
 
 
 def _run(folder: Path, config: TrainConfig, world: World) -> int:
@@ -139,6 +144,7 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
             _say(world, f"resuming after step {run.step} from {found}")
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
+    set_timeout(world, COLLECTIVE_SECONDS)
     reports = Reports.open(folder, config, run.step, is_main=world.is_main)
     return Session(config, world, folder, parts, state, identity, reports)
 
