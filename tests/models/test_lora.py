@@ -79,3 +79,10 @@ def test_a_layer_range_that_the_model_lacks_is_refused(text):
 def test_adapters_that_cannot_be_placed_are_refused(options):
     with pytest.raises(ValueError, match="model_lora"):
         student_with(**options)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_use_of_a_tied_matrix_is_refused(target):
+    student = CausalLM(tiny_model(tie_word_embeddings=True), 300)
+    with pytest.raises(ValueError, match=f"{target}, but input and output embedding are one matrix"):
+        add_lora(student, LoraOptions(rank=4, targets=("q_proj", target)))

@@ -39,18 +39,27 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
     """Put adapters into `student`, in place. Everything else in it is frozen.
 
     Raises:
-        ValueError: a rank below 1, a range that names no layer, a target that names no module.
+        ValueError: a rank below 1, a range that names no layer, a target that names no module, or one
+            that names one use of a tied matrix: no merged model could be tied and have it.
     """
     from peft import LoraConfig, get_peft_model
 
     if options.rank < 1:
         raise ValueError(f"model_lora_rank must be at least 1, got {options.rank}")
+    names = adapted_modules(student, options)
+    vocabulary = (student.embedding, student.output)
+    tied = [name for name in names if student.causal_lm.get_submodule(name) in vocabulary]
+    if tied and student.is_tied:
+        raise ValueError(
+            f"model_lora_targets name {' and '.join(tied)}, but input and output embedding are one matrix: "
+            "set output_embeddings_mode to untie, or leave them to train_embeddings"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
-        target_modules=adapted_modules(student, options),
+        target_modules=names,
         modules_to_save=list(options.modules_to_save) or None,
         fan_in_fan_out=type(student.causal_lm).__name__.startswith("GPT2"),  # its layers are transposed
     )
