@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import ARCHITECTURES, byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings.fvt import transfer_vocabulary
-from tokenkit.export.huggingface import ExportRequest, export_huggingface
+from tokenkit.export.huggingface import ExportError, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.lora import LoraOptions, add_lora
 from tokenkit.tokenization.byteify import load_tokenizer
@@ -88,3 +88,37 @@ def test_a_folder_that_holds_something_is_left_alone(old_and_new, tmp_path):
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_it_samples_as_the_student_did(old_and_new, tmp_path):
+    student = transferred("llama", old_and_new)
+    config = student.causal_lm.generation_config
+    config.do_sample, config.temperature, config.suppress_tokens = True, 0.6, [299]
+    folder = export_huggingface(student, None, old_and_new[1], ExportRequest(folder=tmp_path / "out"))
+    written = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert (written.do_sample, written.temperature) == (True, 0.6)
+    assert written.suppress_tokens is None, "an id of the old tokenizer"
+    assert written.eos_token_id == old_and_new[1].eos_id
+
+
+def test_settings_that_cannot_be_written_do_not_spoil_the_export(old_and_new, tmp_path):
+    student = transferred("llama", old_and_new)
+    config = student.causal_lm.generation_config
+    config.do_sample, config.temperature = False, 0.6
+    folder = export_huggingface(student, None, old_and_new[1], ExportRequest(folder=tmp_path / "out"))
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.temperature != 0.6
+
+
+def test_a_merge_that_changes_the_model_is_noticed(old_and_new, tmp_path):
+    student = transferred("llama", old_and_new, tie_word_embeddings=True)
+    student.config.tie_word_embeddings = False  # so that the adapter is placed
+    student.output.weight = torch.nn.Parameter(student.output.weight.detach().clone())
+    add_lora(student, LoraOptions(rank=4, targets=("lm_head",)))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    student.config.tie_word_embeddings = True
+    with pytest.raises(ExportError, match="adapters merged, is off by"):
+        export_huggingface(student, None, old_and_new[1], ExportRequest(folder=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 class PlainTokenizer(PreTrainedTokenizerFast):
     """Reads tokenizer.json; adds nothing."""
 '''
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
 
 
@@ -70,9 +72,9 @@ def export_huggingface(
     folder = request.folder
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
-    model = merged_model(student, student.model.state_dict() if state is None else state)
-    model = model.to(request.dtype).eval()
-    _set_special_ids(model, tokenizer)
+    model = merged_model(student, student.model.state_dict() if state is None else state, tokenizer)
+    model = model.to(request.dtype)
+    _set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
     staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -88,20 +90,28 @@ def export_huggingface(
     return folder
 
 
-def merged_model(student: CausalLM, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return a plain Hugging Face model with the student's weights, adapters merged."""
+def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> PreTrainedModel:
+    """Return a plain Hugging Face model with the student's weights in float32, adapters merged.
+
+    Raises:
+        ExportError: the state does not fit, or the merged model gives other log-probabilities.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config))
+    # merged in 16 bits, adapters would be rounded twice
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config), dtype=torch.float32)
     if not hasattr(student.model, "peft_config"):
         _load(model, state)
-        return model
+        return model.eval()
     from peft import get_peft_model
 
     (peft_config,) = student.model.peft_config.values()
-    wrapped = get_peft_model(model, peft_config)
+    wrapped = get_peft_model(model, peft_config).eval()
     _load(wrapped, state)
-    return wrapped.merge_and_unload()
+    apart_T = _sample_logp(wrapped, tokenizer)
+    merged = wrapped.merge_and_unload()
+    _check_agreement(_sample_logp(merged, tokenizer), apart_T, "the model, its adapters merged,")
+    return merged
 
 
 def model_card(facts: Mapping[str, str]) -> str:
@@ -131,7 +141,14 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _set_special_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def _set_generation(model: PreTrainedModel, student: CausalLM, tokenizer: Tokenizer) -> None:
+    """Sample as the student did, and stop where the new tokenizer says."""
+    sampling = copy.deepcopy(model.generation_config)
+    for name in SAMPLING:
+        setattr(sampling, name, getattr(student.causal_lm.generation_config, name, None))
+    with suppress(ValueError):  # models exist whose own settings transformers refuses to write
+        sampling.validate(strict=True)
+        model.generation_config = sampling
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
     for key, value in ids.items():
@@ -173,19 +190,32 @@ def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer) -> None:
 def _check(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     from transformers import AutoModelForCausalLM
 
-    ids = _sample_ids(tokenizer)
+    ids = _sample_ids(tokenizer).tolist()
     got = _ids_of_reload(folder, tokenizer)
-    if got != ids.tolist():
-        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids.tolist()}")
-
+    if got != ids:
+        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
     loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
-    limit = getattr(loaded.config, "max_position_embeddings", None) or len(ids)
-    ids_BT = torch.from_numpy(ids[:limit]).long()[None]
+    ids_BT = _sample_batch(loaded, tokenizer)
     logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
     got_T = logits_TV.log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
+    _check_agreement(got_T, _sample_logp(model.float(), tokenizer), f"{folder}: the model, loaded back,")
 
-    states = CausalLM(model.float(), tokenizer.vocab_size)(ids_BT)
-    expected_T = linear_logprob(states.hidden_BTD[0, :-1], states.head, ids_BT[0, 1:]).logp_N
+
+def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
+    ids = _sample_ids(tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
+    return torch.from_numpy(ids[:limit]).long()[None]
+
+
+@torch.no_grad()
+def _sample_logp(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
+    """Return the log-probability of each token of the sample, as the losses compute it."""
+    ids_BT = _sample_batch(model, tokenizer)
+    states = CausalLM(model, tokenizer.vocab_size)(ids_BT)
+    return linear_logprob(states.hidden_BTD[0, :-1], states.head, ids_BT[0, 1:]).logp_N
+
+
+def _check_agreement(got_T: Tensor, expected_T: Tensor, what: str) -> None:
     error = (got_T - expected_T).abs().max().item() if len(got_T) else 0.0
     if not error <= 1e-3 * max(1.0, expected_T.abs().max().item()):
-        raise ExportError(f"{folder}: the model, loaded back, is off by {error:.2e} nats")
+        raise ExportError(f"{what} is off by {error:.2e} nats")
