@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,20 @@ def test_a_piece_inside_a_word_is_not_written_with_the_space_that_begins_a_text(
         end = sources.offset_V[token_id + 1] if token_id + 1 < len(sources.offset_V) else None
         spelled = b"".join(old.token_bytes[i] for i in sources.old_ids_K[start:end].tolist())
         assert spelled == tokenizers["large"].token_bytes[token_id]
+
+
+def test_a_byte_piece_does_not_stand_for_a_character_that_has_a_token(tokenizers, tmp_path):
+    raw = json.loads((sentencepiece_bpe(tmp_path) / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]  # bytes behind the characters, where Gemma has some of them
+    letter, byte = vocab["a"], vocab["<0x61>"]
+    assert byte < letter
+    vocab["a"], vocab["<0x61>"] = byte, letter
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    old = load_tokenizer(str(tmp_path))
+    assert old.token_bytes[byte] == old.token_bytes[letter] == b"a"
+    sources = row_sources(old, tokenizers["small"])
+    new_id = tokenizers["small"].token_bytes.index(b"a")
+    assert sources.old_ids_K[sources.offset_V[new_id]] == byte
 
 
 @given(st.integers(0, 100), st.integers(1, 9))

@@ -68,9 +68,7 @@ def row_sources(old: Tokenizer, new: Tokenizer) -> RowSources:
     Raises:
         ValueError: the two vocabularies have no token in common and nothing to build one from.
     """
-    by_bytes = {
-        old.token_bytes[i]: i for i in np.flatnonzero(~old.is_special_V).tolist() if old.token_bytes[i]
-    }
+    by_bytes = ids_by_bytes(old)
     roles = special_pairs(old, new)
     pieces: list[Sequence[int]] = [()] * new.vocab_size
     method_V = np.full(new.vocab_size, METHODS.index("mean_of_all"), np.uint8)
@@ -97,6 +95,26 @@ def row_sources(old: Tokenizer, new: Tokenizer) -> RowSources:
     flat = np.fromiter((i for ids in pieces for i in ids), np.int64, int(length_V.sum()))
     offset_V = np.cumsum(length_V) - length_V
     return RowSources(torch.from_numpy(flat), torch.from_numpy(offset_V), method_V)
+
+
+def ids_by_bytes(old: Tokenizer) -> dict[bytes, int]:
+    """Return the ordinary token of each byte string.
+
+    Where several tokens have the same bytes (a character of Gemma and its byte piece) it is the one that
+    the tokenizer writes: the others were never trained.
+    """
+    result: dict[bytes, int] = {}
+    repeated: dict[bytes, str] = {}
+    for token_id in np.flatnonzero(~old.is_special_V & (old.byte_length_V > 0)).tolist():
+        raw = old.token_bytes[token_id]
+        if raw in result:
+            repeated[raw] = raw.decode("utf-8", errors="ignore")
+        result[raw] = token_id
+    encoded = old.try_encode_batch(list(repeated.values()), before="text")
+    for raw, tokens in zip(repeated, encoded, strict=True):
+        if tokens is not None and len(tokens.ids) == 1 and old.token_bytes[tokens.ids[0]] == raw:
+            result[raw] = int(tokens.ids[0])
+    return result
 
 
 def special_pairs(old: Tokenizer, new: Tokenizer) -> dict[int, tuple[int, ...]]:
