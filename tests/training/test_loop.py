@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import tiny_model
+from tokenkit.config.errors import exit_code
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.parallel import World
 from tokenkit.training.build import build
@@ -105,6 +107,22 @@ def test_a_users_loss_with_a_count_of_its_own_is_told_to_say_so(make_config):
         train_step(parts.run, next(parts.batches))
 
 
+def test_a_count_may_be_a_plain_number(make_config):
+    own = "tests.training.own_losses:counted_by_number"
+    parts = build(make_config(losses=[own]), SINGLE)
+    assert train_step(parts.run, next(parts.batches)).counts[own] == 4
+
+
+def test_a_gradient_that_no_loss_scale_saves_ends_the_run(make_config):
+    parts = build(
+        make_config(losses=["tests.training.own_losses:not_finite_backward"], dtype="float16"), SINGLE
+    )
+    micro_batches = next(parts.batches)
+    with pytest.raises(NonFiniteError, match="at any loss scale"):
+        for _ in range(40):
+            assert train_step(parts.run, micro_batches).skipped
+
+
 def test_a_loss_that_is_not_finite_is_named_and_updates_nothing(make_config, tmp_path):
     own = "tests.training.own_losses:not_finite"
     config = make_config(losses=["clm", own])
@@ -116,6 +134,29 @@ def test_a_loss_that_is_not_finite_is_named_and_updates_nothing(make_config, tmp
     with pytest.raises(NonFiniteError):
         train(config)
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["code"] == 70
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"data.dataset_name": "empty.jsonl"}, 65),
+        ({"student.pretrained_model_name_or_path": "broken"}, 65),
+        ({"target_tokenizer_name": "byte:target=Lama"}, 64),
+        ({"max_length_new": 1000}, 64),
+    ],
+)
+def test_a_run_that_cannot_begin_says_whose_fault_it_is_and_leaves_the_folder_free(
+    make_config, workspace, tmp_path, monkeypatch, wrong, code
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    shutil.copytree(workspace / "model", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r".") as caught:
+        train(make_config(**wrong))
+    assert exit_code(caught.value) == code
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["code"] == code
+    assert train(make_config(steps=1)) == 0
 
 
 def test_a_dry_run_writes_nothing(make_config, tmp_path, capsys):

@@ -17,6 +17,9 @@ from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_grad
 from tokenkit.structs import Batch
 
 
+SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or the gradient is NaN or infinite. Nothing was updated."""
 
@@ -39,9 +42,18 @@ class LossScale:
         return self.value if self.enabled else 1.0
 
     def update(self, finite: bool) -> None:
-        """Halve after an overflow, double after `grow_every` steps without one."""
+        """Halve after an overflow, double after `grow_every` steps without one.
+
+        Raises:
+            NonFiniteError: the scale is so small that the overflow cannot come from it.
+        """
         if not finite:
             self.value, self.good_steps = self.value / 2, 0
+            if self.value < SMALLEST_SCALE:
+                raise NonFiniteError(
+                    f"the gradient norm is not finite at any loss scale down to {SMALLEST_SCALE:g} although "
+                    "every loss is: lower the learning rate, or use dtype bfloat16 or float32"
+                )
             return
         self.good_steps += 1
         if self.good_steps % self.grow_every == 0:
@@ -127,7 +139,7 @@ def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Ten
 def _check_counts(run: Run, terms: dict[str, Any], prepared: dict[str, Any]) -> None:
     """Compare the counts of users' own losses; ours agree by construction, and a look would make us wait."""
     for name in (name for name in run.objective.names if ":" in name):
-        got, expected = terms[name].count.tolist(), prepared[name].count.tolist()
+        got, expected = (torch.as_tensor(x[name].count).tolist() for x in (terms, prepared))
         if got != expected:
             raise ValueError(
                 f"loss {name!r} sums over {got} things, but {expected} were announced before the student "
