@@ -33,22 +33,30 @@ class Timing:
         return self.p80 / self.p20 - 1
 
 
-def time_interleaved(contenders: Mapping[str, Step], repetitions: int, device: str) -> dict[str, Timing]:
-    """Time each contender `repetitions` times, in turns, after one round that is not counted."""
+def time_interleaved(
+    contenders: Mapping[str, Step], repetitions: int, device: str, *, processor_time: bool = False
+) -> dict[str, Timing]:
+    """Time each contender `repetitions` times, in turns, after one round that is not counted.
+
+    `processor_time` counts what this process was given of a CPU, which a busy machine hardly moves as long
+    as one thread computes (several spin while they wait for each other).
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repetitions + 1):
         for name, step in contenders.items():
-            milliseconds = _time_once(step, device)
+            milliseconds = _time_once(
+                step, device, time.process_time if processor_time else time.perf_counter
+            )
             if round_:
                 samples[name].append(milliseconds)
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _time_once(step: Step, device: str) -> float:
+def _time_once(step: Step, device: str, clock: Callable[[], float]) -> float:
     if device == "cpu":
-        start = time.perf_counter()
+        start = clock()
         step()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (clock() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     step()
