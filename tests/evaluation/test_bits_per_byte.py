@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.evaluation.bits_per_byte import HeldoutOptions, bits_per_byte, heldout_batches
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.parallel import World
+from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.training.distillation import Distillation
@@ -80,3 +81,25 @@ def test_text_that_nobody_scores_is_an_error(pair):
     options = HeldoutOptions(max_length_student=1, max_length_teacher=1)
     with pytest.raises(ValueError, match="none of the 1 held-out documents"):
         heldout_batches(documents(TEXT[:1]), *pair, options)
+
+
+def test_bytes_that_no_token_predicts_do_not_count(pair):
+    options = HeldoutOptions(
+        max_length_student=64, max_length_teacher=64, chat_template_mode="direct_encode_no_force_bos"
+    )
+    (batch,) = heldout_batches(documents(TEXT[:1]), pair[0], pair[0], options)
+    first = pair[0].encode(TEXT[0]).byte_ends[0]
+    assert batch.num_bytes == len(TEXT[0].encode()) - first
+
+
+def measure(world, tokenizers):
+    model = shard(model_for(*tokenizers), [], world, param_dtype=None)
+    batches = heldout_batches(documents(TEXT[:5]), *tokenizers, OPTIONS)[:1] * 3
+    result = bits_per_byte(model, batches, world)
+    return [result.student, result.teacher, result.num_bytes]
+
+
+def test_ranks_that_run_a_batch_too_many_do_not_count_it(pair):
+    expected = measure(SINGLE, pair)
+    for result in run_ranks(measure, 2, pair):
+        assert result == pytest.approx(expected, rel=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import tiny_model
+from tests.tiny import tiny_folder, tiny_model
 from tokenkit.config.errors import exit_code
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.parallel import World
@@ -85,6 +85,18 @@ def test_low_precision_trains_float32_parameters(make_config, dtype, mode):
     assert reports[0].losses["clm"] == pytest.approx(first.losses["clm"], rel=0.02)
 
 
+def test_the_teacher_does_without_dropout_while_the_student_has_it(make_config, workspace, tmp_path):
+    tiny_folder(tmp_path / "model", attention_dropout=0.5)
+    changes = {"student__pretrained_model_name_or_path": tmp_path / "model", "losses": ["alm_unconstrained"]}
+    parts = build(make_config(**changes, train_model_mode="full"), SINGLE)
+    (batch,) = next(parts.batches)
+    assert parts.run.model.train().training
+    said = [parts.run.model(batch, "teacher")["alm_unconstrained"] for _ in range(2)]
+    assert torch.equal(said[0].sizes[0].teacher_BC, said[1].sizes[0].teacher_BC)
+    totals = [parts.run.model(batch, "student", {"alm_unconstrained": said[0]}) for _ in range(2)]
+    assert totals[0]["alm_unconstrained"].total != totals[1]["alm_unconstrained"].total
+
+
 def test_gradient_checkpointing_changes_no_number(make_config):
     losses = []
     for value in ("true", "false"):
@@ -118,9 +130,11 @@ def test_a_gradient_that_no_loss_scale_saves_ends_the_run(make_config):
         make_config(losses=["tests.training.own_losses:not_finite_backward"], dtype="float16"), SINGLE
     )
     micro_batches = next(parts.batches)
+    before = [p.detach().clone() for p in parts.run.model.parameters()]
+    reports = (train_step(parts.run, micro_batches) for _ in range(40))
     with pytest.raises(NonFiniteError, match="at any loss scale"):
-        for _ in range(40):
-            assert train_step(parts.run, micro_batches).skipped
+        assert all(report.skipped for report in reports)
+    assert all(map(torch.equal, before, parts.run.model.parameters()))
 
 
 def test_a_loss_that_is_not_finite_is_named_and_updates_nothing(make_config, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tokenkit.metrics import ExitCode
-from tokenkit.training import loop
+from tokenkit.training import build, loop
 from tokenkit.training.reports import Reports
+from tokenkit.training.step import LossScale
 
 
 def run_in_rank(world, config, die_at):
@@ -80,6 +82,15 @@ def test_a_signal_to_one_rank_saves_on_all_and_exits_with_75(make_config, tmp_pa
     resumed = make_config(steps=5, save_interval=5, output_dir=tmp_path / "run", resume="true")
     assert run_ranks(run_in_rank, 2, resumed, None, always_shard=False) == [ExitCode.DONE] * 2
     assert [line["step"] for line in curve(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_the_loss_scale_is_restored(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "LossScale", partial(LossScale, grow_every=1))
+    loop.train(make_config(steps=2, dtype="float16"))
+    seen = []
+    monkeypatch.setattr(loop, "_train", lambda session: (ExitCode.DONE, str(seen.append(session.parts.run))))
+    loop.train(make_config(steps=2, dtype="float16", resume="true", export_to=tmp_path / "elsewhere"))
+    assert [(run.loss_scale.value, run.loss_scale.good_steps) for run in seen] == [(2.0**17, 2)]
 
 
 def test_another_configuration_is_refused_with_the_difference(make_config, tmp_path):

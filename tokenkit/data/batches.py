@@ -101,6 +101,7 @@ class Batches:
     @property
     def skipped(self) -> Counter[str]:
         """Rows left out so far, by reason: no documents (of all ranks), or not tokenizable (of this rank)."""
+        wait(self._pending)  # a counter must not grow while it is copied
         return self._mix.skipped + self._collator.skipped
 
     def state_dict(self) -> dict[str, Any]:

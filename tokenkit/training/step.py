@@ -16,7 +16,6 @@ from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_gradient_sync
 from tokenkit.structs import Batch
 
-
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
 
