@@ -55,6 +55,19 @@ def test_embeddings_can_be_left_alone(make_config):
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [("model_lora_targets", "lm_head.lora_A"), ("model_lora_modules_to_save", "lm_head.mod")],
+)
+def test_a_head_that_lora_names_is_trained_all_the_same(make_config, field, part):
+    parts = build(make_config(train_embeddings="false", **{field: ["lm_head"]}), SINGLE)
+    assert any(part in name for name, p in parts.run.model.named_parameters() if p.requires_grad)
+    assert not any(
+        "embed_tokens" in name for name, p in parts.run.model.named_parameters() if p.requires_grad
+    )
+    assert train_step(parts.run, next(parts.batches)).grad_norm > 0
+
+
 def test_a_teacher_of_another_width_and_tokenizer(make_config, workspace, tmp_path):
     import shutil
 

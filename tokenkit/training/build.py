@@ -239,6 +239,8 @@ def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
     mode = config.training.train_model_mode
     if mode != "lora":
         student.requires_grad_(mode == "full")
+    elif not config.training.train_embeddings:
+        return  # a head that model_lora_targets or modules_to_save name is trained all the same
     for module in (student.embedding, student.output):
         effective_weight(module).requires_grad_(config.training.train_embeddings)
 
