@@ -13,6 +13,7 @@ import pytest
 from tokenkit import cli, train
 from tokenkit.cli import DOORS, exit_code, main, run
 from tokenkit.config import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError
+from tokenkit.config.errors import DataError, blaming_data
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "triton", "transformers", "datasets", "peft", "numpy", "matplotlib", "wandb"}
@@ -214,9 +215,24 @@ def test_an_error_may_carry_its_own_exit_code():
     assert run(lambda: None) == 0
 
 
+def test_data_is_blamed_for_what_reading_it_raises():
+    with pytest.raises(DataError, match="empty") as caught, blaming_data():
+        raise ValueError("data set x is empty")
+    assert exit_code(caught.value) == EXIT_DATA
+    with pytest.raises(ConfigError), blaming_data():
+        raise ConfigError("steps must be at least 1")
+    with pytest.raises(ValueError, match="flash") as caught, blaming_data():
+        raise ValueError("no flash attention") from ImportError("flash_attn")
+    assert exit_code(caught.value) == EXIT_CONFIG
+
+
 def test_exit_codes_are_those_that_the_outcome_records():
     from tokenkit.metrics import ExitCode
+    from tokenkit.parallel import OtherRankError
 
+    assert ExitCode(1) == ExitCode(17) == ExitCode.FAULT
+    assert ExitCode(exit_code(KeyboardInterrupt())) == ExitCode.INTERRUPTED
+    assert ExitCode(exit_code(OtherRankError("rank 1 failed"))) == ExitCode.OTHER_RANK
     assert (EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS) == (ExitCode.CONFIG, ExitCode.DATA, ExitCode.NUMERICS)
 
 

@@ -153,7 +153,7 @@ def test_the_outcome_says_how_it_ended_without_secrets(tmp_path, monkeypatch):
 
 
 def test_exit_codes_are_those_that_schedulers_are_told():
-    assert [int(code) for code in ExitCode] == [0, 64, 65, 70, 75]
+    assert [int(code) for code in ExitCode] == [0, 1, 64, 65, 69, 70, 75, 130]
 
 
 def test_secrets_of_the_environment_and_well_known_keys_are_hidden(monkeypatch):

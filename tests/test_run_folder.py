@@ -35,6 +35,14 @@ def test_a_folder_of_a_run_that_died_at_once_is_still_empty(tmp_path):
     prepare_output(tmp_path, resume=False)
 
 
+def test_after_a_run_that_could_not_begin_the_folder_is_free(tmp_path):
+    (tmp_path / "outcome.json").write_text("{}")
+    prepare_output(tmp_path, resume=False)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(FileExistsError, match=r"holds metrics.jsonl, outcome.json"):
+        prepare_output(tmp_path, resume=False)
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file"):

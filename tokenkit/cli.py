@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from tokenkit.redaction import redact
 
 try:
-    from tokenkit.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError, nearest
+    from tokenkit.config.errors import EXIT_CONFIG, ConfigError, exit_code, nearest
 except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
     raise SystemExit(
         f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit[train]'"
@@ -82,7 +82,7 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("tokenkit: interrupted", file=sys.stderr)
-        return 130
+        return exit_code(KeyboardInterrupt())
     except Exception as error:
         code = exit_code(error)
         if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
@@ -92,26 +92,6 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         if code != 1:
             print(f"tokenkit: {redact(one_line(error))}", file=sys.stderr)
         return code
-
-
-def exit_code(error: BaseException) -> int:
-    """64 the configuration, 65 a file or data, 70 numbers that are not finite, 1 anything else.
-
-    An error may carry its own `exit_code`.
-    """
-    own = getattr(error, "exit_code", None)
-    if isinstance(own, int):
-        return own
-    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tokenkit"):
-        return 1
-    kinds: list[tuple[type[BaseException], int]] = [
-        (ArithmeticError, EXIT_NUMERICS),
-        (UnicodeError, EXIT_DATA),
-        (OSError, EXIT_DATA),
-        (ValueError, EXIT_CONFIG),
-        (ModuleNotFoundError, EXIT_CONFIG),
-    ]
-    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
 
 def one_line(error: BaseException) -> str:

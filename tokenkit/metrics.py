@@ -45,14 +45,25 @@ class ExitCode(IntEnum):
     """How a process ended, for whatever started it."""
 
     DONE = 0
+    FAULT = 1
+    """A fault of tokenkit or of the machine: start again with --resume, a few times."""
     CONFIG = 64
     """A wrong configuration: starting again will not help."""
     DATA = 65
     """Data or checkpoints that cannot be used: starting again will not help."""
+    OTHER_RANK = 69
+    """Another process failed and says why."""
     NUMERICS = 70
     """A loss or gradient that is not finite, or no progress: starting again will not help."""
     PREEMPTED = 75
     """Stopped from outside after saving: start again with --resume."""
+    INTERRUPTED = 130
+    """Stopped from the keyboard, without saving."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> ExitCode:
+        """Call any other code a fault."""
+        return cls.FAULT
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 LOCK_NAME = ".lock"
+OUTCOME_NAME = "outcome.json"
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0  # twenty heartbeats: a lock of another machine this old has no owner
 
@@ -36,6 +37,10 @@ def prepare_output(folder: Path, *, resume: bool) -> None:
         raise NotADirectoryError(f"output_dir must be a folder: {folder} is a file, choose another path")
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     content = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(LOCK_NAME))
+    if content == [
+        OUTCOME_NAME
+    ]:  # a run that ended before it began: its mistake may be mended and tried again
+        content = []
     if content and not resume:
         raise FileExistsError(
             f"output_dir {folder} must be empty for a new run, and it holds {', '.join(content[:3])}: "

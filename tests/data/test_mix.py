@@ -200,12 +200,12 @@ def test_a_bad_row_can_be_an_error_at_once(tmp_path):
     [
         ([], {}, "is empty"),
         ([{"text": "a"}], {}, "one document, and that is held out"),
-        ([{"story": "a"}] * 3, {}, "one of text, messages, .* its first row has story"),
-        ([{"text": "a"}] * 3, {"text_field": "story"}, "without the field 'story': its first row has text"),
+        ([{"story": "a"}] * 3, {}, "with one of text, messages, .* the first row has story"),
+        ([{"text": "a"}] * 3, {"text_field": "story"}, "with the field 'story', but the first row has text"),
         (
             [{"q": "a"}] * 3,
             {"text_template": "{q} {a}"},
-            "without the field 'q' and 'a': its first row has q",
+            "with the field 'q' and 'a', but the first row has q",
         ),
         ([{"text": ""}] * 3, {}, r"no document to train on: 3 empty document"),
         ([{"text": "a"}] * 3, {"text_template": "{text.__class__}"}, r"got 'text.__class__'"),
@@ -317,7 +317,7 @@ def test_a_stream_without_enough_heldout_documents_is_given_up(fifty):
 
 
 def test_a_data_set_of_a_mix_may_have_a_name_of_its_own(fifty):
-    with pytest.raises(ValueError, match="data set stories has rows without the field 'no'"):
+    with pytest.raises(ValueError, match="data set stories: expected rows with the field 'no'"):
         open_data(DataOptions(datasets=(SourceOptions(name="stories", path=fifty, text_field="no"),)))
     with pytest.raises(ValueError, match=r"needs a path"):
         SourceOptions(weight=2.0)

@@ -1,7 +1,8 @@
 """What a configuration may do wrong, and what the process then says to the shell."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_CONFIG = 64
 """The configuration or the command line is at fault: repeating the run changes nothing."""
@@ -12,11 +13,56 @@ EXIT_DATA = 65
 EXIT_NUMERICS = 70
 """The mathematics left the finite numbers: no restart helps."""
 
+EXIT_INTERRUPTED = 130
+"""Stopped from the keyboard."""
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used. One line: the field, what came, what to do."""
 
     exit_code = EXIT_CONFIG
+
+
+class DataError(ValueError):
+    """A file, a data set, a tokenizer or a model cannot be used. One line: which, why, what to do."""
+
+    exit_code = EXIT_DATA
+
+
+@contextmanager
+def blaming_data() -> Iterator[None]:
+    """Turn a `ValueError` of the block into a `DataError`: what it reads is at fault, not the configuration.
+
+    Raises:
+        DataError: with the words of an error that has no exit code of its own, and is not about a package.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(error, "exit_code") or isinstance(error.__cause__, ImportError):
+            raise
+        raise DataError(str(error)) from error
+
+
+def exit_code(error: BaseException) -> int:
+    """64 the configuration, 65 a file or data, 70 numbers that are not finite, 130 Ctrl-C, 1 anything else.
+
+    An error may carry its own `exit_code`.
+    """
+    own = getattr(error, "exit_code", None)
+    if isinstance(own, int):
+        return own
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tokenkit"):
+        return 1
+    kinds: list[tuple[type[BaseException], int]] = [
+        (KeyboardInterrupt, EXIT_INTERRUPTED),
+        (ArithmeticError, EXIT_NUMERICS),
+        (UnicodeError, EXIT_DATA),
+        (OSError, EXIT_DATA),
+        (ValueError, EXIT_CONFIG),
+        (ModuleNotFoundError, EXIT_CONFIG),
+    ]
+    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
 
 def at_least(name: str, value: float | None, smallest: float) -> None:

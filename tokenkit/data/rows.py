@@ -21,10 +21,12 @@ def check_fields(first: Row, options: SourceOptions, name: str) -> None:
     wanted = _fields(options)
     if set(wanted) <= set(first) if wanted else set(_KNOWN_FIELDS) & set(first):
         return
-    expected = " and ".join(map(repr, wanted)) or f"one of {', '.join(_KNOWN_FIELDS)}"
+    expected = (
+        "the field " + " and ".join(map(repr, wanted)) if wanted else f"one of {', '.join(_KNOWN_FIELDS)}"
+    )
     raise ValueError(
-        f"data set {name} has rows without the field {expected}: its first row has "
-        f"{', '.join(map(str, first)) or 'none'}; name the field with text_field or text_template"
+        f"data set {name}: expected rows with {expected}, but the first row has "
+        f"{', '.join(map(str, first)) or 'no field'}: name the field with text_field or text_template"
     )
 
 

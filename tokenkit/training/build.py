@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tokenkit.config import TrainConfig
+from tokenkit.config.errors import blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
@@ -31,6 +33,7 @@ from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_opt
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
+from tokenkit.tokenization.spec import parse_spec
 from tokenkit.training.distillation import ActiveLoss, Distillation
 from tokenkit.training.step import LossScale, Run
 
@@ -79,7 +82,10 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     tokenizers = load_tokenizers(config)
     collator = build_collator(config, tokenizers, losses)
-    mix, documents = open_data(config.data, config.run.seed)
+    with blaming_data():
+        mix, documents = open_data(config.data, config.run.seed)
+        if config.evaluation.ppl_eval_data is not None:
+            documents = read_documents(SourceOptions(path=config.evaluation.ppl_eval_data))
     batches = Batches(
         mix,
         collator,
@@ -89,8 +95,6 @@ def build(config: TrainConfig, world: World) -> Parts:
         world=world.world_size,
         prefetch=config.data.num_workers,
     )
-    if config.evaluation.ppl_eval_data is not None:
-        documents = read_documents(SourceOptions(path=config.evaluation.ppl_eval_data))
     heldout = build_heldout(config, tokenizers, documents)
 
     student, teacher, transfer = build_models(config, tokenizers)
@@ -114,15 +118,20 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
     """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once."""
     remote = config.run.trust_remote_code
 
+    def load(spec: str, **options: Any) -> Tokenizer:
+        parse_spec(spec)  # a mistake in the spec is one of the configuration, all others are of the files
+        with blaming_data():
+            return load_tokenizer(spec, trust_remote_code=remote, **options)
+
     def of(source: ModelSource) -> Tokenizer:
         spec = source.tokenizer_name or source.pretrained_model_name_or_path
-        return load_tokenizer(spec, revision=source.revision, trust_remote_code=remote)
+        return load(spec, revision=source.revision)
 
     old = of(config.student)
     name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
     if name is None and to_add:
         name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
-    target = old if name is None else load_tokenizer(name, tokens_to_add=to_add, trust_remote_code=remote)
+    target = old if name is None else load(name, tokens_to_add=to_add)
     return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
 
 
@@ -219,7 +228,8 @@ def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype:
         attn_implementation=config.training.attention,
         trust_remote_code=config.run.trust_remote_code,
     )
-    return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
+    with blaming_data():
+        return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
 
 
 def _lora_options(config: TrainConfig) -> LoraOptions:

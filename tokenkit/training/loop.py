@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tokenkit import __version__, checkpoint
 from tokenkit.checkpoint import Identity, State
 from tokenkit.config import TrainConfig, to_dict, to_yaml
+from tokenkit.config.errors import blaming_data, exit_code
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves, write_outcome
@@ -112,14 +113,7 @@ def _run(folder: Path, config: TrainConfig, world: World) -> int:
         code, reason = _train(_begin(folder, config, world, parts))
     except BaseException as error:
         if world.is_main:
-            numerics = isinstance(error, ArithmeticError)
-            code = (
-                ExitCode.NUMERICS
-                if numerics
-                else ExitCode.DATA
-                if isinstance(error, OSError)
-                else ExitCode.CONFIG
-            )
+            code = ExitCode(exit_code(error))
             write_outcome(folder, code, f"{type(error).__name__}: {error}", parts.run.step if parts else 0)
         raise
     finally:
@@ -160,7 +154,8 @@ def _train(session: Session) -> tuple[ExitCode, str]:
                 _save(session)
         with StopRequest() as stop_request:
             while run.step < schedule.steps:
-                micro_batches = next(session.parts.batches)
+                with blaming_data():
+                    micro_batches = next(session.parts.batches)
                 report = train_step(run, micro_batches)
                 run.step += 1
                 is_last = run.step == schedule.steps
