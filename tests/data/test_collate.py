@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tokenkit.data.collate import AlignedCollator
+from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.documents import Document
 
 CHAT = {
@@ -216,3 +220,14 @@ def test_a_document_of_one_tokenizer_is_cut_where_the_other_is(word_tokenizer, b
     assert b"".join(covered.values()) == b"the c"[: len(b"".join(covered.values()))]
     student = batch.chunks["unconstrained"].student_BT[0].numpy()
     assert (student[np.argmax(student == -1) :] == -1).all()
+
+
+def test_an_end_of_text_that_is_the_padding_token_too_is_no_padding(word_tokenizer, tmp_path):
+    shutil.copytree(word_tokenizer.spec.name_or_path, tmp_path, dirs_exist_ok=True)
+    options = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**options, "pad_token": "<|im_end|>"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_id == tokenizer.eos_id
+    batch = AlignedCollator(tokenizer, tokenizer, special_tokens_mode="ignore_pad")([{"text": "the cat"}])
+    assert batch.student.ids_BT[0, -1] == tokenizer.eos_id
+    assert batch.chunks["unconstrained"].student_BT[0, -1] >= 0

@@ -184,7 +184,10 @@ class _Rows:
 
 
 def _rules(tokenizer: Tokenizer) -> SideRules:
-    return SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, tokenizer.pad_id)
+    # a token that has another meaning besides (EOS, mostly) is no padding where a template wrote it
+    meant = {token_id for role, token_id in tokenizer.special_ids.items() if role != "pad"}
+    pad_id = None if tokenizer.pad_id in meant else tokenizer.pad_id
+    return SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, pad_id)
 
 
 def has_trained_token(batch: Batch) -> bool:
