@@ -56,3 +56,11 @@ def test_weights_by_name_default_to_one_and_unknown_names_are_refused():
         Objective(["a", "b"], {"c": 3}, None, 1)
     with pytest.raises(ValueError, match="one value per loss"):
         Objective(["a", "b"], [1.0], None, 1)
+
+
+def test_a_schedule_multiplies_the_weight_of_its_loss():
+    objective = Objective(["a", "b"], [2.0, 3.0], ["linear(1,0,10)", "constant(0.5)"], 10)
+    assert objective.weights(5) == {"a": pytest.approx(1.0), "b": pytest.approx(1.5)}
+    counts = dict.fromkeys(("a", "b"), torch.tensor(1.0))
+    loss, _ = objective.combine({"a": term(4.0, 1), "b": term(6.0, 1)}, counts, step=5)
+    torch.testing.assert_close(loss, torch.tensor(13.0))

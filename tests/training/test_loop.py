@@ -68,9 +68,15 @@ def test_a_head_that_lora_names_is_trained_all_the_same(make_config, field, part
     assert train_step(parts.run, next(parts.batches)).grad_norm > 0
 
 
-def test_a_teacher_of_another_width_and_tokenizer(make_config, workspace, tmp_path):
-    import shutil
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_frozen_layer_norms_take_what_trained_embeddings_give(make_config, tmp_path, dtype):
+    model = tiny_folder(tmp_path / "gpt2", "gpt2")
+    config = make_config(student__pretrained_model_name_or_path=model, dtype=dtype)
+    parts = build(config, SINGLE)
+    assert train_step(parts.run, next(parts.batches)).losses["clm"] > 0
 
+
+def test_a_teacher_of_another_width_and_tokenizer(make_config, workspace, tmp_path):
     shutil.copytree(workspace / "model", tmp_path / "teacher")
     tiny_model(hidden_size=48, seed=1).save_pretrained(tmp_path / "teacher")
     config = make_config(teacher__pretrained_model_name_or_path=tmp_path / "teacher", steps=2)
@@ -117,6 +123,18 @@ def test_gradient_checkpointing_changes_no_number(make_config):
         report = train_step(parts.run, next(parts.batches))
         losses.append((report.loss, report.grad_norm))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_each_step_runs_at_the_rate_of_its_own_number(make_config):
+    parts = build(make_config(), SINGLE)
+    rates = []
+    for step in range(3):
+        report = train_step(parts.run, next(parts.batches))
+        parts.run.step += 1
+        assert report.learning_rate == parts.run.learning_rate(step)
+        assert {group["lr"] for group in parts.run.optimizer.param_groups} == {report.learning_rate}
+        rates.append(report.learning_rate)
+    assert len(set(rates)) == 3
 
 
 def test_a_users_own_loss(make_config):
