@@ -64,3 +64,10 @@ def test_a_schedule_multiplies_the_weight_of_its_loss():
     counts = dict.fromkeys(("a", "b"), torch.tensor(1.0))
     loss, _ = objective.combine({"a": term(4.0, 1), "b": term(6.0, 1)}, counts, step=5)
     torch.testing.assert_close(loss, torch.tensor(13.0))
+
+
+def test_a_loss_in_several_parts_is_the_mean_of_their_quotients():
+    objective = Objective(["alm"], None, None, 10)
+    parts = LossTerm(torch.tensor([8.0, 9.0]), torch.tensor([1, 1]))
+    loss, _ = objective.combine({"alm": parts}, {"alm": torch.tensor([4, 3])}, step=0)
+    torch.testing.assert_close(loss, torch.tensor(2.5))
