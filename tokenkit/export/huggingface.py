@@ -73,6 +73,7 @@ def export_huggingface(
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
     model = merged_model(student, student.model.state_dict() if state is None else state, tokenizer)
+    _quiet_padding(model, tokenizer.vocab_size)
     model = model.to(request.dtype)
     _set_generation(model, student, tokenizer)
 
@@ -112,6 +113,20 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
     merged = wrapped.merge_and_unload()
     _check_agreement(_sample_logp(merged, tokenizer), apart_T, "the model, its adapters merged,")
     return merged
+
+
+@torch.no_grad()
+def _quiet_padding(model: PreTrainedModel, vocab_size: int) -> None:
+    """Give the rows of the head behind the last token their final values: the mean of all others.
+
+    In training they take no probability, so nothing holds them down. Whoever loads the folder computes a
+    softmax over all rows; a row that is the mean is never the largest there, and takes less than an
+    average token (Jensen's inequality).
+    """
+    head = model.get_output_embeddings()
+    for parameter in (head.weight, getattr(head, "bias", None)):
+        if parameter is not None and len(parameter) > vocab_size:
+            parameter[vocab_size:] = parameter[:vocab_size].mean(0)
 
 
 def model_card(facts: Mapping[str, str]) -> str:
