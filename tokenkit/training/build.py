@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tokenkit.config import TrainConfig
 from tokenkit.config.errors import blaming_data
@@ -212,6 +213,7 @@ def build_models(
     if config.training.train_embeddings:
         student.embedding.float()
         student.output.float()
+        _float_norms(student)
     _check_lengths(config, student, teacher)
     if mode == "lora":
         add_lora(student, _lora_options(config))
@@ -243,6 +245,13 @@ def _lora_options(config: TrainConfig) -> LoraOptions:
         layers=lora.model_lora_layers,
         modules_to_save=lora.model_lora_modules_to_save,
     )
+
+
+def _float_norms(student: CausalLM) -> None:
+    """Keep layer norms in float32: a CPU's refuses the float32 that comes from the embeddings otherwise."""
+    for module in student.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
 
 
 def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
