@@ -10,6 +10,7 @@ from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import Document
+from tokenkit.tokenization.documents import Message
 from tokenkit.training.distillation import Distillation
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -81,6 +82,14 @@ def test_text_that_nobody_scores_is_an_error(pair):
     options = HeldoutOptions(max_length_student=1, max_length_teacher=1)
     with pytest.raises(ValueError, match="none of the 1 held-out documents"):
         heldout_batches(documents(TEXT[:1]), *pair, options)
+
+
+def test_documents_that_no_tokenizer_can_write_are_an_error_with_the_reason(pair):
+    chat = [Document(messages=(Message("user", "hello"), Message("assistant", "hi")))]
+    with pytest.raises(
+        ValueError, match=r"none of the 1 held-out documents can be tokenized: .*chat template"
+    ):
+        heldout_batches(chat, *pair, OPTIONS)
 
 
 def test_bytes_that_no_token_predicts_do_not_count(pair):

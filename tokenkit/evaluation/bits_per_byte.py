@@ -66,7 +66,10 @@ def heldout_batches(
     Raises:
         ValueError: no byte of the documents is scored by both models.
     """
-    pairs = list(_encode(documents, student, teacher, options))
+    errors: list[ValueError] = []
+    pairs = list(_encode(documents, student, teacher, options, errors))
+    if not pairs and errors:
+        raise ValueError(f"none of the {len(documents)} held-out documents can be tokenized: {errors[0]}")
     pairs.sort(key=lambda pair: len(pair[0].ids))  # rows of one batch then need little padding
     size = options.batch_size
     batches = [
@@ -82,7 +85,11 @@ def heldout_batches(
 
 
 def _encode(
-    documents: Sequence[Document], student: Tokenizer, teacher: Tokenizer, options: HeldoutOptions
+    documents: Sequence[Document],
+    student: Tokenizer,
+    teacher: Tokenizer,
+    options: HeldoutOptions,
+    errors: list[ValueError],
 ) -> Iterator[tuple[Tokens, Tokens]]:
     limits = (options.max_length_student, options.max_length_teacher)
     for document in documents:
@@ -93,7 +100,8 @@ def _encode(
                 mode=options.chat_template_mode,
                 loss_mask_mode=options.loss_mask_mode,
             )[0]
-        except ValueError:
+        except ValueError as error:
+            errors.append(error)
             continue
         cut = [
             Tokens(t.ids[:n], t.byte_ends[:n], t.special[:n], t.trained[:n])
