@@ -86,3 +86,8 @@ def test_an_adapter_on_one_use_of_a_tied_matrix_is_refused(target):
     student = CausalLM(tiny_model(tie_word_embeddings=True), 300)
     with pytest.raises(ValueError, match=f"{target}, but input and output embedding are one matrix"):
         add_lora(student, LoraOptions(rank=4, targets=("q_proj", target)))
+
+
+def test_a_module_to_save_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match="model_lora_modules_to_save: this model has no module 'head'"):
+        add_lora(CausalLM(tiny_model(), 300), LoraOptions(modules_to_save=("lm_head", "head")))

@@ -46,6 +46,10 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
 
     if options.rank < 1:
         raise ValueError(f"model_lora_rank must be at least 1, got {options.rank}")
+    present = [f".{name}" for name, _ in student.causal_lm.named_modules()]
+    for wanted in options.modules_to_save:  # peft itself passes over a name that it does not find
+        if not any(name.endswith(f".{wanted}") for name in present):
+            raise ValueError(f"model_lora_modules_to_save: this model has no module {wanted!r}")
     names = adapted_modules(student, options)
     vocabulary = (student.embedding, student.output)
     tied = [name for name in names if student.causal_lm.get_submodule(name) in vocabulary]
