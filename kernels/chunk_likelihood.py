@@ -7,8 +7,9 @@
 
 A slot's tokens are a stretch [start, end) of the row, so its sum needs no atomics and repeats bit for bit.
 A chunk is valid when it has tokens on both sides and every one of them is scored. Joins make stretches of
-stretches: `join` until the teacher expects whitespace, `group` by rank // size. Nothing waits for the
-device: there are T + S slots in a row, most of them empty, and memory is O(tokens).
+stretches: `join` until the teacher expects whitespace, `group` by slot // size. An id that no token has is an
+empty slot, hence an invalid chunk: text that was left out parts its neighbours. Nothing waits for the device:
+there are T + S slots in a row, most of them empty, and memory is O(tokens).
 
 Dimensions: B documents, T student positions, S teacher positions, L either, C slots = T + S.
 """
@@ -126,7 +127,8 @@ def lay_out(
     """Find the chunks of a batch.
 
     Args:
-        student_chunk_BT: integer id of each token's chunk, rising along a row; -1: none, also in between.
+        student_chunk_BT: integer id of each token's chunk, rising along a row; -1: none, also in between. Ids
+            of a row should begin near 0: where they pass T + S, gaps between them count for nothing.
         teacher_chunk_BS: the same; equal ids of a row name the same chunk.
         student_scored_BT: bool, the token has a log-probability and the loss mask keeps it.
         teacher_scored_BS: the same.
@@ -146,9 +148,11 @@ def lay_out(
     rank_BC = (sorted_BC.diff(dim=1) != 0).cumsum(1)
     rank_BC = torch.nn.functional.pad(rank_BC, (1, 0))
     slot_BC = rank_BC.gather(1, torch.searchsorted(sorted_BC, id_BC).clamp_max(id_BC.shape[1] - 1))
-    slot_BC = torch.where(id_BC == none, id_BC.shape[1], slot_BC)
-
     C = id_BC.shape[1]
+    largest_B1 = torch.where(id_BC == none, -1, id_BC).amax(1, keepdim=True)
+    slot_BC = torch.where(largest_B1 < C, id_BC, slot_BC)
+    slot_BC = torch.where(id_BC == none, C, slot_BC)
+
     student, student_valid_BC, _ = _lay_side(slot_BC[:, :T], student_scored_BT, C)
     teacher, teacher_valid_BC, tokens_BC = _lay_side(slot_BC[:, T:], teacher_scored_BS, C)
     valid_BC = student_valid_BC & teacher_valid_BC

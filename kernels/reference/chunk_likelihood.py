@@ -21,10 +21,12 @@ def lay_out(
     teacher_chunk: Sequence[int],
     student_scored: Sequence[bool],
     teacher_scored: Sequence[bool],
+    slots: int,
 ) -> list[Chunk]:
-    """Return the chunks of a row, in the order of their ids."""
+    """Return the chunks of a row by id, empty ones where an id is missing; ids past `slots` are ranked."""
     chunks = []
-    for name in sorted({*student_chunk, *teacher_chunk} - {-1}):
+    names = sorted({*student_chunk, *teacher_chunk} - {-1})
+    for name in range(names[-1] + 1) if names and names[-1] < slots else names:
         student = [i for i, chunk in enumerate(student_chunk) if chunk == name]
         teacher = [i for i, chunk in enumerate(teacher_chunk) if chunk == name]
         scored = [student_scored[i] for i in student] + [teacher_scored[i] for i in teacher]

@@ -58,7 +58,8 @@ def as_lists(layout, row):
 def test_slots_are_the_chunks_in_the_order_of_their_ids(batch):
     layout = lay_out(*tensors(batch))
     for row, ((student, scored), (teacher, teacher_scored)) in enumerate(batch):
-        assert as_lists(layout, row) == reference.lay_out(student, teacher, scored, teacher_scored)
+        chunks = reference.lay_out(student, teacher, scored, teacher_scored, layout.valid_BC.shape[1])
+        assert as_lists(layout, row) == [chunk for chunk in chunks if chunk.student or chunk.teacher]
 
 
 def valid_only(chunks):
@@ -75,7 +76,7 @@ def test_joins_groups_and_their_sums_follow_the_definition(batch, bits, size):
     inside = torch.nn.functional.pad(layout.valid_BC, (0, 1)).gather(1, layout.student.slot_BL)
     likelihood = chunk_likelihood(logp.where(inside, 0), grouped.student)
     for row, ((student, scored), (teacher, teacher_scored)) in enumerate(batch):
-        chunks = reference.lay_out(student, teacher, scored, teacher_scored)
+        chunks = reference.lay_out(student, teacher, scored, teacher_scored, C)
         joined = reference.join(chunks, closes[row, : len(chunks)].tolist())
         expected = valid_only(reference.group(joined, size))
         slots = grouped.valid_BC[row].nonzero()[:, 0].tolist()
@@ -88,10 +89,19 @@ def test_joins_groups_and_their_sums_follow_the_definition(batch, bits, size):
     assert not grouped.teacher_tokens_BC[~grouped.valid_BC].any()
 
 
+def test_a_chunk_that_was_left_out_parts_its_neighbours():
+    """Id 1 is missing: text that could not be aligned stood there."""
+    ids = torch.tensor([[0, 2, 3]])
+    layout = lay_out(ids, ids, torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool))
+    never = torch.zeros_like(layout.valid_BC)
+    assert [chunk.student for chunk in as_lists(join(layout, never), 0)] == [[0], [1, 2]]
+    assert [chunk.student for chunk in as_lists(group(layout, 2), 0)] == [[0], [1, 2]]
+
+
 def example():
-    """Row 0: chunks {0}, {1, 2} and an unscored one; row 1: other ids, one chunk, padding."""
-    student = torch.tensor([[-1, 4, 7, 7, 9], [3, 3, -1, -1, -1]], dtype=torch.int32)
-    teacher = torch.tensor([[4, 4, 7, 9], [3, -1, -1, -1]], dtype=torch.int32)
+    """Row 0: chunks {0}, {1, 2} and an unscored one; row 1: one chunk, padding."""
+    student = torch.tensor([[-1, 4, 7, 7, 9], [0, 0, -1, -1, -1]], dtype=torch.int32)
+    teacher = torch.tensor([[4, 4, 7, 9], [0, -1, -1, -1]], dtype=torch.int32)
     student_scored = torch.tensor([[False, True, True, True, False], [True, True, False, False, False]])
     return student, teacher, student_scored, teacher >= 0
 

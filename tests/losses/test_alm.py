@@ -38,7 +38,7 @@ def definition(student, teacher, batch, options):
             for x in (batch.student, batch.teacher)
         ]
         ids = chunks.student_BT[row].tolist(), chunks.teacher_BS[row].tolist()
-        found = reference.lay_out(*ids, *scored)
+        found = reference.lay_out(*ids, *scored, slots=sum(map(len, ids)))
         if "merge_by_space_prob" in options.mode:
             closes = [
                 bool(c.teacher and mass[1][c.teacher[-1]].exp() > options.space_threshold) for c in found
