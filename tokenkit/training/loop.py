@@ -225,13 +225,8 @@ def _export(session: Session) -> None:
     """Gather the student on rank 0 and write it in Hugging Face layout."""
     config, student = session.config, session.parts.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(session.parts.run.model, options=options)
-    prefix = "student.model."
-    state: dict[str, Tensor] = {
-        name.removeprefix(prefix): value
-        for name, value in gathered.items()
-        if name.startswith(prefix) and isinstance(value, Tensor)
-    }
+    gathered = get_model_state_dict(student.model, options=options)  # not the teacher beside it
+    state = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     with together("export the student", session.world):
         if session.world.is_main:
             request = ExportRequest(

@@ -164,7 +164,9 @@ def _report(
     names = run.objective.names
     local = {name: means[j].double() for j, name in enumerate(names)}
     sums = all_reduce_counts({**local, "#trained": trained}, run.step, run.world)
-    packed = torch.stack([sums[name] for name in names] + [grad_norm.double(), sums["#trained"]])
+    packed = torch.stack(
+        [sums[name] for name in names] + [grad_norm.double().to(run.world.device), sums["#trained"]]
+    )
     *values, norm, num_trained = packed.tolist()
     if not num_trained:
         raise ValueError(
