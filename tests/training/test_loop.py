@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import tiny_folder, tiny_model
+from tests.tiny import sentencepiece_bpe, tiny_folder, tiny_model
 from tokenkit.config.errors import exit_code
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.parallel import World
@@ -219,6 +219,19 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(make_config, tm
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_resuming_a_finished_run_says_so_and_is_no_failure(make_config, tmp_path, capsys):
+    assert train(make_config(steps=2)) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train(make_config(steps=2, resume="true")) == 0
+    assert "there is nothing to resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_smaller_tokenizer_that_is_not_the_models_own_is_refused(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"is not the tokenizer of .* ids mean the same text"):
+        train(make_config(student__tokenizer_name=sentencepiece_bpe(tmp_path / "pieces", 290)))
+
+
 def test_an_old_export_is_refused_before_training(make_config, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("precious")
@@ -230,7 +243,7 @@ def test_an_old_export_is_refused_before_training(make_config, tmp_path):
     ("changes", "message"),
     [
         ({"max_length_new": 500}, "max_length_new is 500, but the model has 128 positions"),
-        ({"student.tokenizer_name": "TARGET"}, "400 ids but the model's embedding only 300 rows"),
+        ({"student.tokenizer_name": "TARGET"}, "is not the tokenizer of"),
         ({"data.dataset_name": "./nowhere.jsonl"}, "nowhere.jsonl"),
         ({"target_tokenizer_name": "./nowhere"}, "nowhere"),
         ({"data.text_field": "body"}, "body"),

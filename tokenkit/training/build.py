@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tokenkit.config import TrainConfig
-from tokenkit.config.errors import blaming_data
+from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
@@ -126,7 +128,9 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
 
     def of(source: ModelSource) -> Tokenizer:
         spec = source.tokenizer_name or source.pretrained_model_name_or_path
-        return load(spec, revision=source.revision)
+        tokenizer = load(spec, revision=source.revision)
+        _check_is_the_models_own(tokenizer, source)
+        return tokenizer
 
     old = of(config.student)
     name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
@@ -134,6 +138,28 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
         name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
     target = old if name is None else load(name, tokens_to_add=to_add)
     return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
+
+
+def _check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
+    """Refuse a tokenizer whose ids mean something else than those in the model's own folder.
+
+    Raises:
+        ConfigError: fewer than 99 % of the ids that both have are the same bytes.
+    """
+    folder = Path(source.pretrained_model_name_or_path)
+    if source.tokenizer_name is None or not (folder / "tokenizer.json").is_file():
+        return
+    own = load_tokenizer(str(folder))
+    common = min(own.vocab_size, tokenizer.vocab_size)
+    is_text_V = ~(own.is_special_V[:common] | tokenizer.is_special_V[:common])
+    ids = np.flatnonzero(is_text_V).tolist()
+    same = sum(own.token_bytes[i] == tokenizer.token_bytes[i] for i in ids)
+    if same < 0.99 * len(ids):
+        raise ConfigError(
+            f"tokenizer_name {source.tokenizer_name!r} is not the tokenizer of {folder}: only {same:,} of "
+            f"{len(ids):,} ids mean the same text there; name the tokenizer that the model was trained with, "
+            "and the one that it shall get as target_tokenizer_name"
+        )
 
 
 def active_losses(config: TrainConfig) -> list[ActiveLoss]:

@@ -19,7 +19,16 @@ from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves, write_outcome
 from tokenkit.models.causal_lm import DTYPES
-from tokenkit.parallel import World, all_reduce_counts, barrier, set_timeout, start, stop, together
+from tokenkit.parallel import (
+    World,
+    all_reduce_counts,
+    barrier,
+    broadcast_json,
+    set_timeout,
+    start,
+    stop,
+    together,
+)
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.training.build import Parts, build
 from tokenkit.training.reports import Reports
@@ -61,6 +70,9 @@ def train(config: TrainConfig) -> int:
         if config.run.dry_run:
             return _dry_run(config, world)
         folder = Path(config.run.output_dir)
+        if config.run.resume and broadcast_json(_is_finished(folder, config), world):
+            _say(world, f"{folder}: this run is done and exported; there is nothing to resume")
+            return ExitCode.DONE
         with together("prepare the output folder", world):
             if world.is_main:
                 prepare_output(folder, resume=config.run.resume)
@@ -238,6 +250,15 @@ def _export(session: Session) -> None:
 
 def _export_folder(config: TrainConfig) -> Path:
     return Path(config.run.export_to or Path(config.run.output_dir) / "export")
+
+
+def _is_finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in `folder` came to its end: it took this number of steps, and its export is whole.
+
+    An export gets its name only after it was checked, so its name says that nothing is missing.
+    """
+    last = folder / "checkpoints" / f"step_{config.schedule.steps:08d}"
+    return last.is_dir() and (_export_folder(config) / "config.json").is_file()
 
 
 def _refuse_old_export(folder: Path) -> None:
