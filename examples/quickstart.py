@@ -46,8 +46,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=None, help="folder to write to; must not exist")
-    parser.add_argument("--teacher-steps", type=int, default=450, help="optimizer steps of the teacher")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each transfer")
+    parser.add_argument("--teacher-steps", type=int, default=220, help="optimizer steps of the teacher")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each transfer")
     arguments = parser.parse_args()
     folder = arguments.output or unused_folder(Path("quickstart_output"))
     folder.mkdir(parents=True, exist_ok=False)
@@ -80,11 +80,16 @@ def main() -> None:
         "output_dir": folder / "teacher",
     }
     train("teacher, from nothing", {**common, **first})
-    for name, losses in (("clm", ["clm"]), ("alm_clm", ["clm", "alm_unconstrained"])):
+    # ALM's temperature of 100 divides its gradient: the weight of 100 gives that back
+    for name, losses, weights in (
+        ("clm", ["clm"], ["1"]),
+        ("alm_clm", ["clm", "alm_unconstrained"], ["1", "100"]),
+    ):
         transfer: Settings = {
             "student.pretrained_model_name_or_path": folder / "teacher" / "export",
             "target_tokenizer_name": folder / "target_tokenizer",
             "losses": losses,
+            "loss_weights": weights,
             "batch_size": 16,
             "steps": arguments.steps,
             "eval_interval": max(arguments.steps // 6, 1),
