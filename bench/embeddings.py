@@ -20,7 +20,7 @@ PAIRS = [("llama3", "qwen2.5"), ("llama2", "gpt2"), ("t5-small", "llama3")]
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data is absent: {DATA}")
 
 
-@pytest.mark.parametrize(("old", "new"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("old", "new"), PAIRS, ids=["llama3-qwen2.5", "llama2-gpt2", "t5-llama3"])
 def test_sources_of_every_row(benchmark, old, new):
     tokenizers = [load_tokenizer(str(DATA / "tokenizers" / name)) for name in (old, new)]
     sources = benchmark.pedantic(row_sources, tokenizers, rounds=3, warmup_rounds=1)
