@@ -212,6 +212,10 @@ def report(folder: Path, seconds: float) -> None:
     )
     for name, (value, _) in rows.items():
         say(f"  {name:30s} {value:6.3f}")
+    say(
+        "  FVT is where the new tokenizer begins; a transfer that works ends near the teacher or below it.\n"
+        "  This teacher is minutes old: the text still has more to teach than it has, so CLM may be ahead."
+    )
     say("\nsamples, greedy:")
     for name, (_, model) in rows.items():
         if model is not None:
