@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch.distributed import ProcessGroup
 
 UNPAIRED = -1  # `Tokens.byte_ends` of a special token that the other tokenizer cannot write
 
@@ -101,6 +102,16 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """Where a head's rows lie that this process holds, when the vocabulary is divided over processes."""
+
+    group: ProcessGroup
+    """The processes that hold one head together, each a stretch of its rows; all see the same tokens."""
+    start: int
+    """Id of the first row here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """`logits = softcap(scale * (hidden @ weight.T + bias))`, `softcap(z) = c tanh(z / c)`."""
 
@@ -109,7 +120,10 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocab_size: int | None = None
-    """Rows from here on are padding: they take no probability. None: every row is a token."""
+    """Ids from here on are padding: they take no probability. None: every row is a token."""
+    shard: Shard | None = None
+    """Where the vocabulary is divided over processes: weight and bias are this one's rows, which may be
+    none, and `vocab_size`, that of the whole head, must be given."""
 
 
 @dataclass(frozen=True, slots=True)
