@@ -1,4 +1,4 @@
-"""The definition of `kernels/sorted_distance.py` in plain PyTorch: any dtype, any device, O(N·V), by sorting."""
+"""The definition of `kernels/sorted_distance.py` in plain PyTorch: by sorting, on any device, O(N·V)."""
 
 from __future__ import annotations
 
