@@ -15,6 +15,7 @@ EXTRAS = {
         "tyro>=0.9",
         "omegaconf>=2.3",
         "PyYAML",
+        "rapidfuzz>=3.9",
         "regex",
         "rich",
         "tqdm",

@@ -1,0 +1,90 @@
+"""`tokenkit mined-mapping`: the nearest teacher token of every student token, for losses that need one.
+
+tokenkit mined-mapping --teacher-tokenizer-name llama3 --target-tokenizer-name gpt2 --output mapping
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenkit.cli import run
+from tokenkit.config import parse_command_line
+from tokenkit.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinedMappingConfig:
+    """Map every student token to the teacher token whose bytes are nearest to its own."""
+
+    teacher_tokenizer_name: str
+    """Tokenizer spec of the teacher (a path, a hub name, or `byte`)."""
+
+    target_tokenizer_name: str
+    """Tokenizer spec that the student ends with."""
+
+    output: str
+    """Folder for mapping.npy, distances.npy and summary.json; files that exist are never overwritten."""
+
+    teacher_counts: str | None = None
+    """npy file with the count of each teacher token: of equally near tokens the most frequent wins. Without
+    it the lowest id does."""
+
+    num_workers: int = 0
+    """Threads; 0: one for each core."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers must be at least 0, got {self.num_workers}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(lambda: mine(parse_command_line(MinedMappingConfig, argv, program="tokenkit mined-mapping")))
+
+
+def mine(config: MinedMappingConfig) -> None:
+    """Mine the mapping and write it.
+
+    Raises:
+        ValueError, FileNotFoundError: tokenizers or counts that cannot be read or do not fit.
+        FileExistsError: the output holds files of these names.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from tokenkit.pairing.mining import check_vacant, mine_mapping, save_mapping
+    from tokenkit.tokenization.byteify import load_tokenizer
+
+    folder = Path(config.output).expanduser()
+    check_vacant(folder)
+    student = load_tokenizer(config.target_tokenizer_name)
+    teacher = load_tokenizer(config.teacher_tokenizer_name)
+    counts = None
+    if config.teacher_counts is not None:
+        counts = np.load(Path(config.teacher_counts).expanduser(), allow_pickle=False)
+    began = time.perf_counter()
+    with tqdm(total=student.vocab_size, unit="token", disable=not sys.stderr.isatty()) as bar:
+        mapping = mine_mapping(
+            student, teacher, teacher_counts=counts, workers=config.num_workers, progress=bar.update
+        )
+    about = {
+        "student": {"tokenizer": config.target_tokenizer_name, "fingerprint": student.fingerprint()},
+        "teacher": {"tokenizer": config.teacher_tokenizer_name, "fingerprint": teacher.fingerprint()},
+        "teacher_counts": config.teacher_counts,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    save_mapping(mapping, folder, about)
+    facts = mapping.summary()
+    print(
+        f"{facts['tokens']} tokens, {facts['exact']} of them exact, mean distance "
+        f"{facts['mean_distance']:.2f}: {folder / 'mapping.npy'}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
