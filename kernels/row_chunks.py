@@ -1,0 +1,109 @@
+"""Whole rows of logits, a few tokens at a time: for what must see a row's every logit more than once.
+
+    for rows in chunks(N, bytes of a row, workspace_bytes):
+        z[rows] = hidden[rows] · weightᵀ              float32, into a buffer that every chunk reuses
+        ...                                           statistics, values, and dz over z, from memory
+        dhidden[rows] = dz · weight                   each token's sum is complete
+        dweight += dzᵀ · hidden[rows]                 into float32: a 16-bit sum would drift over chunks
+
+Rows of the head may be named by an index instead of all in order; they are then gathered a block at a time.
+GEMMs take 16-bit operands on a GPU and write float32; a CPU's GEMMs round, so there they are widened, also a
+block at a time.
+
+Dimensions: N tokens (of a chunk), V columns (rows of the head that take part), D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.products import add_product, product
+
+BLOCK_BYTES = 64 * 2**20  # of rows of a head that are gathered or widened at once
+CPU_BLOCK_BYTES = 4 * 2**20
+
+Rows = slice | Tensor
+"""Rows of a head: a stretch of them, or int64 indices, which may repeat."""
+
+
+def chunks(N: int, row_bytes: int, workspace_bytes: int, *, fewest: int = 1) -> list[slice]:
+    """Cut N tokens into equal chunks whose buffers fit into `workspace_bytes`, of `fewest` tokens at least.
+
+    With a divided vocabulary every process must pass the same numbers: chunks are where they meet.
+    """
+    most = max(workspace_bytes // max(row_bytes, 1), fewest, 1)
+    count = -(-N // most)
+    if count == 0:
+        return []
+    size = -(-N // count)
+    return [slice(start, min(start + size, N)) for start in range(0, N, size)]
+
+
+def number_of(rows: Rows) -> int:
+    """Return how many rows of a head `rows` names."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def part_of(rows: Rows, start: int, end: int) -> Rows:
+    """Return the rows from `start` to `end` of those that `rows` names."""
+    if isinstance(rows, slice):
+        return slice(rows.start + start, rows.start + end)
+    return rows[start:end]
+
+
+def blocks(weight_VD: Tensor, rows: Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Rows, Tensor]]:
+    """Yield (columns, rows of the head, those rows as a GEMM takes them), as much at once as costs no copy.
+
+    Args:
+        weight_VD: the head's weight.
+        rows: which rows take part.
+        dtype: of the sums: float32 or float64.
+    """
+    V, D = number_of(rows), weight_VD.shape[1]
+    widened = not weight_VD.is_cuda and weight_VD.dtype != dtype
+    if isinstance(rows, slice) and not widened:
+        if V:
+            yield slice(0, V), rows, weight_VD[rows]
+        return
+    limit = BLOCK_BYTES if weight_VD.is_cuda else CPU_BLOCK_BYTES
+    step = max(limit // (D * dtype.itemsize) // 128 * 128, 128)
+    for start in range(0, V, step):
+        end = min(start + step, V)
+        part = part_of(rows, start, end)
+        yield slice(start, end), part, operand(weight_VD[part], dtype)
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a GEMM takes: a tensor as it is on a GPU, widened to `dtype` on a CPU."""
+    return tensor if tensor.is_cuda else tensor.to(dtype)
+
+
+def write_products(hidden_ND: Tensor, weight_VD: Tensor, rows: Rows, z_NV: Tensor) -> None:
+    """Write hidden · weight[rows]ᵀ to z_NV: float32 or float64, its columns adjacent."""
+    hidden_ND = operand(hidden_ND, z_NV.dtype)
+    for columns, _, weight in blocks(weight_VD, rows, z_NV.dtype):
+        product(hidden_ND, weight.T, z_NV[:, columns])
+
+
+def add_hidden_gradient(dz_NV: Tensor, weight_VD: Tensor, rows: Rows, dhidden_ND: Tensor) -> None:
+    """Add dz · weight[rows] to dhidden_ND: float32 or float64."""
+    dz_NV = operand(dz_NV, dhidden_ND.dtype)
+    for columns, _, weight in blocks(weight_VD, rows, dhidden_ND.dtype):
+        add_product(dhidden_ND, dz_NV[:, columns], weight)
+
+
+def add_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_VD: Tensor) -> None:
+    """Add dzᵀ · hidden to rows of dweight_VD: float32 or float64; rows that repeat add up."""
+    dz_NV, hidden_ND = (operand(tensor, dweight_VD.dtype) for tensor in (dz_NV, hidden_ND))
+    if isinstance(rows, slice):
+        add_product(dweight_VD[rows], dz_NV.T, hidden_ND)
+        return
+    step = max(BLOCK_BYTES // (hidden_ND.shape[1] * dweight_VD.dtype.itemsize), 128)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        sums = hidden_ND.new_empty((len(some), hidden_ND.shape[1]), dtype=dweight_VD.dtype)
+        product(dz_NV[:, start : start + step].T, hidden_ND, sums)
+        dweight_VD.index_put_((some,), sums, accumulate=True)  # sorts: no atomics, the same sum every time
