@@ -1,16 +1,18 @@
 """The names and defaults that the configuration repeats, so as not to import torch, are those of the code."""
 
 import dataclasses
+import typing
 from typing import get_args
 
 from tokenkit.config import names
 from tokenkit.config.models import Lora, Optimizer
-from tokenkit.config.objective import Alm
+from tokenkit.config.objective import Alm, Objective
 from tokenkit.kernels.alm_difference import DIFFERENCES
 from tokenkit.losses import LOSSES, AlmOptions
 from tokenkit.losses import alm as alm_module
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.lora import LoraOptions
+from tokenkit.objective import ObjectiveOptions, aggregation, weights
 from tokenkit.optim import SCHEDULES, OptimizerOptions, ParamGroup
 from tokenkit.pairing import align
 from tokenkit.tokenization import byteify, chat
@@ -38,6 +40,14 @@ def test_options_of_alm():
     assert names.Numerator == alm_module.Numerator
     assert names.Denominator == alm_module.Denominator
     assert AlmOptions(**Alm().options("space")) == AlmOptions(chunks="space")
+
+
+def test_options_of_the_objective():
+    assert set(names.AGGREGATIONS) == set(aggregation.AGGREGATIONS)
+    assert ObjectiveOptions(**Objective().weighing()) == ObjectiveOptions()
+    assert get_args(get_args(typing.get_type_hints(Objective)["loss_weight_mode"])[0]) == get_args(
+        weights.WeightMode
+    )
 
 
 def test_options_of_text():

@@ -10,16 +10,17 @@ LATER = {
     "use_chat_template": "conversations written without a template",
     "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
-    "loss_weight_mode": "trained loss weights",
-    "uncertainty_s_init": "trained loss weights",
-    "ema_alpha": "trained loss weights",
-    "multitask_aggregation_fn": "gradient aggregation over several losses",
     "mined_mapping_path": "`tokenkit mined-mapping`",
     "tokenizer_pair_data_path": "`tokenkit pair-stats`",
     "side_path_": "the side-path loss",
     "tokenizer_pair_bias_threshold_side_path": "the side-path loss",
     "latents_": "the latents loss",
-    "baseline.": "the baseline losses",
+    "baseline.divergence": "the baseline losses",
+    "baseline.kd_": "the baseline losses",
+    "baseline.teacher_temperature": "the baseline losses",
+    "baseline.skew_lambda": "the baseline losses",
+    "baseline.adaptive_kl_alpha": "the baseline losses",
+    "baseline.dskd_": "the baseline losses",
     "hypernet.": "the embedding hypernetwork",
     "n_prefix_layers": "prefix layers",
     "prefix_": "prefix layers",
@@ -27,9 +28,6 @@ LATER = {
     "eval.": "lm-eval",
 }
 """Name, or beginning of names that ends in `_` or `.`: what its feature comes with."""
-
-HARMLESS = {"loss_weight_mode": ("static",)}
-"""Values besides the default that say the same."""
 
 
 def refuse_later(values: Mapping[str, Any], schema: type) -> None:
@@ -43,7 +41,7 @@ def refuse_later(values: Mapping[str, Any], schema: type) -> None:
         if feature is None or leaf.name not in values:
             continue
         value = values[leaf.name]
-        if value != leaf.default and value not in HARMLESS.get(leaf.name, ()):
+        if value != leaf.default:
             raise ConfigError(
                 f"{leaf.name} is accepted but its feature comes with {feature}; "
                 f"remove it or set it to {spell(leaf.default)}"

@@ -36,6 +36,10 @@ Difference = Literal[
 ALM_MODES = ("append_space", "merge_by_space_prob", "eos_as_space", "none")
 SPACE_MASK_PARTS = ("space", "tab", "newline", "special")
 
+AGGREGATIONS = (
+    "gradmag", "gradclip", "pcgrad", "gradnorm", "approx_gradmag", "approx_gradmag_preserve_mag",
+)  # fmt: skip
+
 Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
 Denominator = Literal["chunk_count", "token_count"]
 

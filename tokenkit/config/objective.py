@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tokenkit.config.errors import ConfigError, at_least, check_parts, nearest
 from tokenkit.config.names import (
+    AGGREGATIONS,
     ALM_MODES,
     LATER_LOSSES,
     LOSS_ALIASES,
@@ -147,10 +148,15 @@ class Baseline:
     """DSKD: a position attends only to text that ends no later than its own."""
 
     gradnorm_alpha: float = 1.0
-    """GradNorm: strength of the restoring force."""
+    """GradNorm: strength of the restoring force; at least 0."""
 
     gradnorm_lr: float = 0.025
-    """GradNorm: learning rate of the weights."""
+    """GradNorm: learning rate of the weights; positive."""
+
+    def __post_init__(self) -> None:
+        at_least("baseline.gradnorm_alpha", self.gradnorm_alpha, 0)
+        if self.gradnorm_lr <= 0:
+            raise ConfigError(f"baseline.gradnorm_lr must be positive, got {self.gradnorm_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,21 +170,22 @@ class Objective:
     """One number per loss, or a mapping from loss to number (as flags: clm=1 alm_space=0.5). None: 1 each."""
 
     loss_weight_mode: Literal["static", "uncertainty", "balance", "ema"] | None = None
-    """How the weights are found. None or static: loss_weights, times the schedule."""
+    """What multiplies loss_weights and schedule. None or static: 1; uncertainty: e^-s, s trained; balance:
+    1 / loss; ema: 1 / running mean of the loss."""
 
-    uncertainty_s_init: float = 0.0
-    """Start of the log-variances, with `uncertainty`."""
+    uncertainty_s_init: float | tuple[float, ...] | Mapping[str, float] = 0.0
+    """Start of the log-variances s, with `uncertainty`; one for all, one per loss or a mapping."""
 
     ema_alpha: float = 0.99
-    """Decay of the running loss, with `ema`."""
+    """Share of the past in the running mean of a loss, with `ema`; in [0, 1)."""
 
     loss_schedules: tuple[str, ...] | Mapping[str, str] | None = None
     """Multiplies the weight: constant, linear, cosine, reverse_cosine over the run, or constant(v),
     linear(a,b,steps), cosine(a,b,steps); one per loss or a mapping."""
 
     multitask_aggregation_fn: str | None = None
-    """How gradients of several losses are joined: gradmag, gradclip:max, pcgrad, gradnorm,
-    approx_gradmag, approx_gradmag_preserve_mag."""
+    """How gradients of several losses are joined: gradmag, gradclip:MAX, pcgrad (these with +), gradnorm,
+    approx_gradmag, approx_gradmag_preserve_mag. None: they are added."""
 
     mined_mapping_path: str | None = None
     """File of a mined vocabulary mapping."""
@@ -198,9 +205,27 @@ class Objective:
             raise ConfigError(f"losses names one loss twice: {', '.join(self.losses)}")
         self._check_per_loss("loss_weights", self.loss_weights)
         self._check_per_loss("loss_schedules", self.loss_schedules)
+        if isinstance(self.uncertainty_s_init, tuple | Mapping) and len(self.uncertainty_s_init) != 1:
+            self._check_per_loss("uncertainty_s_init", self.uncertainty_s_init)
+        if self.multitask_aggregation_fn is not None:
+            names = [part.partition(":")[0].strip() for part in self.multitask_aggregation_fn.split("+")]
+            check_parts("multitask_aggregation_fn", "+".join(names), AGGREGATIONS)
+        if not 0 <= self.ema_alpha < 1:
+            raise ConfigError(f"ema_alpha must lie in [0, 1), got {self.ema_alpha}")
         weights = self.loss_weights or ()
         for weight in weights.values() if isinstance(weights, Mapping) else weights:
             at_least("loss_weights", weight, 0)
+
+    def weighing(self) -> dict[str, Any]:
+        """The keyword arguments of `tokenkit.objective.ObjectiveOptions`."""
+        return {
+            "weight_mode": self.loss_weight_mode or "static",
+            "s_init": self.uncertainty_s_init,
+            "ema_alpha": self.ema_alpha,
+            "aggregation": self.multitask_aggregation_fn,
+            "gradnorm_alpha": self.baseline.gradnorm_alpha,
+            "gradnorm_lr": self.baseline.gradnorm_lr,
+        }
 
     @property
     def needs_teacher(self) -> bool:

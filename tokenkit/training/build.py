@@ -31,7 +31,7 @@ from tokenkit.models.causal_lm import (
     load_causal_lm,
 )
 from tokenkit.models.lora import LoraOptions, add_lora
-from tokenkit.objective import Objective
+from tokenkit.objective import Objective, ObjectiveOptions
 from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_optimizer
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
@@ -82,6 +82,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         config.objective.loss_weights,
         config.objective.loss_schedules,
         config.schedule.steps,
+        ObjectiveOptions(**config.objective.weighing()),
     )
     tokenizers = load_tokenizers(config)
     collator = build_collator(config, tokenizers, losses)

@@ -7,8 +7,8 @@ teacher's half, whose counts every rank must know before the first backward, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from tokenkit.models.causal_lm import CausalLM, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.structs import Batch, HiddenStates, LossTerm
 
-Half = Literal["teacher", "student", "evaluate"]
+Half = Literal["teacher", "student", "last_layer", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ class Distillation(nn.Module):
         Args:
             batch: on this module's device.
             half: "teacher" returns, by loss, what the student's half needs, with its `.count`;
-                "student" returns, by loss, a `LossTerm`; "evaluate" returns a float32 [2] tensor: the nats
-                of the trained tokens under student and teacher.
+                "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
+                the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
+                the nats of the trained tokens under student and teacher.
             prepared: what the teacher's half returned for this batch.
         """
         if half == "teacher":
@@ -76,7 +77,16 @@ class Distillation(nn.Module):
         if half == "evaluate":
             return self._evaluate(batch)
         assert prepared is not None
-        return self._student_half(batch, prepared)
+        if half == "last_layer":
+            with graph_from(self.last_layer):
+                states = self._student_states(batch)
+            return self._losses(_with_frozen_head(states), batch, prepared)
+        return self._losses(self._student_states(batch), batch, prepared)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The student's last transformer layer, where losses are compared."""
+        return self.student.layers[-1]
 
     @torch.no_grad()
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
@@ -84,12 +94,12 @@ class Distillation(nn.Module):
         states = self._teacher_states(batch) if needed else None
         return {active.name: active.loss.prepare(states, batch, active.options) for active in self.losses}
 
-    def _student_half(self, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
-        states = self._student_states(batch)
-        return {
+    def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
+        terms = {
             active.name: active.loss.function(states, prepared[active.name], batch, active.options)
             for active in self.losses
         }
+        return {name: _connected(term, states) for name, term in terms.items()}
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
@@ -128,3 +138,42 @@ class Distillation(nn.Module):
             hidden_BTD=states.hidden_BTD.to(dtype),
             head=replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V),
         )
+
+
+@contextmanager
+def graph_from(layer: nn.Module) -> Iterator[None]:
+    """Run a body without a graph up to `layer`, its last one, and with one from there on."""
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        torch.set_grad_enabled(True)
+        if args:
+            return (_as_leaf(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _as_leaf(kwargs["hidden_states"])}
+
+    # first of all hooks: FSDP2's own looks whether the graph is on, and for an input that needs a gradient
+    handle = layer.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        handle.remove()
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _with_frozen_head(states: HiddenStates) -> HiddenStates:
+    head = states.head
+    bias_V = None if head.bias_V is None else head.bias_V.detach()
+    return replace(states, head=replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V))
+
+
+def _connected(term: LossTerm, states: HiddenStates) -> LossTerm:
+    """Give a total that depends on no parameter (nothing to compare in this batch) a gradient of zero.
+
+    Every rank must take part in the backward of every loss.
+    """
+    if term.total.requires_grad or not torch.is_grad_enabled():
+        return term
+    return LossTerm(term.total + 0 * states.hidden_BTD.sum(), term.count)

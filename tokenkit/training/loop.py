@@ -147,6 +147,7 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
             run.step = state.step
             parts.batches.load_state_dict(state.extra["data"])
             run.loss_scale.value, run.loss_scale.good_steps = state.extra["loss_scale"]
+            run.objective.load_state_dict(state.extra["objective"])
             _say(world, f"resuming after step {run.step} from {found}")
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
@@ -219,7 +220,11 @@ def _save(session: Session) -> None:
     session.reports.sync()
     state.step = run.step
     scale = (run.loss_scale.value, run.loss_scale.good_steps)
-    state.extra = {"data": session.parts.batches.state_dict(), "loss_scale": scale}
+    state.extra = {
+        "data": session.parts.batches.state_dict(),
+        "loss_scale": scale,
+        "objective": run.objective.state_dict(),
+    }
     root = session.folder / "checkpoints"
     if not (root / f"step_{run.step:08d}").exists():
         checkpoint.save(root, state, session.identity, session.world)

@@ -51,6 +51,7 @@ class Reports:
             values: dict[str, float] = {"loss": report.loss, "grad_norm": report.grad_norm}
             values |= {f"loss/{name}": value for name, value in report.losses.items()}
             values |= {f"count/{name}": value for name, value in report.counts.items()}
+            values |= {f"weight/{name}": value for name, value in report.weights.items()}
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
             self._write(step, values)
             self.tokens, self.seconds = 0, 0.0

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from tokenkit.objective import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
-from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_gradient_sync
+from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
 from tokenkit.structs import Batch
+from tokenkit.training.gradients import Passes, Sums, accumulate
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
@@ -78,10 +79,13 @@ class StepReport:
     """What one optimizer step did; the same on every rank."""
 
     loss: float
+    """Σ loss_weights · schedule · loss, nats: weights that move by themselves would hide the losses' fall."""
     losses: dict[str, float]
     counts: dict[str, float]
     grad_norm: float
     learning_rate: float
+    weights: dict[str, float] = field(default_factory=dict)
+    """By loss, what multiplied its gradient: weights, schedule and whatever found them, all together."""
     skipped: bool = False
     """A float16 overflow: nothing was updated, the loss scale was halved."""
 
@@ -102,19 +106,22 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     counts = global_counts(prepared, run)
 
     run.optimizer.zero_grad(set_to_none=True)
-    means = torch.zeros(len(run.objective.names), device=device)
-    for index, batch in enumerate(batches):
-        set_gradient_sync(run.model, index == len(batches) - 1)
-        terms = run.model(batch, "student", prepared[index])
-        _check_counts(run, terms, prepared[index])
-        loss, values = run.objective.combine(terms, counts, run.step)
-        (loss * run.loss_scale.factor).backward()
-        means += values
-
+    sums = accumulate(
+        Passes(
+            model=run.model,
+            objective=run.objective,
+            world=run.world,
+            step=run.step,
+            scale=run.loss_scale.factor,
+            batches=batches,
+            prepared=prepared,
+            counts=counts,
+        )
+    )
     grads = [p for p in run.model.parameters() if p.requires_grad]
     _unscale(grads, run.loss_scale)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
-    report = _report(run, means, grad_norm, counts, _trained_tokens(batches))
+    report = _report(run, sums, grad_norm, counts, _trained_tokens(batches))
     if not report.skipped:
         set_learning_rate(run.optimizer, report.learning_rate)
         run.optimizer.step()
@@ -135,17 +142,6 @@ def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Ten
     }
 
 
-def _check_counts(run: Run, terms: dict[str, Any], prepared: dict[str, Any]) -> None:
-    """Compare the counts of users' own losses; ours agree by construction, and a look would make us wait."""
-    for name in (name for name in run.objective.names if ":" in name):
-        got, expected = (torch.as_tensor(x[name].count).tolist() for x in (terms, prepared))
-        if got != expected:
-            raise ValueError(
-                f"loss {name!r} sums over {got} things, but {expected} were announced before the student "
-                "ran: give the function an attribute `count(teacher, batch)` that returns its count"
-            )
-
-
 def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
     if not scale.enabled:
         return
@@ -159,41 +155,51 @@ def _trained_tokens(batches: Sequence[Batch]) -> Tensor:
 
 
 def _report(
-    run: Run, means: Tensor, grad_norm: Tensor, counts: dict[str, Tensor], trained: Tensor
+    run: Run, sums: Sums, grad_norm: Tensor, counts: dict[str, Tensor], trained: Tensor
 ) -> StepReport:
-    names = run.objective.names
-    local = {name: means[j].double() for j, name in enumerate(names)}
-    sums = all_reduce_counts({**local, "#trained": trained}, run.step, run.world)
-    packed = torch.stack(
-        [sums[name] for name in names] + [grad_norm.double().to(run.world.device), sums["#trained"]]
+    """Wait for the device, decide whether the step may be taken, and teach the objective."""
+    names, J = run.objective.names, len(run.objective.names)
+    local = {name: sums.mean_J[j].double() for j, name in enumerate(names)}
+    added = all_reduce_counts({**local, "#trained": trained}, run.step, run.world)
+    device = run.world.device
+    count_J = torch.stack([counts[name].double().mean() for name in names])
+    loss_J = torch.stack([added[name] for name in names])
+    single_2 = torch.stack([grad_norm.double().to(device), added["#trained"]])
+    packed = torch.cat([loss_J, count_J, sums.weight_J, sums.norm_J, single_2]).tolist()
+    values, sizes, weights, norms = (packed[k * J : (k + 1) * J] for k in range(4))
+    losses = dict(zip(names, values, strict=True))
+    _check_finite(run, losses, grad_norm=packed[-2], trained=packed[-1])
+    overflow = not math.isfinite(packed[-2])
+    user = run.objective.weights(run.step)
+    if run.loss_scale.enabled:
+        run.loss_scale.update(not overflow)
+    if not overflow:
+        run.objective.update(run.step, values, sizes, norms)
+    return StepReport(
+        loss=sum(user[name] * losses[name] for name in names),
+        losses=losses,
+        counts=dict(zip(names, sizes, strict=True)),
+        grad_norm=packed[-2],
+        learning_rate=run.learning_rate(run.step),
+        weights=dict(zip(names, weights, strict=True)),
+        skipped=overflow,
     )
-    *values, norm, num_trained = packed.tolist()
-    if not num_trained:
+
+
+def _check_finite(run: Run, losses: dict[str, float], *, grad_norm: float, trained: float) -> None:
+    if not trained:
         raise ValueError(
             f"no token of step {run.step} is trained, on any process: the answers may lie behind "
             "max_length_new, or be masked (loss_mask_mode); nothing was updated"
         )
-    losses = dict(zip(names, values, strict=True))
-    bad = [name for name in names if not math.isfinite(losses[name])]
+    bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if bad:
         raise NonFiniteError(
             f"loss {', '.join(bad)} is not finite at step {run.step}: nothing was updated; look at the "
             "data of this step, lower the learning rate, or use dtype float32"
         )
-    overflow = not math.isfinite(norm)
-    if overflow and not run.loss_scale.enabled:
+    if not math.isfinite(grad_norm) and not run.loss_scale.enabled:
         raise NonFiniteError(
             f"the gradient norm is not finite at step {run.step} although every loss is: nothing was "
             "updated; lower the learning rate or use dtype float32"
         )
-    if run.loss_scale.enabled:
-        run.loss_scale.update(not overflow)
-    weights = run.objective.weights(run.step)
-    return StepReport(
-        loss=sum(weights[name] * losses[name] for name in names),
-        losses=losses,
-        counts={name: float(counts[name].double().mean()) for name in names},
-        grad_norm=norm,
-        learning_rate=run.learning_rate(run.step),
-        skipped=overflow,
-    )
