@@ -1,0 +1,368 @@
+"""Distance between the sorted next-token distributions of two models, without a sort (ULD).
+
+    p = softmax of the student's logits, q = softmax of the teacher's, both at `temperature`
+    value = Σ_r |p_(r) − q_(r)|          (r): r-th largest; the smaller vocabulary goes on with zeros
+          = ∫ |#{v: p_v > τ} − #{v: q_v > τ}| dτ
+
+The integral needs no order inside a bin of τ between two edges: with D the difference of the counts above
+the bin, w its width, and f how far into the bin its p's reach, summed, less the same of its q's,
+
+    ∫ over a bin of (#{p > τ} − #{q > τ}) dτ = w (D + f),       value ≈ Σ_bins w |D + f|
+    ∂value / ∂p_v = sign of (D + f) in the bin of p_v = G_v,    ∂value / ∂z_v = p_v (G_v − Σ_u p_u G_u)
+
+Only a bin in which the two counts cross is not exact: the value is a lower bound, `error_bound` says by how
+much at most, and the gradient is that of the value. Bins: `sorted_tile.py`. `exact=True` sorts instead.
+
+Both models' logits exist for a few rows at a time, in float32. Modes, in GEMMs of 2·N·V·D (both models
+counted alike) and memory above `workspace_bytes` and O(N·D):
+
+    mode        when                                    GEMMs            memory
+    values      no gradient is wanted                   2                none
+    formed      row weights are known, or the head      3, 4 with dW     float32 dW: that of 16-bit heads must
+                is frozen (each row's dX is scaled)                      fit `workspace_bytes`
+    tables      otherwise                               5                3 KB a row: the sign of every bin
+    replay      exact and neither known nor frozen      6                float32 dW
+
+Source: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for
+LLMs", arXiv:2402.12030.
+
+Dimensions: N rows, V student and W teacher vocabulary, D and E hidden sizes, B bins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels import sorted_tile as tile
+from tokenkit.kernels.sorted_rows import Options, Side, run, run_backward, run_bounds
+from tokenkit.kernels.vocabulary_parallel import check_head, shard_of, shard_words, vocab_size
+from tokenkit.structs import Head
+
+DEFAULT_WORKSPACE_BYTES = 2**30  # on a GPU a chunk of 128k + 152k logits should hold 700 rows
+
+
+def _pack(options: Options, student: Head, teacher: Head) -> tuple[list[float], str]:
+    numbers: list[float] = [options.temperature, options.workspace_bytes]
+    words = [options.mode, "exact" if options.exact else "", options.needs]
+    for head in (student, teacher):
+        group, start = shard_words(head)
+        numbers += [head.softcap or 0.0, head.scale, vocab_size(head), start]
+        words.append(group)
+    return numbers, "|".join(words)
+
+
+def _unpack(numbers: list[float], words: str) -> tuple[Options, list[dict[str, Any]]]:
+    """Return the options, and of both heads what `Head` needs besides weight and bias."""
+    mode, exact, needs, *groups = words.split("|")
+    options = Options(mode, bool(exact), needs, numbers[0], int(numbers[1]))
+    heads = []
+    for group, (cap, scale, size, start) in zip(groups, (numbers[2:6], numbers[6:10]), strict=True):
+        shard = shard_of(group, int(start))
+        heads.append({"softcap": cap or None, "scale": scale, "vocab_size": int(size), "shard": shard})
+    return options, heads
+
+
+def _student(
+    student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, numbers: list[float], words: str
+) -> tuple[Side, Options]:
+    options, (head_words, _) = _unpack(numbers, words)
+    return Side(student_ND, Head(weight_VD, bias_V, **head_words), options.temperature), options
+
+
+@torch.library.custom_op("tokenkit::sorted_distance", mutates_args=())
+def _operation(
+    student_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher: list[Tensor],
+    row_weight_N: Tensor | None,
+    numbers: list[float],
+    words: str,
+) -> list[Tensor]:
+    """Return the value, then what the mode keeps. The teacher: states, weight, and bias if there is one."""
+    student, options = _student(student_ND, weight_VD, bias_V, numbers, words)
+    bias_W = teacher[2] if len(teacher) > 2 else None
+    head = Head(teacher[1], bias_W, **_unpack(numbers, words)[1][1])
+    other = Side(teacher[0], head, options.temperature)
+    with torch.autocast(student_ND.device.type, enabled=False):  # it would round float32 operands
+        return run(student, other, row_weight_N, options)
+
+
+@_operation.register_fake
+def _(
+    student_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher: list[Tensor],
+    row_weight_N: Tensor | None,
+    numbers: list[float],
+    words: str,
+) -> list[Tensor]:
+    mode, _, needs, *_ = words.split("|")
+    dtype = torch.promote_types(student_ND.dtype, torch.float32)
+    row_N = student_ND.new_empty(student_ND.shape[:1], dtype=dtype)
+    value = torch.empty_like(row_N) if row_weight_N is None else row_N.new_empty(())
+    if mode == "formed":
+        return [value, *_like(student_ND, weight_VD, bias_V, needs, dtype)]
+    if mode == "tables":
+        sign_NB = row_N.new_empty((row_N.shape[0], tile.BINS), dtype=torch.int8)
+        return [value, row_N, torch.empty_like(row_N, dtype=torch.float32), torch.empty_like(row_N), sign_NB]
+    return [value]
+
+
+@torch.library.custom_op("tokenkit::sorted_distance_backward", mutates_args=())
+def _backward_operation(
+    student_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    factor_N: Tensor,
+    tables: list[Tensor],
+    numbers: list[float],
+    words: str,
+) -> list[Tensor]:
+    """Return the gradients that mode `tables` owes, in the order of `needs`."""
+    student, options = _student(student_ND, weight_VD, bias_V, numbers, words)
+    with torch.autocast(student_ND.device.type, enabled=False):
+        return run_backward(student, factor_N, tables, options)
+
+
+@_backward_operation.register_fake
+def _(
+    student_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    factor_N: Tensor,
+    tables: list[Tensor],
+    numbers: list[float],
+    words: str,
+) -> list[Tensor]:
+    return _like(student_ND, weight_VD, bias_V, words.split("|")[2], None)
+
+
+def _like(
+    student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: str, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Return uninitialised tensors for the gradients that are needed."""
+    parameters = zip("xwb", (student_ND, weight_VD, bias_V), strict=True)
+    return [torch.empty_like(x, dtype=dtype) for name, x in parameters if name in needs and x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    student_ND, weight_VD, bias_V, teacher, row_weight_N, ctx.numbers, ctx.words = inputs
+    ctx.mode, ctx.constants = ctx.words.split("|")[0], len(teacher)
+    ctx.dtypes = {"x": student_ND.dtype, "w": weight_VD.dtype, "b": None if bias_V is None else bias_V.dtype}
+    ctx.set_materialize_grads(False)
+    kept: list[Tensor | None] = [*output[1:], row_weight_N]
+    if ctx.mode != "formed":
+        kept += [student_ND, weight_VD, bias_V]
+    if ctx.mode == "replay":
+        kept += teacher
+    ctx.save_for_backward(*kept)
+
+
+def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    dvalue, needs = upstream[0], ctx.words.split("|")[2]
+    if dvalue is None:
+        return _in_order({}, ctx)
+    if torch.is_grad_enabled():
+        raise RuntimeError("sorted_distance has no second derivative: call backward without create_graph")
+    if ctx.mode == "formed":
+        *kept, row_weight_N = ctx.saved_tensors
+        formed = dict(zip(needs, kept, strict=True))
+    elif ctx.mode == "tables":
+        *tables, row_weight_N, student_ND, weight_VD, bias_V = ctx.saved_tensors
+        factor_N = dvalue if row_weight_N is None else dvalue * row_weight_N
+        gradients = _backward_operation(
+            student_ND, weight_VD, bias_V, factor_N, tables, ctx.numbers, ctx.words
+        )
+        return _in_order(dict(zip(needs, gradients, strict=True)), ctx)
+    else:
+        _, student_ND, weight_VD, bias_V, *teacher = ctx.saved_tensors
+        words = ctx.words.replace("replay", "formed", 1)
+        row_weight_N = dvalue
+        _, *kept = _operation(student_ND, weight_VD, bias_V, teacher, dvalue, ctx.numbers, words)
+        formed, dvalue = dict(zip(needs, kept, strict=True)), dvalue.new_ones(())
+    scaled = {
+        name: (sums * (dvalue if row_weight_N is not None else dvalue[:, None])).to(ctx.dtypes[name])
+        for name, sums in formed.items()
+    }
+    return _in_order(scaled, ctx)
+
+
+def _in_order(gradients: dict[str, Tensor], ctx: Any) -> tuple[Any, ...]:
+    """Return the gradients in the order of the operation's arguments; of a list, a list."""
+    return (*(gradients.get(name) for name in "xwb"), [None] * ctx.constants, None, None, None)
+
+
+_operation.register_autograd(_backward, setup_context=_save)
+
+
+def sorted_distance(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_NE: Tensor,
+    teacher_head: Head,
+    *,
+    temperature: float = 1.0,
+    exact: bool = False,
+    row_weight_N: Tensor | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """Return Σ_r |p_(r) − q_(r)| of each row, p and q sorted and the shorter one padded with zeros.
+
+    Differentiable in `student_ND`, the student head's weight and its bias. Nothing reaches the teacher.
+
+    Args:
+        student_ND: the student's hidden states; bfloat16, float16, float32, or float64.
+        student_head: weight and bias of the dtype and device of `student_ND`; may be one rank's shard.
+        teacher_NE: the teacher's hidden states, row by row what the student's are compared with.
+        teacher_head: the teacher's head; may be sharded as well.
+        temperature: divides the logits of both, after the softcap; > 0.
+        exact: sort, instead of counting in bins. Needs whole heads.
+        row_weight_N: number of each row, no gradient to it: the result is Σ_n row_weight[n] value[n], and
+            its gradients are formed in the forward.
+        workspace_bytes: bound on what is allocated beside results and O(N·D), one row at least.
+
+    Returns:
+        value_N in [0, 2], or the weighted sum; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if shapes, dtypes, devices or numbers do not fit together, or (on a CPU) if a logit is
+            NaN or infinite.
+
+    Precision: logits, sums and hidden gradients are float32; without `exact` the value is at most
+    `error_bound` too small: below 5e-5 in random rows of 152k against 128k ids. Bitwise repeatable: the
+    atomics add integers. Ranks that share a head add up 24 KB per row (they could not merge sorts).
+    """
+    heads = (student_head, teacher_head)
+    _check(student_ND, student_head, teacher_NE, teacher_head, row_weight_N, temperature)
+    if exact and any(head.shard is not None for head in heads):
+        raise ValueError(
+            "exact=True sorts whole rows, and a head was given as a shard: gather it, or leave exact out "
+            "(ranks add up histograms)"
+        )
+    needs = _needs(student_ND, student_head)
+    mode = _mode(needs, exact, row_weight_N is not None, student_head.weight_VD, workspace_bytes)
+    options = Options(mode, exact, needs, temperature, workspace_bytes)
+    teacher = [teacher_NE.detach(), teacher_head.weight_VD.detach()]
+    if teacher_head.bias_V is not None:
+        teacher.append(teacher_head.bias_V.detach())
+    return _operation(
+        student_ND,
+        student_head.weight_VD,
+        student_head.bias_V,
+        teacher,
+        row_weight_N,
+        *_pack(options, *heads),
+    )[0]
+
+
+def _needs(student_ND: Tensor, head: Head) -> str:
+    if not torch.is_grad_enabled():
+        return ""
+    parameters = (("x", student_ND), ("w", head.weight_VD), ("b", head.bias_V))
+    return "".join(name for name, tensor in parameters if tensor is not None and tensor.requires_grad)
+
+
+def _mode(needs: str, exact: bool, weighted: bool, weight_VD: Tensor, workspace_bytes: int) -> str:
+    if not needs:
+        return "values"
+    if exact:
+        return "formed" if weighted or needs == "x" else "replay"
+    sums_bytes = 4 * weight_VD.numel() if weight_VD.dtype.itemsize == 2 and "w" in needs else 0
+    return "formed" if needs == "x" or (weighted and sums_bytes <= workspace_bytes) else "tables"
+
+
+def error_bound(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_NE: Tensor,
+    teacher_head: Head,
+    *,
+    temperature: float = 1.0,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """Return by how much `sorted_distance` may be too small in each row, float32; no gradient.
+
+    In a bin that D enters at D₀, with c_p and c_q probabilities inside, D stays in [−b, a], a = D₀ + c_p and
+    b = c_q − D₀; the signed integral S = w (D₀ + f) is known, so the smaller of the areas on either side of
+    zero is at most (w a b − (b where S > 0, else a) |S|) / (a + b), and counting it twice is what is missed.
+    Rounding (1e-6) comes on top. Takes the arguments of `sorted_distance`, whole heads, and its time.
+
+    Raises:
+        ValueError: as `sorted_distance`; and for a sharded head.
+    """
+    _check(student_ND, student_head, teacher_NE, teacher_head, None, temperature)
+    if student_head.shard is not None or teacher_head.shard is not None:
+        raise ValueError("error_bound takes whole heads, and one was given as a shard: gather it first")
+    student = Side(student_ND.detach(), student_head, temperature)
+    teacher = Side(teacher_NE.detach(), teacher_head, temperature)
+    with torch.no_grad(), torch.autocast(student_ND.device.type, enabled=False):
+        return run_bounds(student, teacher, workspace_bytes)
+
+
+def _check(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_NE: Tensor,
+    teacher_head: Head,
+    row_weight_N: Tensor | None,
+    temperature: float,
+) -> None:
+    for name, hidden_ND, head in (
+        ("student", student_ND, student_head),
+        ("teacher", teacher_NE, teacher_head),
+    ):
+        _check_side(name, hidden_ND, head)
+    if student_ND.shape[0] != teacher_NE.shape[0]:
+        raise ValueError(
+            "student_ND and teacher_NE must hold the same rows: "
+            f"got {student_ND.shape[0]} and {teacher_NE.shape[0]}"
+        )
+    if student_ND.device != teacher_NE.device:
+        raise ValueError(
+            "student_ND and teacher_NE must be on one device: "
+            f"got {student_ND.device} and {teacher_NE.device}"
+        )
+    if (student_ND.dtype == torch.float64) != (teacher_NE.dtype == torch.float64):
+        raise ValueError(
+            "student_ND and teacher_NE must both be float64 or neither: "
+            f"got {student_ND.dtype} and {teacher_NE.dtype}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive: got {temperature}")
+    if row_weight_N is None:
+        return
+    if row_weight_N.shape != student_ND.shape[:1] or row_weight_N.device != student_ND.device:
+        raise ValueError(
+            f"row_weight_N must hold one number per row of student_ND ({student_ND.shape[0]}), on "
+            f"{student_ND.device}: got shape {tuple(row_weight_N.shape)} on {row_weight_N.device}"
+        )
+    if row_weight_N.requires_grad:
+        raise ValueError("row_weight_N must not require a gradient, none is formed: detach it")
+
+
+def _check_side(name: str, hidden_ND: Tensor, head: Head) -> None:
+    weight_VD = head.weight_VD
+    if any(hasattr(x, "device_mesh") for x in (hidden_ND, weight_VD)):
+        raise ValueError(
+            f"sorted_distance takes plain tensors, and the {name}'s are DTensors: call it inside the forward "
+            "of the sharded module that owns the head"
+        )
+    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"the {name}'s hidden states and head must be matrices that share their last dimension: "
+            f"got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
+        )
+    for tensor in (weight_VD, head.bias_V):
+        if tensor is not None and (tensor.dtype != hidden_ND.dtype or tensor.device != hidden_ND.device):
+            raise ValueError(
+                f"the {name}'s hidden states are {hidden_ND.dtype} on {hidden_ND.device} but its head is "
+                f"{tensor.dtype} on {tensor.device}: cast or move the head once, when the model is loaded"
+            )
+    if not hidden_ND.is_floating_point():
+        raise ValueError(f"the {name}'s hidden states must be floating point: got {hidden_ND.dtype}")
+    check_head(head, f"{name}_head")

@@ -1,0 +1,353 @@
+"""What `sorted_distance` does with rows of logits: Triton epilogues, and the same lines of torch.
+
+    row_statistics   z -> maximum and Σ exp(z − maximum)
+    histogram        z -> how many probabilities each bin holds, and how far above its lower edge they lie
+    merge            two histograms -> the distance, the sign of each bin, and the mean sign under p
+    dlogits          z -> the gradient of z
+
+Bins follow the bits of a float: with u = p + foot, the bits of u less those of foot grow with p, are linear
+in p between two edges, and their upper bits number the bins. foot = 2⁻²⁴ times a power of two that bounds
+every probability of the row, so an octave is a step of 2²³; the lower 16 octaves hold 64 bins each, the
+upper 8 hold 256 (their bits are counted four times), and what lies far below foot shares the first bin.
+A count and the sum of the lower bits fit one integer, and sums of integers have no order: no result
+depends on which program came first.
+
+Dimensions: N rows, V the logits of a row, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenkit.kernels.launch import on_device, runs_triton
+
+OCTAVE = 23  # log2 of the step of a float32's bits from one power of two to the next
+COARSE_OCTAVES, FINE_OCTAVES = 16, 8
+FRACTION = 17  # lower bits of a code: the place inside a bin; 2^(23 − 17) = 64 bins in a coarse octave
+BINS = (COARSE_OCTAVES + 4 * FINE_OCTAVES << OCTAVE - FRACTION) + 1  # the last: p at the bound itself
+COUNT = 40  # a packed number is count · 2^40 + Σ fraction; 2^18 ids · 2^17 stay far below 2^39
+FINE_FRACTION = 40  # float64: fractions in steps of 2^-40 of a bin, in a plane of their own
+
+BLOCK_V = 4096  # logits of one step of a program
+BLOCK_B = 4096  # a power of two that holds every bin
+PIECE = 1 << 16  # numbers that a CPU turns at once: int32 and float32 of them stay in its second-level cache
+MERGE_ROWS = 16  # histograms that a CPU merges at once, for the same reason
+
+_FINE_FROM = tl.constexpr(COARSE_OCTAVES << OCTAVE)
+_FRACTION = tl.constexpr(FRACTION)
+_COUNT = tl.constexpr(COUNT)
+_ONE_COUNT = tl.constexpr(1 << COUNT)
+_HALF_COUNT = tl.constexpr(1 << COUNT - 1)
+_ONE_BIN = tl.constexpr(1 << FRACTION)
+
+
+class RowFactors(NamedTuple):
+    """What `dlogits` must know of each row."""
+
+    lse_N: Tensor
+    foot_N: Tensor
+    """float32, from `foot`."""
+    mean_N: Tensor
+    """Σ p · sign over the row."""
+    factor_N: Tensor
+    """What the row's gradient is multiplied by, the slope of the products included."""
+
+
+@triton.jit
+def _code(p, foot):
+    """Number a probability: bin · 2^FRACTION + fraction."""
+    code = (p + foot).to(tl.int32, bitcast=True) - foot.to(tl.int32, bitcast=True)
+    return code + 3 * tl.maximum(code - _FINE_FROM, 0)
+
+
+@triton.jit
+def _edge(bins, foot):
+    """Return the lower edge of a bin, foot included: `_code` backwards."""
+    code = bins << _FRACTION
+    code = tl.where(code < _FINE_FROM, code, _FINE_FROM + ((code - _FINE_FROM) >> 2))
+    return (code + foot.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _statistics_kernel(z_ptr, max_ptr, sum_ptr, V, BLOCK_V: tl.constexpr):
+    """One program per row: its maximum, and the sum of exp(z − maximum)."""
+    n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows of 128k
+    m = float("-inf")
+    s = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = tl.load(z_ptr + n * V + offs_v, mask=offs_v < V, other=float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
+        m = m_new
+    tl.store(max_ptr + n, m)
+    tl.store(sum_ptr + n, s)
+
+
+@triton.jit
+def _histogram_kernel(z_ptr, lse_ptr, foot_ptr, bins_ptr, V, BINS, BLOCK_V: tl.constexpr):
+    """One program per row and stretch of V: add its probabilities to the row's bins."""
+    n = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=float("-inf"))
+    code = _code(tl.exp(z - tl.load(lse_ptr + n)), tl.load(foot_ptr + n))
+    bins = code >> _FRACTION
+    one = (code & (_ONE_BIN - 1)).to(tl.int64) + _ONE_COUNT
+    # in a peaked row nearly all ids share the first bin: thousands of atomics on one address
+    first = tl.sum(tl.where(mask & (bins == 0), one, 0), axis=0)
+    tl.atomic_add(bins_ptr + n * BINS, first, sem="relaxed")
+    tl.atomic_add(bins_ptr + n * BINS + bins, one, mask=mask & (bins > 0), sem="relaxed")
+
+
+@triton.jit
+def _merge_kernel(
+    own_ptr, difference_ptr, foot_ptr, value_ptr, sign_ptr, mean_ptr,
+    BINS,
+    BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One program per row: the distance, the sign of each bin, and the mean of the signs under p."""
+    n = tl.program_id(0).to(tl.int64)
+    offs_b = tl.arange(0, BLOCK_B)
+    mask = offs_b < BINS
+    foot = tl.load(foot_ptr + n)
+    edge = _edge(offs_b, foot)
+    width = _edge(offs_b + 1, foot) - edge
+
+    packed = tl.load(difference_ptr + n * BINS + offs_b, mask=mask, other=0)
+    fraction = ((packed + _HALF_COUNT) & (_ONE_COUNT - 1)) - _HALF_COUNT
+    count = ((packed - fraction) >> _COUNT).to(tl.int32)
+    above = tl.cumsum(count, axis=0, reverse=True) - count
+    excess = above.to(tl.float32) + fraction.to(tl.float32) / _ONE_BIN
+    sign = tl.where(excess > 0, 1.0, 0.0) - tl.where(excess < 0, 1.0, 0.0)
+    tl.store(value_ptr + n, tl.sum(tl.where(mask, tl.abs(excess) * width, 0.0), axis=0))
+    tl.store(sign_ptr + n * BINS + offs_b, sign.to(tl.int8), mask=mask)
+
+    packed = tl.load(own_ptr + n * BINS + offs_b, mask=mask, other=0)
+    count = (packed >> _COUNT).to(tl.float32)
+    fraction = (packed & (_ONE_COUNT - 1)).to(tl.float32) / _ONE_BIN
+    mass = count * (edge - foot) + fraction * width
+    tl.store(mean_ptr + n, tl.sum(tl.where(mask, sign * mass, 0.0), axis=0))
+
+
+@triton.jit
+def _dlogits_kernel(
+    z_ptr, lse_ptr, foot_ptr, mean_ptr, factor_ptr, sign_ptr, dz_ptr,
+    V, BINS,
+    cap,
+    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and stretch of V: p (sign − mean) times the row's factor and the cap's slope."""
+    n = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=0.0)
+    p = tl.exp(z - tl.load(lse_ptr + n))
+    bins = _code(p, tl.load(foot_ptr + n)) >> _FRACTION
+    sign = tl.load(sign_ptr + n * BINS + bins, mask=mask, other=0).to(tl.float32)
+    dz = p * (sign - tl.load(mean_ptr + n)) * tl.load(factor_ptr + n)
+    if HAS_CAP:
+        dz *= 1.0 - (z / cap) * (z / cap)
+    tl.store(dz_ptr + n * V + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def row_statistics(z_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maximum of each row and Σ exp(z − maximum); −inf and 0 where the row holds no logit."""
+    N, V = z_NV.shape
+    max_N, sum_N = (z_NV.new_full((N,), fill) for fill in (-torch.inf, 0.0))
+    if not z_NV.numel():
+        return max_N, sum_N
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            _statistics_kernel[(N,)](z_NV, max_N, sum_N, V, BLOCK_V=BLOCK_V)
+        return max_N, sum_N
+    torch.amax(z_NV, 1, out=max_N)
+    work = _Work(z_NV)
+    for rows in _pieces(N, V):
+        p_NV = torch.sub(z_NV[rows], max_N[rows, None], out=work.floats(rows)).exp_()
+        torch.sum(p_NV, 1, out=sum_N[rows])
+    return max_N, sum_N
+
+
+def foot(logp_max_N: Tensor) -> Tensor:
+    """Return 2⁻²⁴ of the power of two at or above the largest probability of each row, float32."""
+    exponent_N = torch.ceil(logp_max_N * 1.4426950408889634).to(torch.int32)
+    return (exponent_N - (COARSE_OCTAVES + FINE_OCTAVES) + 127 << OCTAVE).view(torch.float32)
+
+
+def histogram(z_NV: Tensor, lse_N: Tensor, foot_N: Tensor) -> Tensor:
+    """Return [planes, N, BINS] int64; sums and differences of such tensors are those of what they count.
+
+    float32 has one plane, count · 2^COUNT + Σ fraction in steps of 2^-FRACTION of a bin; float64 has the
+    count, and Σ fraction in steps of 2^-FINE_FRACTION.
+    """
+    N, V = z_NV.shape
+    bins = torch.zeros((_planes(z_NV), N, BINS), dtype=torch.int64, device=z_NV.device)
+    if not z_NV.numel():
+        return bins
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            grid = (N, triton.cdiv(V, BLOCK_V))
+            _histogram_kernel[grid](z_NV, lse_N, foot_N, bins, V, BINS, BLOCK_V=BLOCK_V)
+        return bins
+    work = _Work(z_NV)
+    for rows in _pieces(N, V):
+        p_NV = torch.sub(z_NV[rows], lse_N[rows, None], out=work.floats(rows)).exp_()
+        code_NV = _codes(p_NV, foot_N[rows], work.codes(rows))
+        fraction_NV = work.fractions(rows)
+        into = [bins[plane, rows].view(-1) for plane in range(len(bins))]
+        if len(bins) == 2:
+            bin_NV = (code_NV >> FRACTION) + _row_offset(p_NV)
+            edge_NV, width_NV = (x.flatten()[bin_NV] for x in edges(foot_N[rows], p_NV.dtype))
+            p_NV = (p_NV + foot_N[rows, None] - edge_NV) / width_NV
+            into[1].index_add_(0, bin_NV.view(-1), (p_NV * 2.0**FINE_FRACTION).round().long().view(-1))
+            fraction_NV.fill_(1)
+        else:
+            torch.bitwise_and(code_NV, (1 << FRACTION) - 1, out=work.integers(rows))
+            fraction_NV.copy_(work.integers(rows)).add_(1 << COUNT)
+            bin_NV = code_NV.bitwise_right_shift_(FRACTION).add_(_row_offset(p_NV))
+        into[0].index_add_(0, bin_NV.view(-1), fraction_NV.view(-1))
+    return bins
+
+
+def merge(own: Tensor, difference: Tensor, foot_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return value_N, sign_NB (int8) and mean_N, the part of Σ p · sign that `own` holds.
+
+    Args:
+        own: histogram of the student's probabilities that are here.
+        difference: histogram of the student's less the teacher's, over all ranks.
+        foot_N: of both.
+        dtype: float32 or float64.
+    """
+    N = len(foot_N)
+    value_N, mean_N = (torch.empty(N, dtype=dtype, device=foot_N.device) for _ in range(2))
+    sign_NB = torch.empty((N, BINS), dtype=torch.int8, device=foot_N.device)
+    if not N:
+        return value_N, sign_NB, mean_N
+    if runs_triton(value_N):
+        with on_device(value_N):
+            _merge_kernel[(N,)](
+                own, difference, foot_N, value_N, sign_NB, mean_N, BINS, BLOCK_B=BLOCK_B, num_warps=8
+            )
+        return value_N, sign_NB, mean_N
+    for start in range(0, N, MERGE_ROWS):
+        rows = slice(start, min(start + MERGE_ROWS, N))
+        edge_NB, width_NB = edges(foot_N[rows], dtype)
+        count_NB, excess_NB = _unpack(difference[:, rows], dtype)
+        above_NB = count_NB.sum(1, keepdim=True) - count_NB.cumsum(1)
+        excess_NB = excess_NB.add_(above_NB)
+        sign = torch.sign(excess_NB)
+        sign_NB[rows] = sign
+        torch.sum(excess_NB.abs_().mul_(width_NB), 1, out=value_N[rows])
+        count_NB, fraction_NB = _unpack(own[:, rows], dtype)
+        mass_NB = fraction_NB.mul_(width_NB).add_(edge_NB.sub_(foot_N[rows, None]).mul_(count_NB))
+        torch.sum(mass_NB.mul_(sign), 1, out=mean_N[rows])
+    return value_N, sign_NB, mean_N
+
+
+def bound(own: Tensor, theirs: Tensor, foot_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return by how much the distance that `merge` makes of own − theirs may be too small, per row."""
+    _, width_NB = edges(foot_N, dtype)
+    (own_NB, excess_NB), (theirs_NB, theirs_excess_NB) = (_unpack(x, dtype) for x in (own, theirs))
+    count_NB = own_NB - theirs_NB
+    above_NB = count_NB.sum(1, keepdim=True) - count_NB.cumsum(1)
+    excess_NB = above_NB + (excess_NB - theirs_excess_NB)
+    most_NB = (above_NB + own_NB).clamp_min(0).to(dtype)
+    least_NB = (theirs_NB - above_NB).clamp_min(0).to(dtype)
+    known_NB = excess_NB.abs() * torch.where(excess_NB > 0, least_NB, most_NB)
+    hidden_NB = (most_NB * least_NB - known_NB).clamp_min(0) / (most_NB + least_NB).clamp_min(1)
+    return 2 * (hidden_NB * width_NB).sum(1)
+
+
+def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, dz_NV: Tensor) -> None:
+    """Write p (sign − mean) factor (1 − (z / cap)²) to dz_NV, which may be z_NV."""
+    N, V = z_NV.shape
+    if not z_NV.numel():
+        return
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            _dlogits_kernel[(N, triton.cdiv(V, BLOCK_V))](
+                z_NV, *row, sign_NB, dz_NV, V, BINS, cap or 1.0, HAS_CAP=cap is not None, BLOCK_V=BLOCK_V
+            )
+        return
+    work = _Work(z_NV)
+    for rows in _pieces(N, V):
+        p_NV = torch.sub(z_NV[rows], row.lse_N[rows, None], out=work.floats(rows)).exp_()
+        bin_NV = _codes(p_NV, row.foot_N[rows], work.codes(rows)).bitwise_right_shift_(FRACTION)
+        bin_NV.add_(_row_offset(p_NV))
+        table_NB = (sign_NB[rows].to(p_NV.dtype) - row.mean_N[rows, None]).mul_(row.factor_N[rows, None])
+        slope_NV = None if cap is None else 1 - (z_NV[rows] / cap).square()
+        dz = torch.index_select(table_NB.view(-1), 0, bin_NV.view(-1)).view_as(p_NV).mul_(p_NV)
+        dz_NV[rows] = dz if slope_NV is None else dz.mul_(slope_NV)
+
+
+def edges(foot_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the lower edge of each bin, foot included, and its width, [N, BINS]."""
+    code_B = torch.arange(BINS + 1, dtype=torch.int32, device=foot_N.device) << FRACTION
+    fine_B = code_B - (COARSE_OCTAVES << OCTAVE)
+    code_B = torch.where(fine_B < 0, code_B, code_B - fine_B + (fine_B >> 2))
+    edge_NB = (foot_N.view(torch.int32)[:, None] + code_B).view(torch.float32).to(dtype)
+    return edge_NB[:, :-1].contiguous(), edge_NB.diff(dim=1)
+
+
+def _codes(p_NV: Tensor, foot_N: Tensor, out: Tensor) -> Tensor:
+    """Write bin · 2^FRACTION + fraction to `out`, int32."""
+    torch.add(p_NV, foot_N[:, None], out=out.view(torch.float32))
+    out.sub_(foot_N.view(torch.int32)[:, None])
+    return out.add_(out.sub(COARSE_OCTAVES << OCTAVE).clamp_min_(0), alpha=3)
+
+
+def _unpack(bins: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return count (int64) and Σ fraction (in bins, of `dtype`) of a histogram."""
+    if len(bins) == 2:
+        return bins[0], bins[1].to(dtype) * 2.0**-FINE_FRACTION
+    half = 1 << COUNT - 1
+    count_NB = (bins[0] + half) >> COUNT
+    return count_NB, (bins[0] - (count_NB << COUNT)).to(dtype).mul_(2.0**-FRACTION)
+
+
+def _planes(z_NV: Tensor) -> int:
+    return 2 if z_NV.dtype == torch.float64 else 1
+
+
+def _row_offset(p_NV: Tensor) -> Tensor:
+    return torch.arange(len(p_NV), dtype=torch.int32, device=p_NV.device)[:, None] * BINS
+
+
+def _pieces(N: int, V: int) -> Iterator[slice]:
+    step = max(PIECE // V, 1)
+    return (slice(start, min(start + step, N)) for start in range(0, N, step))
+
+
+class _Work:
+    """Buffers of one piece, reused: fresh memory costs a CPU more than the arithmetic."""
+
+    def __init__(self, z_NV: Tensor) -> None:
+        N, self.V = z_NV.shape
+        size = min(max(PIECE // self.V, 1), N) * self.V
+        self.buffers = [
+            torch.empty(size, dtype=dtype, device=z_NV.device)
+            for dtype in (z_NV.dtype, torch.int32, torch.int32, torch.int64)
+        ]
+
+    def floats(self, rows: slice) -> Tensor:
+        return self._view(0, rows)
+
+    def codes(self, rows: slice) -> Tensor:
+        return self._view(1, rows)
+
+    def integers(self, rows: slice) -> Tensor:
+        return self._view(2, rows)
+
+    def fractions(self, rows: slice) -> Tensor:
+        return self._view(3, rows)
+
+    def _view(self, i: int, rows: slice) -> Tensor:
+        N = rows.stop - rows.start
+        return self.buffers[i][: N * self.V].view(N, self.V)
