@@ -9,48 +9,17 @@ The formulas are those of `linear_logprob.py`. Dimensions: N tokens, V the tile'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokenkit.kernels.launch import on_device, runs_triton
-from tokenkit.kernels.vocabulary import Subset, Tile
+from tokenkit.kernels.logprob_plan import Plan, Sums
+from tokenkit.kernels.vocabulary import Tile
 
 BLOCK_V = 2048  # columns of one program of _dlogits_kernel
 BLOCK_D = 1024  # hidden channels of one program of _rescale_kernel
-
-Mode = Literal["statistics", "frozen", "cached", "recompute"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What forward and backward share besides the tensors that may need gradients."""
-
-    mode: Mode
-    tiles: list[Tile]
-    backward_tiles: list[Tile]
-    target_N: Tensor
-    """int64, in [0, V) also where the row is ignored."""
-    position_N: Tensor
-    """int64, where the target stands in the order of the tiles; -1: ignored row."""
-    subset: Subset | None
-    alpha: float
-    cap: float | None
-    dtype: torch.dtype
-    """Of z and of every sum: float32, or float64."""
-
-
-class Sums(NamedTuple):
-    """The running statistics of each row."""
-
-    max_PN: Tensor
-    sum_PN: Tensor
-    """Σ exp(z - max)."""
-    z_target_N: Tensor
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.launch import runs_triton
-from tokenkit.kernels.logprob_tile import Plan
+from tokenkit.kernels.logprob_plan import Plan
 from tokenkit.kernels.vocabulary import Tile
 
 
@@ -23,11 +23,9 @@ class Work:
         """The dtype in which a tile enters the second GEMM."""
         self.columns = max(tile.end - tile.start for tile in plan.tiles + plan.backward_tiles)
 
-    def tile(self, name: str, tile: Tile, dtype: torch.dtype, *, fresh: bool = False) -> Tensor:
-        """Return [N, the tile's rows], contiguous, uninitialised; `fresh`: nobody reuses it."""
+    def tile(self, name: str, tile: Tile, dtype: torch.dtype) -> Tensor:
+        """Return [N, the tile's rows], contiguous, uninitialised."""
         N, V = len(self.hidden_ND), tile.end - tile.start
-        if fresh:
-            return self.hidden_ND.new_empty((N, V), dtype=dtype)
         if name not in self.buffers:
             self.buffers[name] = self.hidden_ND.new_empty(N * self.columns, dtype=dtype)
         return self.buffers[name][: N * V].view(N, V)

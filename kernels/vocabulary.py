@@ -26,8 +26,13 @@ class Subset(NamedTuple):
     """int64, every id: the subset's first, ascending, then the rest, ascending."""
     position_V: Tensor
     """int64, where each id stands in `order_V`."""
-    size: int
-    """How many ids belong to the subset."""
+    inside_V: Tensor
+    """bool, the mask, on the CPU: sizes of tiles are counted there without a wait for the device."""
+
+    @property
+    def size(self) -> int:
+        """How many ids belong to the subset."""
+        return int(self.inside_V.count_nonzero())
 
 
 class Tile(NamedTuple):
@@ -41,7 +46,7 @@ class Tile(NamedTuple):
 
 
 def split_vocabulary(subset_V: Tensor) -> Subset:
-    """Put a subset's ids before the rest. Waits for the device once, to learn the subset's size.
+    """Put a subset's ids before the rest. Waits for the device once, to count them.
 
     Args:
         subset_V: bool. Ids beyond its end belong to the rest (`extend`).
@@ -51,13 +56,29 @@ def split_vocabulary(subset_V: Tensor) -> Subset:
     """
     if subset_V.dtype != torch.bool or subset_V.ndim != 1:
         raise ValueError(f"subset_V must be a bool mask [V]: got {subset_V.dtype} {tuple(subset_V.shape)}")
+    return Subset(*_split_vocabulary(subset_V))
+
+
+@torch.library.custom_op("tokenkit::split_vocabulary", mutates_args=())
+def _split_vocabulary(subset_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    inside_V = torch.empty(subset_V.shape, dtype=torch.bool, device="cpu").copy_(subset_V)
+    if not inside_V.any():
+        raise ValueError("subset_V holds no id: the mass of an empty subset has no logarithm")
+    return *_order(subset_V), inside_V
+
+
+@_split_vocabulary.register_fake
+def _(subset_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    order_V = torch.empty_like(subset_V, dtype=torch.int64)
+    return order_V, torch.empty_like(order_V), torch.empty_like(subset_V, device="cpu")
+
+
+def _order(subset_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids of the subset and then the others, and where each id stands among them."""
     order_V = torch.argsort((~subset_V).to(torch.uint8), stable=True)
     position_V = torch.empty_like(order_V)
     position_V[order_V] = torch.arange(len(order_V), device=order_V.device)
-    size = int(subset_V.sum())
-    if size == 0:
-        raise ValueError("subset_V holds no id: the mass of an empty subset has no logarithm")
-    return Subset(order_V, position_V, size)
+    return order_V, position_V
 
 
 def extend(subset: Subset, vocab_size: int) -> Subset:
@@ -75,7 +96,16 @@ def extend(subset: Subset, vocab_size: int) -> Subset:
     if known == vocab_size:
         return subset
     more_V = torch.arange(known, vocab_size, device=subset.order_V.device)
-    return Subset(torch.cat([subset.order_V, more_V]), torch.cat([subset.position_V, more_V]), subset.size)
+    inside_V = torch.nn.functional.pad(subset.inside_V, (0, vocab_size - known))
+    return Subset(torch.cat([subset.order_V, more_V]), torch.cat([subset.position_V, more_V]), inside_V)
+
+
+def part_of(subset: Subset, start: int, end: int) -> Subset:
+    """Return the subset among ids [start, end) alone, counted from `start`; it may be empty."""
+    if (start, end) == (0, len(subset.order_V)):
+        return subset
+    inside_V = subset.inside_V[start:end]
+    return Subset(*_order(subset.position_V[start:end] < subset.size), inside_V)
 
 
 def cut(vocab_size: int, columns: int, subset: Subset | None) -> list[Tile]:
@@ -88,7 +118,8 @@ def cut(vocab_size: int, columns: int, subset: Subset | None) -> list[Tile]:
             for start in range(0, vocab_size, columns)
         ]
     tiles = []
-    for part, first, last in ((SUBSET, 0, subset.size), (REST, subset.size, vocab_size)):
+    size = subset.size
+    for part, first, last in ((SUBSET, 0, size), (REST, size, vocab_size)):
         for start in range(first, last, columns):
             end = min(start + columns, last)
             tiles.append(Tile(start, end, part, subset.order_V[start:end]))

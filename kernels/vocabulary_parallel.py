@@ -63,7 +63,7 @@ def check_cover(head: Head, device: torch.device) -> None:
     held = reduce_sum(torch.full((), end - start, dtype=torch.int64, device=device), head)
     words = f"the ranks of head.shard must hold each of the {head.vocab_size} ids once"
     if held.is_cuda:
-        torch._assert_async(held == head.vocab_size, words)  # type: ignore[no-untyped-call]
+        torch._assert_async(held.eq(vocab_size(head)), words)
     elif int(held) != head.vocab_size:
         raise ValueError(f"{words}: got {int(held)} rows; this one holds [{start}, {end})")
 
@@ -92,4 +92,6 @@ def shard_words(head: Head) -> tuple[str, int]:
 
 def shard_of(group_name: str, start: int) -> Shard | None:
     """Return the shard of which `shard_words` gave the words."""
-    return Shard(_resolve_process_group(group_name), start) if group_name else None
+    if not group_name:
+        return None
+    return Shard(_resolve_process_group(group_name), start)  # type: ignore[arg-type]

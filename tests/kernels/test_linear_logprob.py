@@ -12,7 +12,7 @@ import torch
 
 from tests.budget import assert_within_budget
 from tokenkit.kernels import linear_logprob as module
-from tokenkit.kernels import logprob_tile
+from tokenkit.kernels import linear_logprob_loop, logprob_plan, logprob_tile
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.kernels.reference import linear_logprob as reference
 from tokenkit.structs import Head
@@ -30,7 +30,7 @@ NAMES = ("logp", "subset_logp", "is_top1", "lse", "dhidden", "dweight", "dbias")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16 columns in programs of 8, so that small shapes cross every boundary."""
-    monkeypatch.setattr(module, "COLUMNS", (16, 16))
+    monkeypatch.setattr(logprob_plan, "COLUMNS", (16, 16))
     monkeypatch.setattr(logprob_tile, "BLOCK_V", 8)
     monkeypatch.setattr(logprob_tile, "BLOCK_D", 16)
 
@@ -190,13 +190,13 @@ def test_a_16_bit_cache_keeps_small_probabilities(executor, device):
 
 @MODES
 def test_modes_are_chosen_by_gradients_and_budget(mode, device):
-    hidden, weight, _, target, _, _ = make(4, 40, 8, device)
+    hidden, weight, _, _, _, _ = make(4, 40, 8, device)
     head = Head(weight.requires_grad_(not mode.get("frozen")))
-    plan = module._plan(hidden.requires_grad_(), head, target, None, 1.0, mode.get("workspace_bytes", 0))
+    budget = mode.get("workspace_bytes", 0)
     expected = {RECOMPUTE: "recompute", CACHED: "cached"}.get(mode.get("workspace_bytes"), "frozen")
-    assert plan.mode == expected
+    assert module._mode(hidden.requires_grad_(), head, budget) == expected
     with torch.no_grad():
-        assert module._plan(hidden, head, target, None, 1.0, CACHED).mode == "statistics"
+        assert module._mode(hidden, head, CACHED) == "statistics"
 
 
 @MODES
@@ -264,9 +264,9 @@ def test_no_product_that_nobody_needs(device, monkeypatch):
     """A frozen head multiplies no dW, constant hidden states no dX: autograd would drop both silently."""
     calls = []
     for name in ("write_product", "add_product"):
-        original = getattr(module, name)
+        original = getattr(linear_logprob_loop, name)
         monkeypatch.setattr(
-            module, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1]
+            linear_logprob_loop, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1]
         )
     hidden, weight, _, target, _, _ = make(4, 40, 8, device)
     linear_logprob(hidden, Head(weight.requires_grad_()), target).logp_N.sum().backward()
@@ -281,9 +281,9 @@ def test_no_product_that_nobody_needs(device, monkeypatch):
 
 
 def test_the_head_option_of_16_bit_cache_is_refused_under_a_softcap(device):
-    hidden, weight, _, target, _, _ = make(4, 40, 8, device)
+    hidden, weight, _, _, _, _ = make(4, 40, 8, device)
     head = Head(weight.requires_grad_(), softcap=5.0)
-    assert module._plan(hidden, head, target, None, 1.0, CACHED).mode == "recompute"
+    assert module._mode(hidden, head, CACHED) == "recompute"
 
 
 def test_a_subset_may_be_split_beforehand_and_be_shorter_than_the_head(device):
@@ -309,7 +309,7 @@ def test_the_whole_vocabulary_as_subset_has_mass_one(executor, device):
 
 BAD = {
     "hidden and weight differ": (dict(weight=torch.zeros(5, 9)), r"\(4, 8\) and \(5, 9\)"),
-    "targets per row": (dict(target=torch.zeros(3, dtype=torch.long)), r"one id per row .* \(4\)"),
+    "targets per row": (dict(target=torch.zeros(3, dtype=torch.long)), r"one int64 id per row .* \(4\)"),
     "dtypes differ": (dict(weight=torch.zeros(5, 8).half()), "cast the head once"),
     "target outside": (dict(target=torch.tensor([0, 1, 5, 2])), "the other model's tokenizer"),
     "negative target": (dict(target=torch.tensor([0, 1, -1, 2])), r"-1 to 2"),
@@ -317,17 +317,30 @@ BAD = {
     "subset empty": (dict(subset=torch.zeros(5, dtype=torch.bool)), "holds no id"),
     "subset not bool": (dict(subset=torch.ones(5)), "bool mask"),
     "vocab_size": (dict(vocab_size=6), r"\[1, 5\]"),
-    "temperature": (dict(temperature=0.0), "positive"),
+    "temperature": (dict(temperature=0.0), "temperature must be positive"),
+    "temperature nan": (dict(temperature=float("nan")), "temperature must be positive"),
+    "softcap": (dict(softcap=-1.0), "softcap must be positive"),
+    "workspace": (dict(workspace_bytes=-1), "workspace_bytes must be at least 0: got -1"),
+    "bias length": (dict(bias_V=torch.zeros(4)), r"bias_V must hold one number per row .*\(5\)"),
+    "bias dtype": (dict(bias_V=torch.zeros(5).double()), "bias_V is torch.float64"),
+    "integers": (dict(target=torch.zeros(4, dtype=torch.int32)), "int64"),
+    "devices differ": (dict(target=torch.zeros(4, dtype=torch.long, device="meta")), "is on meta"),
+    "hidden NaN": (dict(poison=(2, float("nan"))), "hidden_ND must be finite: row 2"),
+    "hidden inf": (dict(poison=(1, float("inf"))), "hidden_ND must be finite: row 1"),
+    "hidden inf, softcap": (dict(poison=(3, float("inf")), softcap=5.0), "hidden_ND must be finite: row 3"),
+    "weight NaN": (dict(weight=torch.full((5, 8), torch.nan)), "weight_VD and bias_V"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name):
     change, message = BAD[name]
-    head = Head(change.get("weight", torch.zeros(5, 8)), vocab_size=change.get("vocab_size"))
+    fields = {key: change.get(key) for key in ("bias_V", "softcap", "vocab_size")}
+    head = Head(change.get("weight", torch.ones(5, 8)), **fields)
     target = change.get("target", torch.zeros(4, dtype=torch.long))
+    hidden = torch.zeros(4, 8)
+    row, value = change.get("poison", (0, 0.0))
+    hidden[row, 5] = value
+    options = {key: change[key] for key in ("temperature", "workspace_bytes") if key in change}
     with pytest.raises(ValueError, match=message):
-        linear_logprob(
-            torch.zeros(4, 8), head, target,
-            subset_V=change.get("subset"), temperature=change.get("temperature", 1.0),
-        )  # fmt: skip
+        linear_logprob(hidden, head, target, subset_V=change.get("subset"), **options)

@@ -1,0 +1,236 @@
+"""Divergence of two models' next-token distributions, from hidden states and heads, never from stored logits.
+
+    z = softcap(scale (hidden · weight + bias)) / T     T: `temperature`; the teacher's is T · `teacher_temperature`
+    p = softmax of the student's z,   q = softmax of the teacher's, over the same outcomes (`outcomes.py`)
+    value = D(p, q),   ∂value/∂z_s = e − p Σ e          kinds, D and e: `divergence_terms.py`
+
+The teacher's gradient is the same with the two in each other's place (kl ↔ rkl, skl ↔ srkl). Modes, in GEMMs of
+2·N·V·D (both models counted alike), and memory above `workspace_bytes` and O(N·D):
+
+    mode        when                                             GEMMs               memory
+    value       no gradient is wanted                            2                   none
+    rows        the student's head is frozen: each row's         3                   none
+                ∂value/∂hidden is formed in the forward
+    weighted    `row_weight_N` is given: all gradients are       4                   float32 dW: that of a 16-bit head
+                formed in the forward                                                must fit `workspace_bytes`
+    recompute   otherwise: the forward keeps 9 numbers a row     6                   none
+
+Sources: skewed, Ko et al., arXiv:2402.03898; adaptive, Wu et al., arXiv:2404.02657.
+
+Dimensions: N rows, V student and W teacher vocabulary, D and E hidden sizes, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.divergence_checks import check_finite, check_numbers, check_sides
+from tokenkit.kernels.divergence_passes import Gradients, Needs, by_chunks, by_tiles
+from tokenkit.kernels.divergence_rows import RowState
+from tokenkit.kernels.divergence_settings import DEFAULTS, Options, mode_of, problem_of, read, words_of
+from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.outcomes import Outcomes, match_outcomes
+from tokenkit.structs import Head
+
+__all__ = ["KINDS", "Outcomes", "linear_divergence", "match_outcomes"]
+
+
+@torch.library.custom_op(
+    "tokenkit::linear_divergence",
+    mutates_args=(),
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, str words) -> Tensor[]",
+)
+def _divergence(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    constants: Sequence[Tensor],
+    words: str,
+) -> list[Tensor]:
+    settings = read(words)
+    tensors = dict(zip(settings.constants, constants, strict=True))
+    with torch.autocast(student.device.type, enabled=False):  # it would round float32 operands
+        problem = problem_of((student, weight, bias, teacher), tensors, settings)
+        needs, upstream_N = Needs(*settings.needs), None
+        if settings.mode == "rows":
+            upstream_N = student.new_ones(len(student), dtype=problem.dtype)
+        elif settings.mode == "weighted":
+            upstream_N = tensors["row_weight"].to(problem.dtype)
+        value_N, state, gradients = by_chunks(
+            problem, upstream_N, needs, settings.workspace_bytes, train_teacher=needs.teacher
+        )
+    check_finite(state)
+    if settings.mode == "recompute":
+        return [value_N, torch.stack(state)]
+    if settings.mode == "value":
+        return [value_N]
+    if settings.mode == "weighted" and upstream_N is not None:
+        value_N = (value_N * upstream_N).sum()
+    return [value_N, *_in_order(gradients, student, weight, bias)]
+
+
+def _in_order(gradients: Gradients, student: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Return one tensor for each gradient, empty where it is not wanted; the head's in its dtype."""
+    student_ND, weight_VD, bias_V, teacher_NE = gradients
+    if weight_VD is not None:
+        weight_VD = weight_VD.to(weight.dtype)
+    if bias_V is not None and bias is not None:
+        bias_V = bias_V.to(bias.dtype)
+    found = (student_ND, weight_VD, bias_V, teacher_NE)
+    return [student.new_empty(0) if x is None else x for x in found]
+
+
+@_divergence.register_fake
+def _(
+    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, constants: Any, words: str
+) -> Any:
+    settings = read(words)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    N, needs = student.shape[0], Needs(*settings.needs)
+    value = student.new_empty(() if settings.mode == "weighted" else N, dtype=dtype)
+    if settings.mode == "recompute":
+        return [value, student.new_empty((len(RowState._fields), N), dtype=dtype)]
+    if settings.mode == "value":
+        return [value]
+    return [
+        value,
+        student.new_empty(student.shape if needs.student else 0, dtype=dtype if needs.student else None),
+        torch.empty_like(weight) if needs.weight else student.new_empty(0),
+        torch.empty_like(bias) if needs.bias and bias is not None else student.new_empty(0),
+        student.new_empty(teacher.shape if needs.teacher else 0, dtype=dtype if needs.teacher else None),
+    ]
+
+
+@torch.library.custom_op(
+    "tokenkit::linear_divergence_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor state, Tensor student, Tensor weight, Tensor? bias, Tensor teacher, "
+    "Tensor[] constants, str words) -> Tensor[]",
+)
+def _divergence_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
+    student, weight, bias, teacher, constants, words = inputs
+    settings = read(words)
+    tensors = dict(zip(settings.constants, constants, strict=True))
+    with torch.autocast(student.device.type, enabled=False):
+        problem = problem_of((student, weight, bias, teacher), tensors, settings)
+        gradients = by_tiles(
+            problem, RowState(*state.unbind()), upstream, Needs(*settings.needs), settings.workspace_bytes
+        )
+    student_ND, weight_VD, bias_V, teacher_NE = _in_order(gradients, student, weight, bias)
+    return [student_ND.to(student.dtype), weight_VD, bias_V, teacher_NE.to(teacher.dtype)]
+
+
+@_divergence_backward.register_fake
+def _(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
+    student, weight, bias, teacher, _, words = inputs
+    needs = read(words).needs
+    return [
+        torch.empty_like(x)
+        if need and x is not None
+        else student.new_empty(0, dtype=x.dtype if i == 3 else None)
+        for i, (x, need) in enumerate(zip((student, weight, bias, teacher), needs, strict=True))
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # zeros of the size of dW, for outputs that nobody differentiates
+    student, weight, bias, teacher, constants, ctx.words = inputs
+    ctx.dtypes = student.dtype, teacher.dtype
+    ctx.lists = len(constants)
+    if read(ctx.words).mode == "recompute":
+        ctx.save_for_backward(output[1], student, weight, bias, teacher, *constants)
+    else:
+        ctx.save_for_backward(*output[1:])
+
+
+def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+    upstream, settings = upstreams[0], read(ctx.words)
+    none = [None] * ctx.lists
+    if upstream is None:
+        return None, None, None, None, none, None
+    if settings.mode == "recompute":
+        state, student, weight, bias, teacher, *constants = ctx.saved_tensors
+        found = _divergence_backward(
+            upstream.contiguous(), state, student, weight, bias, teacher, constants, ctx.words
+        )
+    else:
+        student_ND, weight_VD, bias_V, teacher_NE = ctx.saved_tensors
+        factor = upstream[:, None] if settings.mode == "rows" else upstream
+        found = [
+            (factor * student_ND).to(ctx.dtypes[0]) if settings.needs[0] else student_ND,
+            (upstream * weight_VD).to(weight_VD.dtype) if settings.needs[1] else weight_VD,
+            (upstream * bias_V).to(bias_V.dtype) if settings.needs[2] else bias_V,
+            (factor * teacher_NE).to(ctx.dtypes[1]) if settings.needs[3] else teacher_NE,
+        ]
+    return *(x if need else None for x, need in zip(found, settings.needs, strict=True)), none, None
+
+
+_divergence.register_autograd(_gradients, setup_context=_keep)
+
+
+def linear_divergence(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_NE: Tensor,
+    teacher_head: Head,
+    kind: str = "kl",
+    **options: Unpack[Options],
+) -> Tensor:
+    """Return the divergence of each row, float32 (float64 for float64), nats, or their weighted sum.
+
+    Differentiable in `student_ND`, the student head's weight and bias, and `teacher_NE`.
+
+    Args:
+        student_ND: hidden states; bfloat16, float16, float32, or float64.
+        student_head: weight and bias of that dtype and device.
+        teacher_NE: hidden states of the same rows.
+        teacher_head: frozen; of the dtype of `teacher_NE`.
+        kind: one of `KINDS`.
+        **options:
+            teacher_index: int64 [V], the teacher id that each student id faces; or [P], see `student_index`.
+            student_index: int64 [P]: student id student_index[k] faces teacher id teacher_index[k]. Probabilities
+                are over the pairs, but `abs` and `log_abs` take those under the full vocabularies.
+            outcomes: what `match_outcomes` returned, instead of both; it spares a wait for the device.
+            rest_as_outcome: with pairs, take probabilities under the full vocabularies, and the ids in no pair
+                as one outcome more.
+            temperature: divides both models' logits, after the softcap.
+            teacher_temperature: divides the teacher's further.
+            skew: λ in [0, 1] of skl and srkl.
+            alpha: mass in [0, 1] of akl's tail; of equally likely outcomes, the later are nearer the tail.
+            row_weight_N: constant weights; the result is then Σ weight · divergence, a scalar.
+            workspace_bytes: bound on what is allocated beside results, O(N·D) and a float32 dW where there is one.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, ids or numbers out of range, a head that cannot be divided so,
+            a teacher head that requires a gradient, or (on a CPU) hidden states that are not finite.
+
+    Precision: logits, sums and hidden gradients are float32 (float64); of 16-bit heads, dW is rounded once, in
+    mode weighted again by the upstream gradient. Bitwise repeatable: no atomics.
+    """
+    settled: dict[str, Any] = {**DEFAULTS, **options}
+    if len(settled) > len(DEFAULTS):
+        raise TypeError(f"linear_divergence has no argument {sorted(set(options) - set(DEFAULTS))[0]!r}")
+    check_numbers(kind, settled)
+    check_sides(student_ND, student_head, teacher_NE, teacher_head, settled)
+    row_weight_N = settled["row_weight_N"]
+    if kind in ("skl", "srkl") and settled["skew"] in (0, 1):
+        if settled["skew"] == 1:  # the mixture is the distribution itself
+            value_N = student_ND.sum(1, dtype=torch.promote_types(student_ND.dtype, torch.float32)) * 0
+            return value_N if row_weight_N is None else (row_weight_N.detach() * value_N).sum()
+        kind = kind[1:] if kind == "skl" else "rkl"
+    inputs = (student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE)
+    needs = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
+    )
+    constants, words = words_of(
+        kind, (student_head, teacher_head), settled, mode_of(inputs, needs, settled), needs
+    )
+    value = _divergence(*inputs, constants, words)[0]
+    if row_weight_N is None or value.ndim == 0:
+        return value
+    return (row_weight_N.detach() * value).sum()

@@ -1,0 +1,116 @@
+"""Forward and backward of `linear_logprob` in its three modes, whichever executor walks the vocabulary.
+
+The formulas are those of `linear_logprob.py`. Dimensions: N tokens, V vocabulary (here: the rows of this
+process), D hidden size, P parts of the vocabulary (R, S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels import linear_logprob_loop as loop
+from tokenkit.kernels.logprob_plan import Plan, Sums, kept_dtype
+from tokenkit.kernels.logprob_tile import rescale
+from tokenkit.kernels.vocabulary import REST, SUBSET
+from tokenkit.kernels.vocabulary_parallel import check_cover, reduce_max, reduce_sum
+from tokenkit.structs import Head
+
+
+def forward(
+    parameters: tuple[Tensor, Tensor, Tensor | None], plan: Plan, head: Head
+) -> tuple[Sums, Tensor, Tensor, Tensor]:
+    """Return the statistics of every row, the tensor that holds them, and what the mode keeps."""
+    hidden_ND = parameters[0]
+    N, D = hidden_ND.shape
+    sums_5N = hidden_ND.new_zeros((5, N), dtype=plan.dtype)
+    sums = Sums(sums_5N[:2].fill_(-torch.inf), sums_5N[2:4], sums_5N[4])
+    kept, shift = (hidden_ND.new_empty(0, dtype=plan.dtype) for _ in range(2))
+    if plan.mode == "frozen":
+        kept = hidden_ND.new_zeros((1 if plan.subset is None else 2, N, D), dtype=plan.dtype)
+    elif plan.mode == "cached":
+        kept = hidden_ND.new_empty(N * plan.rows, dtype=kept_dtype(hidden_ND))
+        shift = hidden_ND.new_empty(len(plan.tiles), N, dtype=plan.dtype)
+    if N and plan.rows:
+        loop.forward(parameters, plan, sums, kept, shift)
+    if head.shard is not None:
+        check_cover(head, hidden_ND.device)
+        before_PN = sums.max_PN.clone()
+        reduce_max(sums.max_PN, head)
+        shrink_PN = torch.where(before_PN == -torch.inf, 0, torch.exp(before_PN - sums.max_PN))
+        sums.sum_PN.mul_(shrink_PN)
+        reduce_sum(sums_5N[2:], head)
+        if plan.mode == "frozen":
+            for part in range(len(kept)):
+                rescale(kept[part], shrink_PN[part])
+    return sums, sums_5N, kept, shift
+
+
+def backward(
+    upstream: Sequence[Tensor | None],
+    parameters: tuple[Tensor, Tensor, Tensor | None],
+    saved: tuple[Sums, Tensor, Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+    head: Head,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of hidden, weight and bias, None where `needs` says so."""
+    hidden_ND, weight_VD, bias_V = parameters
+    sums, kept, shift = saved
+    rows = _row_gradients(upstream, sums, plan)
+    if plan.mode == "frozen":
+        gradient_ND = _frozen_gradient(rows, weight_VD, sums, kept, plan)
+        return reduce_sum(gradient_ND, head).to(hidden_ND.dtype), None, None
+    dhidden_ND = torch.zeros_like(hidden_ND, dtype=plan.dtype) if needs[0] else None
+    dweight_VD = torch.empty_like(weight_VD) if needs[1] else None
+    dbias_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
+    if dweight_VD is not None:
+        dweight_VD[plan.rows :].zero_()  # padding: the tiles hold every other row
+    if plan.rows:
+        loop.backward(parameters, rows, (kept, shift), plan, (dhidden_ND, dweight_VD, dbias_V))
+    if dhidden_ND is not None:
+        dhidden_ND = reduce_sum(dhidden_ND, head).to(hidden_ND.dtype)
+    return dhidden_ND, dweight_VD, dbias_V
+
+
+def _row_gradients(
+    upstream: Sequence[Tensor | None], sums: Sums, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, α included: lse of each part, the factor of exp(z − lse) in each part, and dz at the target."""
+    b_N, scored_N = upstream[1], plan.scored_N
+    a_N, l_N = (torch.zeros_like(sums.z_target_N) if x is None else x for x in (upstream[0], upstream[2]))
+    a_N = torch.where(scored_N, a_N, 0)
+    lse_PN = sums.max_PN + sums.sum_PN.log()
+    lse_N = torch.logaddexp(lse_PN[REST], lse_PN[SUBSET])
+    mass_PN = torch.exp(lse_PN - lse_N)
+    logp_N = torch.where(scored_N, sums.z_target_N - lse_N, 0)
+    p_N = torch.exp(logp_N)
+    dz_target_N = -a_N * torch.expm1(logp_N) + l_N * p_N
+    rest_N = l_N - a_N
+    factor_PN = torch.stack([rest_N * mass_PN[REST], rest_N * mass_PN[SUBSET]])
+    if b_N is not None and plan.in_subset_N is not None:
+        inside_N = plan.in_subset_N
+        factor_PN[REST] -= b_N * mass_PN[REST]
+        factor_PN[SUBSET] += b_N * mass_PN[REST]
+        share_N = torch.exp(torch.where(inside_N, sums.z_target_N - lse_PN[SUBSET], -torch.inf))
+        dz_target_N = dz_target_N + b_N * torch.where(inside_N, mass_PN[REST] * share_N, -p_N)
+    if plan.cap is not None:
+        dz_target_N = dz_target_N * (1 - (sums.z_target_N / plan.cap).square())
+    return lse_PN, factor_PN * plan.alpha, torch.where(scored_N, dz_target_N * plan.alpha, 0)
+
+
+def _frozen_gradient(
+    rows: tuple[Tensor, Tensor, Tensor], weight_VD: Tensor, sums: Sums, mean_PND: Tensor, plan: Plan
+) -> Tensor:
+    """dX = dz[target] W[target] + Σ_C factor_C / sum_C · Σ_{v in C, not the target} exp(z − m) W[v]."""
+    _, factor_PN, dz_target_N = rows
+    share_PN = torch.where(sums.sum_PN > 0, factor_PN / sums.sum_PN, 0)
+    if not plan.rows:
+        return torch.zeros_like(mean_PND[0])
+    target_ND = weight_VD[plan.row_N.clamp_min(0)].to(plan.dtype)
+    dhidden_ND = torch.where(plan.row_N >= 0, dz_target_N, 0)[:, None] * target_ND
+    for part in range(len(mean_PND)):
+        dhidden_ND.addcmul_(share_PN[part, :, None], mean_PND[part])
+    return dhidden_ND
