@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.products import add_product, product
+from tokenkit.kernels.products import add_product, product, write_product
 
 BLOCK_BYTES = 64 * 2**20  # of rows of a head that are gathered or widened at once
 CPU_BLOCK_BYTES = 4 * 2**20
@@ -95,6 +95,16 @@ def add_hidden_gradient(dz_NV: Tensor, weight_VD: Tensor, rows: Rows, dhidden_ND
         add_product(dhidden_ND, dz_NV[:, columns], weight)
 
 
+def write_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_VD: Tensor) -> None:
+    """Write dzᵀ · hidden to rows of dweight_VD, of any dtype, rounded once; no row may repeat."""
+    dtype = torch.promote_types(dweight_VD.dtype, torch.float32)
+    dz_NV, hidden_ND = operand(dz_NV, dtype), operand(hidden_ND, dtype)
+    step = max(BLOCK_BYTES // (hidden_ND.shape[1] * dtype.itemsize), 128)
+    for start in range(0, number_of(rows), step):
+        end = min(start + step, number_of(rows))
+        write_product(dweight_VD, part_of(rows, start, end), dz_NV[:, start:end].T, hidden_ND)
+
+
 def add_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_VD: Tensor) -> None:
     """Add dzᵀ · hidden to rows of dweight_VD: float32 or float64; rows that repeat add up."""
     dz_NV, hidden_ND = (operand(tensor, dweight_VD.dtype) for tensor in (dz_NV, hidden_ND))
@@ -106,4 +116,9 @@ def add_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_VD
         some = rows[start : start + step]
         sums = hidden_ND.new_empty((len(some), hidden_ND.shape[1]), dtype=dweight_VD.dtype)
         product(dz_NV[:, start : start + step].T, hidden_ND, sums)
-        dweight_VD.index_put_((some,), sums, accumulate=True)  # sorts: no atomics, the same sum every time
+        if sums.is_cuda:
+            dweight_VD.index_put_(
+                (some,), sums, accumulate=True
+            )  # sorts: no atomics, the same sum every time
+        else:
+            dweight_VD.index_add_(0, some, sums)
