@@ -45,3 +45,19 @@ def not_finite_backward(student, teacher, batch):
     """A finite loss with a gradient that is NaN, whatever the scale."""
     term = clm_loss(student, batch)
     return LossTerm(_NotFiniteBackward.apply(term.total), term.count)
+
+
+def nothing(student, teacher, batch):
+    """A batch in which there was nothing to compare: no graph at all."""
+    return LossTerm(torch.zeros(()), torch.tensor(0))
+
+
+nothing.count = lambda teacher, batch: torch.tensor(0)
+
+
+def of_the_head_alone(student, teacher, batch):
+    """A penalty on the head: it does not see what the layers do."""
+    return LossTerm(student.head.weight_VD.square().sum(), torch.tensor(1))
+
+
+of_the_head_alone.count = lambda teacher, batch: torch.tensor(1)

@@ -99,7 +99,7 @@ class Distillation(nn.Module):
             active.name: active.loss.function(states, prepared[active.name], batch, active.options)
             for active in self.losses
         }
-        return {name: _connected(term, states) for name, term in terms.items()}
+        return {name: _connected(name, term, states) for name, term in terms.items()}
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
@@ -169,11 +169,19 @@ def _with_frozen_head(states: HiddenStates) -> HiddenStates:
     return replace(states, head=replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V))
 
 
-def _connected(term: LossTerm, states: HiddenStates) -> LossTerm:
+def _connected(name: str, term: LossTerm, states: HiddenStates) -> LossTerm:
     """Give a total that depends on no parameter (nothing to compare in this batch) a gradient of zero.
 
     Every rank must take part in the backward of every loss.
+
+    Raises:
+        ValueError: the total is not 0: it would have a gradient, were the head not left out.
     """
     if term.total.requires_grad or not torch.is_grad_enabled():
         return term
+    if bool((term.total != 0).any()):
+        raise ValueError(
+            f"loss {name} sends no gradient to the student's layers: losses cannot be compared there, use "
+            "gradmag, gradclip:MAX or pcgrad as multitask_aggregation_fn"
+        )
     return LossTerm(term.total + 0 * states.hidden_BTD.sum(), term.count)

@@ -15,8 +15,9 @@ Dimensions: J losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -158,31 +159,35 @@ def _same_random(device: torch.device) -> Any:
 
 
 def _one_by_one(passes: Passes) -> Sums:
-    """Hold the gradient of each loss over the whole step, then join them.
-
-    Each backward adds over ranks by itself: what micro-batches leave unreduced would mix the losses.
-    """
-    parameters = [p for p in passes.model.parameters() if p.requires_grad]
-    held: list[Gradient] = [[None] * len(parameters) for _ in passes.objective.names]
+    """Hold the gradient of each loss over the whole step, then join them."""
+    held: list[Gradient] = [[] for _ in passes.objective.names]
     total_J = torch.zeros(len(held), device=passes.world.device)
     for index in range(len(passes.batches)):
         means = passes.means(index)
-        _collect(passes, means, parameters, held)
+        _collect(passes, means, partial(trained_parameters, passes.model), held)
         total_J += _detached(means)
     gram_JJ = _gram(held, passes)
-    weight_J = passes.objective.weigh(passes.step, total_J)
+    weight_J = passes.objective.weigh(passes.step, _over_ranks(total_J, passes))
     weight_J = passes.objective.join(weight_J, gram_JJ, passes.step)
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(trained_parameters(passes.model)):
         parameter.grad = _combine([gradient[i] for gradient in held], weight_J)
     return Sums(total_J, weight_J, norms(gram_JJ))
 
 
-def _collect(passes: Passes, means: list[Tensor], parameters: list[Tensor], held: list[Gradient]) -> None:
-    """Add the gradient of each loss to what is held of it; one graph, one backward per loss."""
+def _collect(
+    passes: Passes, means: list[Tensor], parameters: Callable[[], list[Tensor]], held: list[Gradient]
+) -> None:
+    """Add the gradient of each loss to what is held of it; one graph, one backward per loss.
+
+    Each backward adds over ranks: what stays unreduced from one to the next would mix the losses. The
+    parameters are asked for after it: before, FSDP2's root still shows its whole weights.
+    """
     set_gradient_sync(passes.model, True)
     for j, mean in enumerate(means):
         (mean * passes.scale).backward(retain_graph=j < len(means) - 1)
-        for i, parameter in enumerate(parameters):
+        for i, parameter in enumerate(parameters()):
+            if i == len(held[j]):
+                held[j].append(None)
             grad, parameter.grad = parameter.grad, None
             if grad is not None:
                 before = held[j][i]
@@ -221,13 +226,18 @@ def _last_layer_within(passes: Passes) -> Sums:
 
 def _last_layer_before(passes: Passes) -> Tensor:
     """Return the inner products at the last layer, from a pass whose graph begins there."""
-    parameters = last_layer_parameters(passes.model)
-    held: list[Gradient] = [[None] * len(parameters) for _ in passes.objective.names]
+    held: list[Gradient] = [[] for _ in passes.objective.names]
+    parameters = partial(last_layer_parameters, passes.model)
     with _same_random(passes.world.device):
         for index in range(len(passes.batches)):
             _collect(passes, passes.means(index, "last_layer"), parameters, held)
     passes.model.zero_grad(set_to_none=True)  # of the final norm
     return _gram(held, passes)
+
+
+def trained_parameters(module: nn.Module) -> list[Tensor]:
+    """Return the parameters that are trained; under FSDP2 this rank's shards, once a backward has ended."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def last_layer_parameters(model: nn.Module) -> list[Tensor]:
@@ -237,13 +247,13 @@ def last_layer_parameters(model: nn.Module) -> list[Tensor]:
         ValueError: there are none.
     """
     layer = getattr(model, "last_layer", None)
-    parameters = [] if layer is None else [p for p in layer.parameters() if p.requires_grad]
+    parameters = [] if layer is None else trained_parameters(layer)
     if not parameters:
         raise ValueError(
             "multitask_aggregation_fn compares gradients in the last transformer layer, and nothing in it is "
             "trained: train it (train_model_mode, model_lora_layers), or use gradmag, gradclip:MAX or pcgrad"
         )
-    return list(parameters)
+    return parameters
 
 
 def _gram(held: Sequence[Gradient], passes: Passes) -> Tensor:
@@ -256,8 +266,8 @@ def _gram(held: Sequence[Gradient], passes: Passes) -> Tensor:
     for name, gradient in zip(passes.objective.names, held, strict=True):
         if all(grad is None for grad in gradient):
             raise ValueError(
-                f"multitask_aggregation_fn {passes.objective.options.aggregation}: loss {name} sends no "
-                "gradient to the parameters at which losses are compared; leave it out, or use another one"
+                f"loss {name} sends no gradient to the student's layers: losses cannot be compared there, "
+                "use gradmag, gradclip:MAX or pcgrad as multitask_aggregation_fn"
             )
     products = {}
     for i in range(J):

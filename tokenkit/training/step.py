@@ -15,7 +15,7 @@ from tokenkit.objective import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
 from tokenkit.structs import Batch
-from tokenkit.training.gradients import Passes, Sums, accumulate
+from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
@@ -118,7 +118,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
             counts=counts,
         )
     )
-    grads = [p for p in run.model.parameters() if p.requires_grad]
+    grads = trained_parameters(run.model)
     _unscale(grads, run.loss_scale)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
     report = _report(run, sums, grad_norm, counts, _trained_tokens(batches))
