@@ -1,19 +1,19 @@
 """Divergence of two models' next-token distributions, from hidden states and heads, never from stored logits.
 
-    z = softcap(scale (hidden · weight + bias)) / T     T: `temperature`; the teacher's is T · `teacher_temperature`
+    z = softcap(scale (hidden · weight + bias)) / T     T: temperature; the teacher's by teacher_temperature
     p = softmax of the student's z,   q = softmax of the teacher's, over the same outcomes (`outcomes.py`)
     value = D(p, q),   ∂value/∂z_s = e − p Σ e          kinds, D and e: `divergence_terms.py`
 
-The teacher's gradient is the same with the two in each other's place (kl ↔ rkl, skl ↔ srkl). Modes, in GEMMs of
-2·N·V·D (both models counted alike), and memory above `workspace_bytes` and O(N·D):
+The teacher's gradient is the same with the two in each other's place (kl ↔ rkl, skl ↔ srkl). Modes, in GEMMs
+of 2·N·V·D (both models counted alike), and memory above `workspace_bytes` and O(N·D):
 
-    mode        when                                             GEMMs               memory
-    value       no gradient is wanted                            2                   none
-    rows        the student's head is frozen: each row's         3                   none
-                ∂value/∂hidden is formed in the forward
-    weighted    `row_weight_N` is given: all gradients are       4                   float32 dW: that of a 16-bit head
-                formed in the forward                                                must fit `workspace_bytes`
-    recompute   otherwise: the forward keeps 9 numbers a row     6                   none
+    mode        when                                                GEMMs   memory
+    value       no gradient is wanted                               2       none
+    rows        the student's head is frozen: ∂value/∂hidden of     3       none
+                each row is formed in the forward
+    weighted    `row_weight_N` is given: all gradients are formed   4       float32 dW: that of a 16-bit head
+                in the forward                                              must fit `workspace_bytes`
+    recompute   otherwise: the forward keeps 9 numbers a row        6       none
 
 Sources: skewed, Ko et al., arXiv:2402.03898; adaptive, Wu et al., arXiv:2404.02657.
 
@@ -42,7 +42,8 @@ __all__ = ["KINDS", "Outcomes", "linear_divergence", "match_outcomes"]
 @torch.library.custom_op(
     "tokenkit::linear_divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, str words) -> Tensor[]",
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, str words)"
+    " -> Tensor[]",
 )
 def _divergence(
     student: Tensor,
@@ -193,24 +194,24 @@ def linear_divergence(
         kind: one of `KINDS`.
         **options:
             teacher_index: int64 [V], the teacher id that each student id faces; or [P], see `student_index`.
-            student_index: int64 [P]: student id student_index[k] faces teacher id teacher_index[k]. Probabilities
-                are over the pairs, but `abs` and `log_abs` take those under the full vocabularies.
+            student_index: int64 [P]: student id student_index[k] faces teacher id teacher_index[k], and the
+                probabilities are over the pairs; `abs` and `log_abs` take those under the full vocabularies.
             outcomes: what `match_outcomes` returned, instead of both; it spares a wait for the device.
-            rest_as_outcome: with pairs, take probabilities under the full vocabularies, and the ids in no pair
-                as one outcome more.
+            rest_as_outcome: with pairs, take probabilities under the full vocabularies, and the ids in no
+                pair as one outcome more.
             temperature: divides both models' logits, after the softcap.
             teacher_temperature: divides the teacher's further.
             skew: λ in [0, 1] of skl and srkl.
             alpha: mass in [0, 1] of akl's tail; of equally likely outcomes, the later are nearer the tail.
             row_weight_N: constant weights; the result is then Σ weight · divergence, a scalar.
-            workspace_bytes: bound on what is allocated beside results, O(N·D) and a float32 dW where there is one.
+            workspace_bytes: bound on what is allocated beside results, O(N·D) and a float32 dW.
 
     Raises:
         ValueError: shapes, dtypes, devices, ids or numbers out of range, a head that cannot be divided so,
             a teacher head that requires a gradient, or (on a CPU) hidden states that are not finite.
 
-    Precision: logits, sums and hidden gradients are float32 (float64); of 16-bit heads, dW is rounded once, in
-    mode weighted again by the upstream gradient. Bitwise repeatable: no atomics.
+    Precision: logits, sums and hidden gradients are float32 (float64); dW of 16-bit heads is rounded once, in
+    mode weighted again when the upstream gradient multiplies it. Bitwise repeatable: no atomics.
     """
     settled: dict[str, Any] = {**DEFAULTS, **options}
     if len(settled) > len(DEFAULTS):
@@ -228,7 +229,11 @@ def linear_divergence(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
     )
     constants, words = words_of(
-        kind, (student_head, teacher_head), settled, mode_of(inputs, needs, settled), needs
+        kind,
+        (student_head, teacher_head),
+        settled,
+        mode_of(inputs, len(teacher_head.weight_VD), needs, settled),
+        needs,
     )
     value = _divergence(*inputs, constants, words)[0]
     if row_weight_N is None or value.ndim == 0:

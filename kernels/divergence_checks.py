@@ -1,0 +1,119 @@
+"""What `linear_divergence` refuses, and in which words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.divergence_rows import RowState
+from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.outcomes import Outcomes
+from tokenkit.kernels.vocabulary_parallel import check_cover, check_head
+from tokenkit.structs import Head
+
+INFINITE = {"kl": (0,), "rkl": (1,), "akl": (0, 1), "log_abs": (0, 1)}
+"""By kind, the models (0 student, 1 teacher) whose mass may not be 0 where the other's is not."""
+
+
+def check_numbers(kind: str, settled: dict[str, Any]) -> None:
+    """Raise ValueError if the kind is unknown, or a number is out of its range."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}")
+    for name in ("temperature", "teacher_temperature"):
+        if not 0 < settled[name] < math.inf:
+            raise ValueError(f"{name} must be positive and finite: got {settled[name]}")
+    for name in ("skew", "alpha"):
+        if not 0 <= settled[name] <= 1:
+            raise ValueError(f"{name} must be in [0, 1]: got {settled[name]}")
+    has_pairs = settled["student_index"] is not None or settled["outcomes"] is not None
+    if settled["rest_as_outcome"] and not has_pairs:
+        raise ValueError("rest_as_outcome needs pairs: give student_index and teacher_index, or outcomes")
+    if settled["outcomes"] is not None and settled["teacher_index"] is not None:
+        raise ValueError("outcomes are made of teacher_index and student_index: give one or the other")
+
+
+def check_sides(
+    student_ND: Tensor, student_head: Head, teacher_NE: Tensor, teacher_head: Head, settled: dict[str, Any]
+) -> None:
+    """Raise ValueError if shapes, dtypes or devices do not fit together, or the teacher's head is trained."""
+    for name, hidden, head in (("student", student_ND, student_head), ("teacher", teacher_NE, teacher_head)):
+        _check_side(name, hidden, head)
+    if len(teacher_NE) != len(student_ND):
+        raise ValueError(
+            f"teacher_NE must have the rows of student_ND ({len(student_ND)}): got {len(teacher_NE)}"
+        )
+    if teacher_NE.device != student_ND.device:
+        raise ValueError(f"teacher_NE must be on {student_ND.device}, as student_ND: got {teacher_NE.device}")
+    if (teacher_NE.dtype == torch.float64) != (student_ND.dtype == torch.float64):
+        raise ValueError(
+            f"float64 needs both models in float64: student_ND is {student_ND.dtype}, "
+            f"teacher_NE is {teacher_NE.dtype}"
+        )
+    if any(x is not None and x.requires_grad for x in (teacher_head.weight_VD, teacher_head.bias_V)):
+        raise ValueError(
+            "teacher_head must be frozen, and its weight or bias requires a gradient: detach them"
+        )
+    row_weight_N = settled["row_weight_N"]
+    if row_weight_N is not None and row_weight_N.shape != student_ND.shape[:1]:
+        raise ValueError(
+            f"row_weight_N must hold one number per row of student_ND ({len(student_ND)}): "
+            f"got shape {tuple(row_weight_N.shape)}"
+        )
+    if not torch.compiler.is_compiling():
+        for head in (student_head, teacher_head):
+            check_cover(head, student_ND.device)
+
+
+def _check_side(name: str, hidden: Tensor, head: Head) -> None:
+    weight = head.weight_VD
+    hidden_name = f"{name}_N{'D' if name == 'student' else 'E'}"
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name} and {name}_head.weight_VD must share their last dimension: "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if any(hasattr(x, "device_mesh") for x in (hidden, weight)):
+        raise ValueError(
+            f"linear_divergence takes plain tensors, and got a DTensor for the {name}: call it inside the "
+            "forward of the sharded module that owns the head"
+        )
+    for part, tensor in (("weight_VD", weight), ("bias_V", head.bias_V)):
+        if tensor is None:
+            continue
+        if part == "weight_VD" and hidden.dtype != tensor.dtype:
+            raise ValueError(
+                f"{hidden_name} is {hidden.dtype} but {name}_head.{part} is {tensor.dtype}: "
+                "cast the head once, when the model is loaded"
+            )
+        if hidden.device != tensor.device:
+            raise ValueError(
+                f"{hidden_name} is on {hidden.device} but {name}_head.{part} on {tensor.device}: "
+                "move the head to its hidden states"
+            )
+    check_head(head, f"{name}_head")
+
+
+def check_rest(outcomes: Outcomes, kind: str) -> None:
+    """Raise ValueError where the ids in no pair are those of one model alone, and the kind infinite."""
+    for i in INFINITE.get(kind, ()):
+        if outcomes.unpaired[i] == 0:
+            names = ("student", "teacher")
+            raise ValueError(
+                f"rest_as_outcome: every id of the {names[i]} is in a pair but {outcomes.unpaired[1 - i]} "
+                f"ids of the {names[1 - i]} are not, so {kind} is infinite; use another kind, such as js"
+            )
+
+
+def check_finite(state: RowState) -> None:
+    """Name the hidden states of which a NaN or an infinity came."""
+    for name, lse_N in (("student_ND", state.lse_N), ("teacher_NE", state.teacher_lse_N)):
+        is_finite_N = torch.isfinite(lse_N)
+        words = f"{name} and its head must be finite"
+        if lse_N.is_cuda:
+            torch._assert_async(is_finite_N.all(), words)
+        elif not bool(is_finite_N.all()):
+            row = int(torch.nonzero(~is_finite_N)[0])
+            raise ValueError(f"{words}: the log-sum-exp of row {row} is {lse_N[row].item()}")

@@ -1,0 +1,256 @@
+"""The numbers of each row that a divergence and its gradient need, from both models' logits of that row.
+
+    log-sum-exps   over the columns that face each other, and over the ids in no pair; both make a model's lse
+    the rest       one outcome more, whose log-probability is that of all ids in no pair
+    value          Σ over outcomes, κ (Σ p − Σ q) included where ids repeat
+    centre         Σ e over outcomes; with repeating ids, plus κ Σ p
+
+All of it is O(N) beside the logits. Processes that share a vocabulary add up these numbers, never logits. The
+formulas are those of `divergence_terms.py`. Dimensions: N tokens, V columns, P those that face each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels import divergence_tile as tile
+from tokenkit.kernels.adaptive_weight import Pair, adaptive_weight
+from tokenkit.kernels.divergence_terms import MIRROR, gradients, kappa, terms
+from tokenkit.kernels.row_chunks import Rows
+from tokenkit.kernels.vocabulary_parallel import reduce_max, reduce_sum
+from tokenkit.structs import Head
+
+NOTHING = -1e4  # log of a mass that is 0, finite so that 0 · log 0 is 0
+
+
+class Side(NamedTuple):
+    """One model: its hidden states, head, and which of its rows are columns."""
+
+    hidden_ND: Tensor
+    head: Head
+    rows: Rows
+    bias_V: Tensor | None
+    """Of the columns."""
+    share_P: Tensor | None
+    alpha: float
+    """Scale over temperature."""
+    cap: float | None
+    """Softcap over temperature."""
+
+
+class Problem(NamedTuple):
+    """A divergence to be computed."""
+
+    student: Side
+    teacher: Side
+    pairs: int
+    """P, columns that face each other; those after them are ids in no pair."""
+    has_rest: bool
+    """Whether the ids in no pair are an outcome."""
+    repeats: bool
+    """Whether a row of the student's head may have several columns."""
+    kind: str
+    skew: float
+    tail_mass: float
+    """alpha of akl."""
+    dtype: torch.dtype
+    """Of logits and sums: float32 or float64."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether an id of either model has several columns under its full vocabulary."""
+        return self.student.share_P is not None or self.teacher.share_P is not None
+
+
+class Logits(NamedTuple):
+    """A tile of both models' logits, each up to its factor."""
+
+    student_NV: Tensor
+    teacher_NV: Tensor
+    alpha: float
+    teacher_alpha: float
+
+
+class RowState(NamedTuple):
+    """What the gradient needs of each row, [N] each. `teacher_`: with the models in each other's place."""
+
+    lse_N: Tensor
+    teacher_lse_N: Tensor
+    centre_N: Tensor
+    teacher_centre_N: Tensor
+    weight_N: Tensor
+    """w of akl."""
+    rest_lse_N: Tensor
+    teacher_rest_lse_N: Tensor
+    rest_factor_N: Tensor
+    """Of exp(z − rest_lse), at ids in no pair."""
+    teacher_rest_factor_N: Tensor
+
+
+class Seen(NamedTuple):
+    """A divergence from the place of one model: `lse_N` and `centre_N` are that model's."""
+
+    side: Side
+    kind: str
+    lse_N: Tensor
+    other_lse_N: Tensor
+    centre_N: Tensor
+    weight_N: Tensor
+    rest_lse_N: Tensor
+    rest_factor_N: Tensor
+
+
+def seen(problem: Problem, state: RowState, *, by_teacher: bool) -> Seen:
+    """Return the divergence from the place of the student or of the teacher."""
+    if not by_teacher:
+        return Seen(
+            problem.student, problem.kind, state.lse_N, state.teacher_lse_N, state.centre_N, state.weight_N,
+            state.rest_lse_N, state.rest_factor_N,
+        )  # fmt: skip
+    kind = MIRROR.get(problem.kind, problem.kind)
+    return Seen(
+        problem.teacher, kind, state.teacher_lse_N, state.lse_N, state.teacher_centre_N, 1 - state.weight_N,
+        state.teacher_rest_lse_N, state.teacher_rest_factor_N,
+    )  # fmt: skip
+
+
+def row_state(problem: Problem, logits: Logits, *, train_teacher: bool) -> tuple[Tensor, RowState]:
+    """Return the divergence of each row, and what its gradient needs.
+
+    Args:
+        problem: the divergence.
+        logits: every column of both models.
+        train_teacher: whether the teacher's gradient is wanted.
+    """
+    pairs, head = problem.pairs, problem.student.head
+    alphas = logits.alpha, logits.teacher_alpha
+    lses = [
+        _log_sums(z_NV, pairs, alpha, side.share_P, head)
+        for z_NV, alpha, side in zip(logits[:2], alphas, (problem.student, problem.teacher), strict=True)
+    ]
+    (lse_N, rest_lse_N), (teacher_lse_N, teacher_rest_lse_N) = lses
+    rest = None
+    if problem.has_rest:
+        rest = (
+            (rest_lse_N - lse_N).clamp_min(NOTHING),
+            (teacher_rest_lse_N - teacher_lse_N).clamp_min(NOTHING),
+        )
+    z_NP, other_NP = (z_NV[:, :pairs] for z_NV in logits[:2])
+    weight_N = torch.zeros_like(lse_N)
+    if problem.kind == "akl":
+        pair = Pair(z_NP, other_NP, *alphas, lse_N, teacher_lse_N)
+        weight_N = adaptive_weight(pair, rest, problem.tail_mass, *_reducers(head))
+    mirror = MIRROR.get(problem.kind, problem.kind) if train_teacher else None
+    measure = tile.Measure(problem.kind, problem.skew, *alphas, None)
+    found = tile.divergence_sums(z_NP, other_NP, (lse_N, teacher_lse_N), weight_N, measure, mirror)
+    if head.shard is not None:
+        found = tile.RowSums(*reduce_sum(torch.stack(found), head).unbind())
+    state = RowState(
+        lse_N, teacher_lse_N, found.centre_N, found.teacher_centre_N, weight_N,
+        rest_lse_N, teacher_rest_lse_N, torch.zeros_like(lse_N), torch.zeros_like(lse_N),
+    )  # fmt: skip
+    return _with_rest(problem, state, found, rest)
+
+
+def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any) -> tuple[Tensor, RowState]:
+    """Add the outcome of all ids in no pair, correct for repeating ids, and find what those ids pull."""
+    value_N, centres = found.value_N, [found.centre_N, found.teacher_centre_N]
+    masses = [found.p_N, found.q_N]
+    mirror = MIRROR.get(problem.kind, problem.kind)
+    pulls: list[Any] = [0.0, 0.0]
+    if rest is not None:
+        addend_N, pulls[0] = terms(rest[0], rest[1], problem.kind, problem.skew, state.weight_N)
+        pulls[1], _ = gradients(rest[1], rest[0], mirror, problem.skew, 1 - state.weight_N)
+        value_N = value_N + addend_N
+        centres = [centre_N + pull_N for centre_N, pull_N in zip(centres, pulls, strict=True)]
+        masses = [mass_N + log_N.exp() for mass_N, log_N in zip(masses, rest, strict=True)]
+    kappas = (
+        kappa(problem.kind, problem.skew, state.weight_N),
+        kappa(mirror, problem.skew, 1 - state.weight_N),
+    )
+    if problem.shares:
+        value_N = value_N + kappas[0] * (masses[0] - masses[1])
+    factors = []
+    for i, side in enumerate((problem.student, problem.teacher)):
+        if side.share_P is not None:
+            centres[i] = centres[i] + kappas[i] * masses[i]
+        whole_N, rest_N = ((state.lse_N, state.rest_lse_N), (state.teacher_lse_N, state.teacher_rest_lse_N))[
+            i
+        ]
+        mass_N = (rest_N - whole_N).exp()  # of the ids in no pair, an outcome or not
+        drift = kappas[i] * mass_N if side.share_P is not None and rest is not None else 0.0
+        factors.append(pulls[i] + drift - mass_N * centres[i])
+    return value_N, state._replace(
+        centre_N=centres[0],
+        teacher_centre_N=centres[1],
+        rest_factor_N=factors[0],
+        teacher_rest_factor_N=factors[1],
+    )
+
+
+def _log_sums(
+    z_NV: Tensor, pairs: int, alpha: float, share_P: Tensor | None, head: Head
+) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of each row over every column, and over those in no pair, of all processes."""
+    parts = [tile.row_sums(z_NV[:, :pairs], alpha, share_P), tile.row_sums(z_NV[:, pairs:], alpha)]
+    max_2N, sum_2N = (torch.stack(x) for x in zip(*parts, strict=True))
+    if head.shard is not None:
+        top_2N = reduce_max(max_2N.clone(), head)
+        shrink_2N = torch.exp(max_2N - top_2N).masked_fill(max_2N == -torch.inf, 0)
+        max_2N, sum_2N = top_2N, reduce_sum(sum_2N * shrink_2N, head)
+    lse_2N = max_2N + sum_2N.log()
+    return torch.logaddexp(lse_2N[0], lse_2N[1]), lse_2N[1]
+
+
+def _reducers(head: Head) -> tuple[Any, Any]:
+    """Return the sum over the processes that share the head, and over those before this one."""
+    shard = head.shard
+    if shard is None:
+        return (lambda x: x), torch.zeros_like
+
+    def before(x_N: Tensor) -> Tensor:
+        every_RN = x_N.new_zeros((shard.group.size(), *x_N.shape))
+        every_RN[shard.group.rank()] = x_N
+        return reduce_sum(every_RN, head)[: shard.group.rank()].sum(0)
+
+    return (lambda x: reduce_sum(x, head)), before
+
+
+def write_gradient(
+    problem: Problem,
+    view: Seen,
+    upstream_N: Tensor,
+    logits: Logits,
+    columns: slice,
+    dz_NV: Tensor,
+) -> None:
+    """Write dz at columns that face each other, of the model from whose place `view` is seen.
+
+    Args:
+        problem: the divergence.
+        view: from whose place.
+        upstream_N: gradient of each row's value.
+        logits: both models' at these columns.
+        columns: which of the P.
+        dz_NV: where to write; may be that model's logits.
+    """
+    kappa_N = torch.zeros_like(upstream_N) + kappa(view.kind, problem.skew, view.weight_N)
+    rows_N = tile.GradientRows(
+        view.lse_N, view.other_lse_N, view.centre_N, view.weight_N, upstream_N * view.side.alpha, kappa_N
+    )
+    share_P = None if view.side.share_P is None else view.side.share_P[columns]
+    own_NV, other_NV, alpha, other_alpha = logits
+    if view.side is problem.teacher:
+        own_NV, other_NV, alpha, other_alpha = other_NV, own_NV, other_alpha, alpha
+    measure = tile.Measure(view.kind, problem.skew, alpha, other_alpha, view.side.cap)
+    tile.gradient(own_NV, other_NV, rows_N, measure, share_P, dz_NV)
+
+
+def write_rest_gradient(view: Seen, upstream_N: Tensor, z_NV: Tensor, alpha: float, dz_NV: Tensor) -> None:
+    """Write dz at ids in no pair, of the model from whose place `view` is seen; dz_NV may be z_NV."""
+    factor_N = view.rest_factor_N * upstream_N * view.side.alpha
+    lse_N = torch.where(view.rest_lse_N == -torch.inf, 0, view.rest_lse_N)
+    tile.rest_gradient(z_NV, lse_N, factor_N, alpha, view.side.cap, dz_NV)

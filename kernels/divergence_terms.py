@@ -1,0 +1,175 @@
+"""One outcome's part of a divergence, and of its gradient: the same formulas for Triton and for torch.
+
+    p student, q teacher, d = log q − log p, λ skew, each Σ over outcomes
+
+    kind      D                        κ           e
+    kl        Σ q log q/p              −1          p − q
+    rkl       Σ p log p/q              1           −p d
+    skl       Σ q log q/m              λ − 1       (1 − λ)² p (p − q)/m           m = λ q + (1 − λ) p
+    srkl      Σ p log p/m              1 − λ       p (log p/m − λ (1 − λ) (p − q)/m)   m = λ p + (1 − λ) q
+    js        (Σ q log q/m + Σ p log p/m)/2   0    p/2 log p/m                    m = (p + q)/2
+    akl       w kl + (1 − w) rkl       1 − 2w      w (p − q) − (1 − w) p d
+    abs       Σ |p − q|                0           p sign(p − q)
+    log_abs   Σ |d|                    0           −sign(d)
+
+e is ∂D/∂log p less κ p, so that dz = e − p Σ e wherever Σ p = 1, and near p = q nothing of it is the
+difference of nearly equal numbers. Of a value Σ a log(a/b) each outcome adds a φ(log b/a), φ(x) =
+e^x − 1 − x, never negative and of second order: Σ (b − a) is 0, or `κ (Σ p − Σ q)` is added where it is not.
+A rounding error of a log-sum-exp hence moves a value of 1e-6 by 1e-13, not by 1e-6.
+
+`p − q` and `(p − q)/m` come from w = e^−|d| − 1; with c = 1 − λ where d ≥ 0 else λ, and U = 1 + c w,
+m/max(p, q) = U for m = λ q + (1 − λ) p.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KINDS = ("kl", "rkl", "skl", "srkl", "js", "akl", "abs", "log_abs")
+MIRROR = {"kl": "rkl", "rkl": "kl", "skl": "srkl", "srkl": "skl"}
+"""The kind that each becomes when student and teacher change places; others stay."""
+
+SMALL = tl.constexpr(0.5)  # |x| below which φ is a polynomial: to x⁹, 2e-8 of it
+
+
+def kappa(kind: str, skew: float, weight: Tensor | float) -> Tensor | float:
+    """Return κ of the table; `weight` is w of akl, of each row."""
+    table = {"kl": -1.0, "rkl": 1.0, "skl": skew - 1, "srkl": 1 - skew}
+    return 1 - 2 * weight if kind == "akl" else table.get(kind, 0.0)
+
+
+def terms(
+    log_p: Tensor, log_q: Tensor, kind: str, skew: float, weight: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return each outcome's addend of D, and e. Shapes broadcast; log 0 may be any number below -1e3."""
+    d = log_q - log_p
+    if kind == "log_abs":
+        return d.abs(), -d.sign()
+    p, q = log_p.exp(), log_q.exp()
+    if kind in ("skl", "srkl", "js"):
+        return _mixed_terms(d, p, q, kind, skew)
+    rise = torch.expm1(-d.abs())
+    gap = torch.where(d >= 0, q * rise, -p * rise)
+    if kind == "abs":
+        return gap.abs(), p * gap.sign()
+    if kind == "kl":
+        return _forward_term(d, q, gap), gap
+    if kind == "rkl":
+        return _forward_term(-d, p, -gap), -p * d
+    value = weight * _forward_term(d, q, gap) + (1 - weight) * _forward_term(-d, p, -gap)
+    return value, weight * gap - (1 - weight) * p * d
+
+
+def gradients(
+    log_p: Tensor, log_q: Tensor, kind: str, skew: float, weight: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return e and p."""
+    p = log_p.exp()
+    if kind == "kl":
+        return p - log_q.exp(), p
+    if kind == "rkl":
+        return (log_p - log_q).mul_(p), p
+    return terms(log_p, log_q, kind, skew, weight)[1], p
+
+
+def _forward_term(x: Tensor, a: Tensor, difference: Tensor) -> Tensor:
+    """Return a φ(−x), x = log a/b, where difference = b − a, as φ(−x) = expm1(−x) + x near 0."""
+    near = x.clamp(-SMALL.value, SMALL.value)
+    return torch.where(near == x, (torch.expm1(-near) + near) * a, a * x + difference)
+
+
+def _mixed_terms(d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float) -> tuple[Tensor, Tensor]:
+    rise = torch.expm1(-d.abs())
+    ahead = d >= 0 if kind != "srkl" else d <= 0  # the distribution that m is measured from is the larger
+    below = torch.where(ahead, rise * (1 - skew), rise * skew)  # U − 1
+    below = below.clamp_min(-1 + 1e-7)  # λ below 1e-7 rounds to none at all
+    log_u = torch.log1p(below)
+    gap = torch.where(d >= 0, q * rise, -p * rise)
+    ratio = torch.where(d >= 0, rise, -rise) / (1 + below)  # (p − q)/m
+    if kind == "skl":
+        x = log_u + (-d).clamp_min(0)  # log m/q
+        return _forward_term(-x, q, (1 - skew) * gap), (1 - skew) ** 2 * p * ratio
+    x = log_u + d.clamp_min(0)  # log m/p
+    if kind == "srkl":
+        return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio)
+    other = log_u + (-d).clamp_min(0)
+    value = _forward_term(-x, p, -gap / 2) + _forward_term(-other, q, gap / 2)
+    return value / 2, -p * x / 2
+
+
+@triton.jit
+def _expm1_below(x):
+    """exp x − 1 for x <= 0; Triton's interpreter has no expm1."""
+    t = tl.maximum(x, -0.5)
+    series = t * (1.0 + t / 2 * (1.0 + t / 3 * (1.0 + t / 4 * (1.0 + t / 5 * (1.0 + t / 6 * (1.0 + t / 7))))))
+    return tl.where(x > -0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p_below(x):
+    """log(1 + x) for −1 < x <= 0: log u of the rounded u = 1 + x, times x / (u − 1) (Kahan)."""
+    u = 1.0 + x
+    step = u - 1.0
+    return tl.where(step == 0.0, x, tl.log(u) * (x / tl.where(step == 0.0, 1.0, step)))
+
+
+@triton.jit
+def _forward_term_triton(x, a, difference, SMALL: tl.constexpr):
+    t = -tl.minimum(tl.maximum(x, -SMALL), SMALL)
+    tail = 1.0 + t / 6 * (1.0 + t / 7 * (1.0 + t / 8 * (1.0 + t / 9)))
+    phi = t * t / 2 * (1.0 + t / 3 * (1.0 + t / 4 * (1.0 + t / 5 * tail)))
+    return tl.where(t == -x, phi * a, a * x + difference)
+
+
+@triton.jit
+def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr, SMALL: tl.constexpr):
+    """What `terms` returns, of one block."""
+    d = log_q - log_p
+    p = tl.exp(log_p)
+    if KIND == "log_abs":
+        value = tl.abs(d)
+        e = tl.where(d > 0, -1.0, tl.where(d < 0, 1.0, 0.0))
+    else:
+        q = tl.exp(log_q)
+        rise = _expm1_below(-tl.abs(d))
+        gap = tl.where(d >= 0, q * rise, -p * rise)
+        if KIND == "abs":
+            value = tl.abs(gap)
+            e = tl.where(gap > 0, p, tl.where(gap < 0, -p, 0.0))
+        elif KIND == "kl":
+            value = _forward_term_triton(d, q, gap, SMALL)
+            e = gap
+        elif KIND == "rkl":
+            value = _forward_term_triton(-d, p, -gap, SMALL)
+            e = -p * d
+        elif KIND == "akl":
+            value = weight * _forward_term_triton(d, q, gap, SMALL)
+            value += (1.0 - weight) * _forward_term_triton(-d, p, -gap, SMALL)
+            e = weight * gap - (1.0 - weight) * p * d
+        else:
+            larger = 1.0 - skew
+            smaller = skew
+            if KIND == "srkl":
+                larger = skew
+                smaller = 1.0 - skew
+            below = tl.maximum(rise * tl.where(d >= 0, larger, smaller), -1.0 + 1e-7)
+            log_u = _log1p_below(below)
+            ratio = tl.where(d >= 0, rise, -rise) / (1.0 + below)
+            if KIND == "skl":
+                x = log_u + tl.maximum(-d, 0.0)
+                value = _forward_term_triton(-x, q, (1.0 - skew) * gap, SMALL)
+                e = (1.0 - skew) * (1.0 - skew) * p * ratio
+            else:
+                x = log_u + tl.maximum(d, 0.0)
+                if KIND == "srkl":
+                    value = _forward_term_triton(-x, p, (skew - 1.0) * gap, SMALL)
+                    e = -p * (x + skew * (1.0 - skew) * ratio)
+                else:
+                    other = log_u + tl.maximum(-d, 0.0)
+                    value = _forward_term_triton(-x, p, gap * -0.5, SMALL)
+                    value = 0.5 * (value + _forward_term_triton(-other, q, gap * 0.5, SMALL))
+                    e = -0.5 * p * x
+    return value, e

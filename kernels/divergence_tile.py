@@ -1,0 +1,372 @@
+"""What `linear_divergence` does with logits of two models: Triton epilogues, and the same lines of torch.
+
+    finish           products -> logits, where the head has a bias or a softcap
+    row_sums         logits -> the maximum of each row and Σ exp(z − max)
+    divergence_sums  two rows of logits -> the divergence, and the sums that its gradient needs
+    gradient         two tiles of logits -> dz of the first, over it or into another buffer
+    rest_gradient    logits that all belong to one outcome -> their dz
+
+`z` is a logit up to a factor alpha, which every kernel applies: 1 where `finish` applied it. The formulas are
+those of `divergence_terms.py`. Dimensions: N tokens, V columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenkit.kernels.divergence_terms import SMALL, gradients, terms, terms_triton
+from tokenkit.kernels.launch import on_device, runs_triton
+
+BLOCK_V = 2048  # columns of a row that one program holds
+GROUP_BYTES = 2**20  # of one operand of torch's lines: its temporaries stay in the cache
+
+
+class Measure(NamedTuple):
+    """Which divergence, and the factors that turn stored numbers into logits."""
+
+    kind: str
+    skew: float
+    alpha: float
+    """Of the model whose gradient is meant, or of the student."""
+    other_alpha: float
+    cap: float | None
+    """Softcap over temperature, of the model whose gradient is meant."""
+
+
+class RowSums(NamedTuple):
+    """Sums over a row's outcomes, nats."""
+
+    value_N: Tensor
+    centre_N: Tensor
+    """Σ e of the student."""
+    teacher_centre_N: Tensor
+    """Σ e with student and teacher in each other's place; 0 where nobody asked for it."""
+    p_N: Tensor
+    q_N: Tensor
+
+
+class GradientRows(NamedTuple):
+    """The numbers of each row that turn its logits into dz."""
+
+    lse_N: Tensor
+    other_lse_N: Tensor
+    centre_N: Tensor
+    """Σ e; with shares, plus κ Σ p."""
+    weight_N: Tensor
+    """w of akl."""
+    factor_N: Tensor
+    """Upstream gradient times scale over temperature."""
+    kappa_N: Tensor
+    """κ; read with shares only."""
+
+
+@triton.jit
+def _finish_kernel(
+    z_ptr, bias_ptr,
+    stride, V,
+    alpha, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block: products to logits, in place."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
+    z *= alpha
+    if HAS_CAP:
+        z = cap * (1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0))
+    tl.store(z_ptr + n * stride + offs_v, z, mask=mask)
+
+
+@triton.jit
+def _row_sums_kernel(
+    z_ptr, share_ptr, max_ptr, sum_ptr,
+    stride, V,
+    alpha,
+    HAS_SHARE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row: an online log-sum-exp."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    m = float("-inf")
+    s = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask = offs_v < V
+        z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
+        if HAS_SHARE:
+            z += tl.load(share_ptr + offs_v, mask=mask, other=0.0)
+        z = tl.where(mask, z, float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
+        m = m_new
+    tl.store(max_ptr + n, m)
+    tl.store(sum_ptr + n, s)
+
+
+@triton.jit
+def _divergence_sums_kernel(
+    z_ptr, other_ptr, lse_ptr, other_lse_ptr, weight_ptr, sums_ptr,
+    stride, other_stride, N, V,
+    alpha, other_alpha, skew,
+    KIND: tl.constexpr, MIRROR: tl.constexpr, SMALL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row: the divergence, Σ e (of the teacher too where MIRROR names its kind), Σ p, Σ q."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    lse = tl.load(lse_ptr + n)
+    other_lse = tl.load(other_lse_ptr + n)
+    weight = tl.load(weight_ptr + n)
+    value = 0.0
+    centre = 0.0
+    other_centre = 0.0
+    mass = 0.0
+    other_mass = 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask = offs_v < V
+        log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - lse
+        log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha - other_lse
+        term, e = terms_triton(log_p, log_q, skew, weight, KIND, SMALL)
+        value += tl.sum(tl.where(mask, term, 0.0), axis=0)
+        centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
+        if MIRROR is not None:
+            _, e = terms_triton(log_q, log_p, skew, 1.0 - weight, MIRROR, SMALL)
+            other_centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
+        mass += tl.sum(tl.where(mask, tl.exp(log_p), 0.0), axis=0)
+        other_mass += tl.sum(tl.where(mask, tl.exp(log_q), 0.0), axis=0)
+    tl.store(sums_ptr + n, value)
+    tl.store(sums_ptr + N + n, centre)
+    tl.store(sums_ptr + 2 * N + n, other_centre)
+    tl.store(sums_ptr + 3 * N + n, mass)
+    tl.store(sums_ptr + 4 * N + n, other_mass)
+
+
+@triton.jit
+def _gradient_kernel(
+    z_ptr, other_ptr, rows_ptr, share_ptr, dz_ptr,
+    stride, other_stride, dz_stride, N, V,
+    alpha, other_alpha, skew, cap,
+    KIND: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SHARE: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block: dz. `rows_ptr` is `GradientRows`, one row of numbers after the other."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
+    other = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0)
+    log_p = z * alpha - tl.load(rows_ptr + n)
+    log_q = other * other_alpha - tl.load(rows_ptr + N + n)
+    centre = tl.load(rows_ptr + 2 * N + n)
+    _, e = terms_triton(log_p, log_q, skew, tl.load(rows_ptr + 3 * N + n), KIND, SMALL)
+    if HAS_SHARE:
+        share = tl.exp(tl.load(share_ptr + offs_v, mask=mask, other=0.0))
+        e -= tl.exp(log_p) * (centre * share - tl.load(rows_ptr + 5 * N + n))
+    else:
+        e -= tl.exp(log_p) * centre
+    e *= tl.load(rows_ptr + 4 * N + n)
+    if HAS_CAP:
+        e *= 1.0 - (z / cap) * (z / cap)
+    tl.store(dz_ptr + n * dz_stride + offs_v, e.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rest_gradient_kernel(
+    z_ptr, lse_ptr, factor_ptr, dz_ptr,
+    stride, dz_stride, V,
+    alpha, cap,
+    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block: factor · exp(z − lse)."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
+    dz = tl.exp(z * alpha - tl.load(lse_ptr + n)) * tl.load(factor_ptr + n)
+    if HAS_CAP:
+        dz *= 1.0 - (z / cap) * (z / cap)
+    tl.store(dz_ptr + n * dz_stride + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def finish(z_NV: Tensor, bias_V: Tensor | None, alpha: float, cap: float | None) -> float:
+    """Turn products into logits in place; return the factor that is left to the reader of z_NV.
+
+    Args:
+        z_NV: hidden · weightᵀ.
+        bias_V: of the columns.
+        alpha: scale over temperature.
+        cap: softcap over temperature.
+    """
+    N, V = z_NV.shape
+    if runs_triton(z_NV):
+        if bias_V is None and cap is None:
+            return alpha
+        if N and V:
+            with on_device(z_NV):
+                _finish_kernel[(N, triton.cdiv(V, BLOCK_V))](
+                    z_NV, bias_V, z_NV.stride(0), V, alpha, cap or 1.0,
+                    HAS_BIAS=bias_V is not None, HAS_CAP=cap is not None, BLOCK_V=BLOCK_V,
+                )  # fmt: skip
+        return 1.0
+    if bias_V is None and cap is None and alpha == 1:
+        return 1.0
+    for rows in _groups(z_NV):
+        z = z_NV[rows]
+        if bias_V is not None:
+            z.add_(bias_V)
+        if cap is None:
+            z.mul_(alpha)
+        else:
+            z.mul_(alpha / cap).tanh_().mul_(cap)
+    return 1.0
+
+
+def row_sums(z_NV: Tensor, alpha: float, share_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the maximum of each row (−inf of no columns) and Σ exp(z − max).
+
+    Args:
+        z_NV: logits, up to `alpha`.
+        alpha: the factor.
+        share_V: added to the logits: log of the part that this column has of an id that stands in several.
+    """
+    N, V = z_NV.shape
+    max_N, sum_N = (torch.full_like(z_NV[:, 0], x) if V else z_NV.new_full((N,), x) for x in (-torch.inf, 0))
+    if not (N and V):
+        return max_N, sum_N
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            _row_sums_kernel[(N,)](
+                z_NV, share_V, max_N, sum_N, z_NV.stride(0), V, alpha,
+                HAS_SHARE=share_V is not None, BLOCK_V=BLOCK_V,
+            )  # fmt: skip
+        return max_N, sum_N
+    for rows in _groups(z_NV):
+        z = z_NV[rows] if share_V is None else z_NV[rows] + share_V
+        max_N[rows] = z.amax(1)
+        sum_N[rows] = (z - max_N[rows, None]).exp_().sum(1)
+    return max_N, sum_N
+
+
+def divergence_sums(
+    z_NV: Tensor,
+    other_NV: Tensor,
+    lse: tuple[Tensor, Tensor],
+    weight_N: Tensor,
+    measure: Measure,
+    mirror: str | None,
+) -> RowSums:
+    """Return the sums of each row over the outcomes that stand opposite each other.
+
+    Args:
+        z_NV: the student's logits, up to a factor.
+        other_NV: the teacher's.
+        lse: log-sum-exp of each row, the student's and the teacher's.
+        weight_N: w of akl.
+        measure: kind and factors.
+        mirror: the kind as the teacher sees it, if its gradient is wanted.
+    """
+    N, V = z_NV.shape
+    sums_5N = z_NV.new_zeros((5, N))
+    if not (N and V):
+        return RowSums(*sums_5N.unbind())
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            _divergence_sums_kernel[(N,)](
+                z_NV, other_NV, lse[0], lse[1], weight_N, sums_5N,
+                z_NV.stride(0), other_NV.stride(0), N, V,
+                measure.alpha, measure.other_alpha, measure.skew,
+                KIND=measure.kind, MIRROR=mirror, SMALL=SMALL, BLOCK_V=BLOCK_V,
+            )  # fmt: skip
+        return RowSums(*sums_5N.unbind())
+    for rows in _groups(z_NV):
+        log_p, log_q = z_NV[rows] - lse[0][rows, None], other_NV[rows] - lse[1][rows, None]
+        weight_N1 = weight_N[rows, None]
+        value, e = terms(log_p, log_q, measure.kind, measure.skew, weight_N1)
+        sums_5N[0, rows], sums_5N[1, rows] = value.sum(1), e.sum(1)
+        if mirror is not None:
+            sums_5N[2, rows] = gradients(log_q, log_p, mirror, measure.skew, 1 - weight_N1)[0].sum(1)
+        sums_5N[3, rows], sums_5N[4, rows] = log_p.exp_().sum(1), log_q.exp_().sum(1)
+    return RowSums(*sums_5N.unbind())
+
+
+def gradient(
+    z_NV: Tensor,
+    other_NV: Tensor,
+    rows_N: GradientRows,
+    measure: Measure,
+    share_V: Tensor | None,
+    dz_NV: Tensor,
+) -> None:
+    """Write dz of the model whose logits z_NV are to dz_NV, which may be z_NV.
+
+    Args:
+        z_NV: its logits, up to `measure.alpha`.
+        other_NV: the other model's.
+        rows_N: what each row needs.
+        measure: kind and factors, seen from the model whose gradient this is.
+        share_V: log of the part that this column has of an id that stands in several.
+        dz_NV: where to write.
+    """
+    N, V = z_NV.shape
+    if not (N and V):
+        return
+    if runs_triton(z_NV):
+        rows_6N = torch.stack(rows_N)
+        with on_device(z_NV):
+            _gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
+                z_NV, other_NV, rows_6N, share_V, dz_NV,
+                z_NV.stride(0), other_NV.stride(0), dz_NV.stride(0), N, V,
+                measure.alpha, measure.other_alpha, measure.skew, measure.cap or 1.0,
+                KIND=measure.kind, HAS_CAP=measure.cap is not None, HAS_SHARE=share_V is not None,
+                SMALL=SMALL, BLOCK_V=BLOCK_V,
+            )  # fmt: skip
+        return
+    share_V = None if share_V is None else share_V.exp()
+    for rows in _groups(z_NV):
+        z, column = z_NV[rows], [x[rows, None] for x in rows_N]
+        some = GradientRows(*column)
+        log_p, log_q = z - some.lse_N, other_NV[rows] - some.other_lse_N
+        e, p = gradients(log_p, log_q, measure.kind, measure.skew, some.weight_N)
+        if share_V is not None:
+            e = e - p * (some.centre_N * share_V - some.kappa_N)
+        else:
+            e = e - p.mul_(some.centre_N)
+        if measure.cap is not None:
+            e.mul_(1 - (z / measure.cap).square_())
+        torch.mul(e, some.factor_N, out=dz_NV[rows])
+
+
+def rest_gradient(
+    z_NV: Tensor, lse_N: Tensor, factor_N: Tensor, alpha: float, cap: float | None, dz_NV: Tensor
+) -> None:
+    """Write factor · exp(z − lse), times the softcap's slope, to dz_NV, which may be z_NV."""
+    N, V = z_NV.shape
+    if not (N and V):
+        return
+    if runs_triton(z_NV):
+        with on_device(z_NV):
+            _rest_gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
+                z_NV, lse_N, factor_N, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, alpha, cap or 1.0,
+                HAS_CAP=cap is not None, BLOCK_V=BLOCK_V,
+            )  # fmt: skip
+        return
+    for rows in _groups(z_NV):
+        z = z_NV[rows]
+        dz = (z - lse_N[rows, None]).exp_().mul_(factor_N[rows, None])
+        if cap is not None:
+            dz.mul_(1 - (z / cap).square_())
+        dz_NV[rows] = dz
+
+
+def _groups(z_NV: Tensor) -> Iterator[slice]:
+    """Yield rows few enough that torch's temporaries of them stay in the cache."""
+    step = max(GROUP_BYTES // (z_NV.shape[1] * z_NV.itemsize or 1), 1)
+    for start in range(0, len(z_NV), step):
+        yield slice(start, start + step)
