@@ -205,8 +205,9 @@ class Objective:
             raise ConfigError(f"losses names one loss twice: {', '.join(self.losses)}")
         self._check_per_loss("loss_weights", self.loss_weights)
         self._check_per_loss("loss_schedules", self.loss_schedules)
-        if isinstance(self.uncertainty_s_init, tuple | Mapping) and len(self.uncertainty_s_init) != 1:
-            self._check_per_loss("uncertainty_s_init", self.uncertainty_s_init)
+        s_init = self.uncertainty_s_init
+        if isinstance(s_init, Mapping) or (isinstance(s_init, tuple) and len(s_init) > 1):
+            self._check_per_loss("uncertainty_s_init", s_init)
         if self.multitask_aggregation_fn is not None:
             names = [part.partition(":")[0].strip() for part in self.multitask_aggregation_fn.split("+")]
             check_parts("multitask_aggregation_fn", "+".join(names), AGGREGATIONS)
