@@ -177,6 +177,9 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW over the trainable ones of `named_parameters` (after sharding, not before).
 
+    Each group carries a `name`: "student", or "parts" for what losses train beside it (parameters whose
+    names begin with `parts.`).
+
     Matrices and embeddings are decayed; parameters of one dimension (norms, biases) never are. Every
     form of the update works element by element: the same inputs give the same bits.
 
@@ -194,18 +197,19 @@ def build_optimizer(
                 f"optimizer.param_groups: {group.pattern!r} matches none of the {len(trainable)} trainable "
                 f"parameters, whose names look like {trainable[0][0]!r}: correct it or remove it"
             )
-    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    by_kind: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trainable:
-        kind = (_lr_scale(name, options.param_groups), parameter.ndim > 1)
+        kind = (_group_name(name), _lr_scale(name, options.param_groups), parameter.ndim > 1)
         by_kind.setdefault(kind, []).append(parameter)
     fused = options.use_fused_adam and all(p.device.type in ("cpu", "cuda") for _, p in trainable)
     groups = [
         {
+            "name": group_name,
             "params": parameters,
             "lr_scale": lr_scale,
             "weight_decay": options.weight_decay if is_decayed else 0.0,
         }
-        for (lr_scale, is_decayed), parameters in by_kind.items()
+        for (group_name, lr_scale, is_decayed), parameters in by_kind.items()
     ]
     return AdamW(
         groups,
@@ -216,6 +220,11 @@ def build_optimizer(
         # over lists of tensors on a CPU is slower than one tensor after the other
         foreach=not fused and trainable[0][1].is_cuda,
     )
+
+
+def _group_name(name: str) -> str:
+    """What a parameter belongs to: the student, or the trained parts of losses."""
+    return "parts" if name.startswith("parts.") else "student"
 
 
 def _lr_scale(name: str, groups: tuple[ParamGroup, ...]) -> float:

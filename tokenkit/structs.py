@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
     from torch.distributed import ProcessGroup
 
 UNPAIRED = -1  # `Tokens.byte_ends` of a special token that the other tokenizer cannot write
@@ -128,12 +129,54 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """Where a model stops: the states that its head would multiply, and that head."""
+    """Where a model stops: the states that its head would multiply, and that head.
+
+    The other fields are filled where a loss asks for them (`StateKind`).
+    """
 
     hidden_BTD: Tensor
     head: Head
+    embedded_BTD: Tensor | None = None
+    """The input embeddings of the tokens."""
     layers_BTD: tuple[Tensor, ...] = ()
-    """The states of every layer, where a loss asked for them."""
+    """What each layer gives to the next; of the last layer `hidden_BTD`."""
+    qkv: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    """Of each layer, [B, T, ·] queries, keys and values as their projections give them: before rotation
+    and before norms of single heads."""
+
+
+StateKind = Literal["embedded", "layers", "qkv"]
+"""What a model may be asked for beside its last hidden states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Sizes of a model, of which a loss may have to know both models'."""
+
+    hidden: int
+    embedding: int
+    layers: int
+    qkv: tuple[int, int, int] | None = None
+    """Of queries, keys and values; None: this architecture's are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a loss may use beside hidden states and a batch, read anew in each half of a step.
+
+    Under FSDP2 a weight must be read in the forward that uses it: what the teacher's half read may lie in
+    storage that is free again when the student's half runs.
+    """
+
+    teacher_head: Head | None = None
+    student_head: Head | None = None
+    student_embedded_BTD: Tensor | None = None
+    """The student's input embeddings, in the teacher's half, where a loss asked for "embedded"."""
+    modules: nn.Module | None = None
+    """The loss's own trained parts."""
+
+
+NO_CONTEXT = Context()
 
 
 class LossTerm(NamedTuple):

@@ -2,7 +2,9 @@
 
 import torch
 
-from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
+from tokenkit.kernels.projected_divergence import make_projection
+from tokenkit.losses import LOSSES
+from tokenkit.structs import Batch, Chunks, Context, Head, HiddenStates, Side, Widths
 
 STUDENT_CHUNKS = [[0, 1, 1, 2, 3, 4, 4, 5], [0, -1, 1, 2, 2, 4, -1, -1]]
 TEACHER_CHUNKS = [[0, 1, 2, 2, -1, 3, 4, 5, 5], [-1, 0, 1, 1, 2, 3, 4, -1, -1]]
@@ -27,7 +29,7 @@ def make_batch(*, trained=None):
     chunks = Chunks(student_chunks.int(), teacher_chunks.int())
     student = side(torch.randint(40, (2, 8)), [8, 6], student_trained, 40, 3)
     teacher = side(torch.randint(50, (2, 9)), [9, 7], teacher_trained, 50, 4)
-    return Batch(student, teacher, {"unconstrained": chunks, "space": chunks})
+    return Batch(student, teacher, {"unconstrained": chunks, "space": chunks, "unbiased": chunks})
 
 
 def make_states(batch, *, dtype=torch.float64, width=6, head_dtype=None):
@@ -38,5 +40,46 @@ def make_states(batch, *, dtype=torch.float64, width=6, head_dtype=None):
         B, T = one.ids_BT.shape
         hidden = torch.randn(B, T, width, dtype=torch.float64).to(dtype).requires_grad_()
         weight = torch.randn(len(one.space_V), width, dtype=torch.float64)
-        states.append(HiddenStates(hidden, Head(weight.to(head_dtype or dtype).requires_grad_())))
+        embedded = torch.randn(B, T, width, dtype=torch.float64).to(dtype)
+        head = Head(weight.to(head_dtype or dtype).requires_grad_())
+        states.append(HiddenStates(hidden, head, embedded_BTD=embedded.requires_grad_()))
     return states
+
+
+STUDENT_PAIR_IDS, TEACHER_PAIR_IDS = torch.tensor([3, 0, 17, 39]), torch.tensor([4, 1, 49, 20])
+NEAREST = torch.arange(40) * 7 % 45
+
+
+def make_options(name, **changes):
+    """Return options of a loss that fit the batch."""
+    torch.manual_seed(3)
+    pairs = {"student_index": STUDENT_PAIR_IDS, "teacher_index": TEACHER_PAIR_IDS}
+    entries = (torch.arange(40).repeat(2), torch.cat([NEAREST, NEAREST + 1]), torch.rand(80) + 0.1)
+    needed = {
+        "alm_unconstrained": {"chunks": "unconstrained"},
+        "alm_space": {"chunks": "space"},
+        "alm_unbiased": {"chunks": "unbiased"},
+        "alm_side_path": pairs,
+        "baseline_mined": {"teacher_index": NEAREST},
+        "baseline_gold": pairs,
+        "baseline_xtoken": {"projection": make_projection(*entries, 40, 50)},
+    }
+    return LOSSES[name].options(**needed.get(name, {}), **changes)
+
+
+def make_context(name, options, student, teacher):
+    """Return what the trainer would hand to a loss: heads, embeddings, trained parts."""
+    torch.manual_seed(4)
+    widths = [Widths(x.hidden_BTD.shape[2], x.hidden_BTD.shape[2], 2) for x in (student, teacher)]
+    modules = LOSSES[name].modules(options, *widths)
+    if modules is not None:
+        modules.to(student.hidden_BTD.dtype)
+    return Context(teacher.head, student.head, student.embedded_BTD, modules)
+
+
+def run_loss(name, batch, student, teacher, *, modules=None, **changes):
+    """Return (LossTerm, context) of both halves of a loss."""
+    options = make_options(name, **changes)
+    context = make_context(name, options, student, teacher)
+    prepared = LOSSES[name].prepare(teacher, batch, options, context)
+    return LOSSES[name].function(student, prepared, batch, options, context), context

@@ -1,5 +1,6 @@
 """Losses by name: aliases, a user's own, and what an unknown name says."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.losses.example import make_batch, make_states
-from tokenkit.losses import LOSSES, AlmOptions, resolve
-from tokenkit.structs import LossTerm
+from tests.losses.example import make_batch, make_context, make_options, make_states, run_loss
+from tokenkit.losses import LOSSES, resolve
+from tokenkit.structs import Context, LossTerm
 
 
 def squared_norm(student, teacher, batch):
@@ -24,23 +25,65 @@ def uncounted(student, teacher, batch):
     return LossTerm(student.hidden_BTD.sum(), torch.tensor(12))
 
 
-@pytest.mark.parametrize(("alias", "name"), [("sft", "clm"), ("alm_greedy", "alm_unconstrained")])
+def of_the_teachers_head(student, teacher, batch):
+    return LossTerm(teacher.head.weight_VD.abs().sum(), torch.tensor(12))
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("sft", "clm"),
+        ("alm_greedy", "alm_unconstrained"),
+        ("alm", "alm_unbiased"),
+        ("baseline_minED", "baseline_mined"),
+    ],
+)
 def test_an_alias_is_the_loss(alias, name):
     assert resolve(alias) is LOSSES[name] is resolve(name)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_prepares_counts_and_trains(name):
-    loss = resolve(name)
-    options = loss.options() if loss.chunks is None else AlmOptions(chunks=loss.chunks)
+def test_every_loss_prepares_counts_and_trains_the_student_alone(name):
+    loss, options, batch = resolve(name), make_options(name), make_batch()
+    student, teacher = make_states(batch)
+    context = make_context(name, options, student, teacher)
+    prepared = loss.prepare(teacher if loss.needs_teacher else None, batch, options, context)
+    term = loss.function(student, prepared, batch, options, context)
+    assert torch.equal(term.count, prepared.count)
+    assert term.count.sum() > 0
+    term.total.sum().backward()
+    assert student.hidden_BTD.grad.any()
+    for tensor in (teacher.hidden_BTD, teacher.head.weight_VD, teacher.embedded_BTD):
+        assert tensor.grad is None
+    if context.modules is not None:
+        assert all(p.grad.any() and p.ndim for p in context.modules.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_teacher])
+def test_a_loss_without_its_teacher_says_so(name):
+    with pytest.raises(ValueError, match="compares with a teacher: got none"):
+        resolve(name).prepare(None, make_batch(), make_options(name))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_zero_and_pulls_nothing_where_there_is_nothing_to_compare(name):
+    batch = make_batch(trained=torch.zeros(2, 8, dtype=torch.bool))
+    teacher = dataclasses.replace(batch.teacher, trained_BT=torch.zeros(2, 9, dtype=torch.bool))
+    batch = dataclasses.replace(batch, teacher=teacher)
+    student, teacher = make_states(batch)
+    term, _ = run_loss(name, batch, student, teacher)
+    assert not term.count.any()
+    assert not term.total.any()
+    term.total.sum().backward()
+    assert not student.hidden_BTD.grad.any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_swapped_models_are_named(name):
     batch = make_batch()
     student, teacher = make_states(batch)
-    prepared = loss.prepare(teacher if loss.needs_teacher else None, batch, options)
-    term = loss.function(student, prepared, batch, options)
-    assert term.count == prepared.count > 0
-    term.total.backward()
-    assert student.hidden_BTD.grad.any()
-    assert teacher.hidden_BTD.grad is None
+    with pytest.raises((ValueError, RuntimeError), match=r"swapped|size|shape"):
+        run_loss(name, batch, teacher, student)
 
 
 def test_a_users_loss_is_imported_and_its_count_asked_first():
@@ -50,6 +93,15 @@ def test_a_users_loss_is_imported_and_its_count_asked_first():
     prepared = loss.prepare(teacher, batch, loss.options(anything=1))
     assert prepared.count == 3
     assert loss.function(student, prepared, batch, None).total.requires_grad
+
+
+def test_a_users_loss_reads_the_teachers_head_as_it_is_in_the_second_half():
+    loss = resolve("tests.losses.test_registry:of_the_teachers_head")
+    batch = make_batch()
+    student, teacher = make_states(batch)
+    prepared = loss.prepare(teacher, batch, None)
+    now = Context(teacher_head=dataclasses.replace(teacher.head, weight_VD=torch.zeros(50, 6)))
+    assert loss.function(student, prepared, batch, None, now).total == 0
 
 
 def test_a_users_loss_without_a_count_counts_scored_student_tokens():

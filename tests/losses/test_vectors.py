@@ -1,18 +1,20 @@
-"""Every ALM and CLM case of the reference values: value and gradients, to 1e-5 relative.
+"""Every case of the reference values: value and gradients, to 1e-5 relative.
 
 Errors are relative to the largest entry.
 """
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tokenkit.losses import alm_loss, clm_loss
-from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
+from tokenkit.losses import alm_loss, clm_loss, dskd_loss, latents_loss, uld_loss
+from tokenkit.losses.dskd import Projections
+from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side, Widths
 
 PATH = Path(
     os.environ.get("TOKENKIT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors" / "losses.npz")
@@ -25,6 +27,8 @@ VALUES = dict(np.load(PATH)) if PATH.is_file() else {"cases": np.array("[]")}
 CASES = json.loads(str(VALUES["cases"]))
 ALM = [case for case in CASES if "diff" in case]
 CLM = [case for case in CASES if case.get("name") == "clm"]
+DSKD = [case for case in CASES if case.get("name") == "dskd"]
+LATENTS = [case for case in CASES if case.get("name") == "latents"]
 
 
 def tensor(name):
@@ -88,3 +92,56 @@ def test_clm_case(case):
     assert close(loss.detach().numpy(), np.array(case["loss"]), 1e-5)
     assert close(student.hidden_BTD.grad.numpy(), VALUES["clm_dh"], 1e-5)
     assert close(student.head.weight_VD.grad.numpy(), VALUES["clm_dW"], 1e-5)
+
+
+def projections():
+    modules = Projections(Widths(16, 16, 1), Widths(24, 24, 1)).double()
+    with torch.no_grad():
+        for name, linear in modules.named_children():
+            linear.weight.copy_(tensor(f"projector_{name}_kernel").T)
+            linear.bias.copy_(tensor(f"projector_{name}_bias"))
+    return modules
+
+
+@pytest.mark.parametrize("case", DSKD, ids=[case["divergence"] for case in DSKD])
+def test_dskd_case(case):
+    student, teacher, batch = inputs()
+    student = replace(student, embedded_BTD=tensor("dskd_emb_s").requires_grad_())
+    teacher = replace(teacher, embedded_BTD=tensor("dskd_emb_t").requires_grad_())
+    term = dskd_loss(
+        student, teacher, batch, projections(), divergence=case["divergence"], temperature=2.0, causal=False
+    )
+    loss = (term.total / term.count).mean()
+    loss.backward()
+    assert close(loss.detach().numpy(), np.array(case["loss"]), 1e-5)
+    assert close(student.hidden_BTD.grad.numpy(), VALUES[f"dskd_{case['divergence']}_dh"], 1e-5)
+    for frozen in (student.embedded_BTD, teacher.embedded_BTD, teacher.hidden_BTD, teacher.head.weight_VD):
+        assert frozen.grad is None
+
+
+@pytest.mark.parametrize("case", LATENTS, ids=[case["norm"] for case in LATENTS])
+def test_latents_case(case):
+    student, teacher, batch = inputs()
+    teacher = replace(teacher, hidden_BTD=tensor("lat_t").requires_grad_())
+    term = latents_loss(student, teacher, batch, normalization=case["norm"])
+    loss = term.total / term.count
+    loss.backward()
+    assert close(loss.detach().numpy(), np.array(case["loss"]), 1e-5)
+    assert close(student.hidden_BTD.grad.numpy(), VALUES[f"lat_{case['norm']}_dh"], 1e-5)
+    assert teacher.hidden_BTD.grad is None
+
+
+def test_uld_values_and_gradient():
+    """Every position counts there: also those of padding, whose next token nobody scores."""
+    student, teacher, batch = inputs()
+    everywhere = [
+        replace(
+            side, length_B=torch.full_like(side.length_B, T), trained_BT=torch.ones(3, T, dtype=torch.bool)
+        )
+        for side, T in ((batch.student, 24), (batch.teacher, 20))
+    ]
+    term = uld_loss(student, teacher, Batch(*everywhere, batch.chunks), exact=True)
+    term.total.backward()
+    assert term.count == 3 * 20
+    assert close(term.total.detach().numpy(), VALUES["uld_per_row"].sum(), 1e-5)
+    assert close(student.hidden_BTD.grad.numpy(), VALUES["uld_dh"], 1e-5)

@@ -151,6 +151,9 @@ class Training:
     use_flash_attention: bool = False
     """The same as attn_implementation flash_attention_2; needs the `flash` extra."""
 
+    loss_workspace_mib: int = 256
+    """Memory that a loss may use for logits, beside its results, MiB. More is faster up to a point."""
+
     attn_implementation: Attention | None = None
     """Attention of the models. None: the library's default (sdpa)."""
 
@@ -163,6 +166,7 @@ class Training:
             raise ConfigError(
                 f"use_flash_attention contradicts attn_implementation {self.attn_implementation}: remove one"
             )
+        at_least("loss_workspace_mib", self.loss_workspace_mib, 1)
         if self.train_model_mode == "none" and not self.train_embeddings:
             raise ConfigError(
                 "train_model_mode is none and train_embeddings is false: nothing would be trained; "

@@ -5,19 +5,32 @@
 
 from typing import Literal, get_args
 
-LossName = Literal["clm", "sft", "alm_unconstrained", "alm_greedy", "alm_space"]
+LossName = Literal[
+    "clm",
+    "sft",
+    "alm_unconstrained",
+    "alm_greedy",
+    "alm_space",
+    "alm_side_path",
+    "alm_latents",
+    "baseline_uld",
+    "baseline_mined",
+    "baseline_minED",
+    "baseline_dskd",
+    "baseline_gold",
+    "baseline_xtoken",
+]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
-LOSS_ALIASES = {"sft": "clm", "alm_greedy": "alm_unconstrained"}
+LOSS_ALIASES = {
+    "sft": "clm",
+    "alm_greedy": "alm_unconstrained",
+    "alm": "alm_unbiased",
+    "baseline_minED": "baseline_mined",
+}
 
 LATER_LOSSES = {
     "alm_unbiased": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
     "alm": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
-    "alm_side_path": "the side-path loss",
-    "alm_latents": "the latents loss",
-    "baseline_uld": "the baseline losses",
-    "baseline_dskd": "the baseline losses",
-    "baseline_mined": "the baseline losses",
-    "baseline_minED": "the baseline losses",
 }
 
 LOSSES_WITHOUT_TEACHER = ("clm", "sft")

@@ -94,15 +94,24 @@ class SidePath:
     """Options of `alm_side_path`."""
 
     side_path_mapping_mode: Literal["exact_match", "bias_threshold", "mined"] = "exact_match"
-    """Which tokens of the two vocabularies are compared."""
+    """Which tokens of the two vocabularies are compared: those with the same bytes, or of mined_mapping_path;
+    bias_threshold comes with the tokenizer-pair statistics."""
 
     side_path_distance_fn: Literal["kl", "reverse_kl", "kl_subset", "reverse_kl_subset", "log_abs", "abs"] = (
         "kl_subset"
     )
-    """Distance of the two next-token distributions over those tokens."""
+    """Distance of the two next-token distributions over those tokens: kl and reverse_kl with all others as
+    one outcome, *_subset over them alone; log_abs, abs of their probabilities."""
 
     tokenizer_pair_bias_threshold_side_path: float = 0.1
     """Largest tokenisation bias of a pair, with `bias_threshold`."""
+
+    def __post_init__(self) -> None:
+        if self.side_path_mapping_mode == "bias_threshold":
+            raise ConfigError(
+                "side_path_mapping_mode bias_threshold is accepted but its feature comes with `tokenkit "
+                "pair-stats`; use exact_match or mined"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +119,13 @@ class Latents:
     """Options of `alm_latents`."""
 
     latents_to_align: Literal["last_hidden_state", "all_hidden_states", "qkv"] = "last_hidden_state"
-    """Which hidden states are compared."""
+    """What is compared: the last hidden states, every layer's, or every layer's queries, keys and values."""
 
     latents_normalization: Literal["l1", "l2", "l1_channelwise", "l2_channelwise"] = "l2_channelwise"
-    """What their distance is divided by."""
+    """Absolute or squared differences, over the mean of the teacher's, of all channels or each."""
 
     latents_chunks: Literal["naive", "space"] = "naive"
-    """At the ends of which chunks."""
+    """At the ends of which chunks: the smallest, or those joined up to whitespace."""
 
     latents_do_project: bool = False
     """Train a projection where the widths differ."""
@@ -127,22 +136,22 @@ class Baseline:
     """Options of the baseline losses."""
 
     divergence: Literal["kl", "rkl", "skl", "srkl", "js", "akl"] = "kl"
-    """Divergence of DSKD between two heads."""
+    """Divergence of baseline_dskd in the student's space."""
 
     kd_temp: float = 1.0
-    """Temperature of both models."""
+    """Temperature of both models in every baseline; positive."""
 
-    kd_rate: float = 0.5
-    """Share of the distillation term."""
+    kd_rate: float | None = None
+    """Weighs each baseline with this and clm with 1 minus this, in [0, 1], in place of loss_weights."""
 
     teacher_temperature: float = 1.0
-    """Multiplies kd_temp for the teacher."""
+    """Multiplies kd_temp for the teacher, but in baseline_uld; positive."""
 
     skew_lambda: float = 0.1
-    """Mixing share of the skewed divergences, in (0, 1)."""
+    """Mixing share of skl and srkl, in [0, 1]."""
 
     adaptive_kl_alpha: float = 0.5
-    """Mass left to the tail in `akl`, in (0, 1)."""
+    """Mass left to the tail in `akl`, in [0, 1]."""
 
     dskd_use_causal_attention_mask: bool = True
     """DSKD: a position attends only to text that ends no later than its own."""
@@ -155,8 +164,13 @@ class Baseline:
 
     def __post_init__(self) -> None:
         at_least("baseline.gradnorm_alpha", self.gradnorm_alpha, 0)
-        if self.gradnorm_lr <= 0:
-            raise ConfigError(f"baseline.gradnorm_lr must be positive, got {self.gradnorm_lr}")
+        for name in ("gradnorm_lr", "kd_temp", "teacher_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"baseline.{name} must be positive, got {getattr(self, name)}")
+        for name in ("kd_rate", "skew_lambda", "adaptive_kl_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"baseline.{name} must lie in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +178,9 @@ class Objective:
     """The losses and how they add up."""
 
     losses: tuple[str, ...] = ("alm_unconstrained",)
-    """clm (sft), alm_unconstrained (alm_greedy), alm_space; `module:function` for one's own."""
+    """clm (sft), alm_unconstrained (alm_greedy), alm_space, alm_side_path, alm_latents, baseline_uld,
+    baseline_mined (baseline_minED), baseline_dskd, baseline_gold, baseline_xtoken; `module:function` for
+    one's own."""
 
     loss_weights: tuple[float, ...] | Mapping[str, float] | None = None
     """One number per loss, or a mapping from loss to number (as flags: clm=1 alm_space=0.5). None: 1 each."""
@@ -188,7 +204,8 @@ class Objective:
     approx_gradmag, approx_gradmag_preserve_mag. None: they are added."""
 
     mined_mapping_path: str | None = None
-    """File of a mined vocabulary mapping."""
+    """What `tokenkit mined-mapping` wrote, its folder or mapping.npy; or a .pt file with a tensor. A teacher
+    id for each student id, for baseline_mined and side_path_mapping_mode mined."""
 
     alm: Alm = flat(Alm)
     side_path: SidePath = flat(SidePath)
@@ -216,6 +233,33 @@ class Objective:
         weights = self.loss_weights or ()
         for weight in weights.values() if isinstance(weights, Mapping) else weights:
             at_least("loss_weights", weight, 0)
+        self._check_mapping(canonical)
+        if self.baseline.kd_rate is not None and self.loss_weights is not None:
+            raise ConfigError(
+                "baseline.kd_rate and loss_weights both weigh the losses: keep the one that is meant"
+            )
+
+    @property
+    def static_weights(self) -> tuple[float, ...] | Mapping[str, float] | None:
+        """`loss_weights`, or what `baseline.kd_rate` says."""
+        rate = self.baseline.kd_rate
+        if rate is None:
+            return self.loss_weights
+        names = {name: LOSS_ALIASES.get(name, name) for name in self.losses}
+        return {
+            given: rate if name.startswith("baseline_") else 1 - rate if name == "clm" else 1.0
+            for given, name in names.items()
+        }
+
+    def _check_mapping(self, canonical: list[str]) -> None:
+        needs = "baseline_mined" in canonical or (
+            "alm_side_path" in canonical and self.side_path.side_path_mapping_mode == "mined"
+        )
+        if needs and self.mined_mapping_path is None:
+            raise ConfigError(
+                "mined_mapping_path is not set, and the losses need it: make one with "
+                "`tokenkit mined-mapping`"
+            )
 
     def weighing(self) -> dict[str, Any]:
         """The keyword arguments of `tokenkit.objective.ObjectiveOptions`."""

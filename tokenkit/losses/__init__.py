@@ -6,16 +6,24 @@
     (term.total / term.count).backward()
 
 Every loss has two halves, because the count of the whole optimizer step (all ranks, all micro-batches)
-must be known before the first backward: `prepare(teacher, batch, options)` returns an object with `.count`
-and whatever of the teacher the second half needs, `function(student, prepared, batch, options)` a LossTerm.
+must be known before the first backward: `prepare(teacher, batch, options, context)` returns an object with
+`.count` and whatever of the teacher the second half needs, `function(student, prepared, batch, options,
+context)` a LossTerm. `context` holds the heads as they are to be read now, and the loss's own trained parts.
 """
 
 from __future__ import annotations
 
-from tokenkit.losses import alm, clm
+from tokenkit.losses import alm, clm, dskd, gold, latents, mined, side_path, uld, xtoken
 from tokenkit.losses.alm import AlmOptions, alm_loss
 from tokenkit.losses.clm import ClmOptions, clm_loss
+from tokenkit.losses.dskd import DskdOptions, dskd_loss
+from tokenkit.losses.gold import GoldOptions, gold_loss
+from tokenkit.losses.latents import LatentsOptions, latents_loss
+from tokenkit.losses.mined import MinedOptions, mined_loss
 from tokenkit.losses.registry import Loss, find, load_own
+from tokenkit.losses.side_path import SidePathOptions, side_path_loss
+from tokenkit.losses.uld import UldOptions, uld_loss
+from tokenkit.losses.xtoken import XTokenOptions, xtoken_loss
 
 LOSSES: dict[str, Loss] = {
     "clm": Loss(clm.prepare, clm.function, ClmOptions, chunks=None, needs_teacher=False, aliases=("sft",)),
@@ -23,6 +31,14 @@ LOSSES: dict[str, Loss] = {
         alm.prepare, alm.function, AlmOptions, chunks="unconstrained", aliases=("alm_greedy",)
     ),
     "alm_space": Loss(alm.prepare, alm.function, AlmOptions, chunks="space"),
+    "alm_unbiased": Loss(alm.prepare, alm.function, AlmOptions, chunks="unbiased", aliases=("alm",)),
+    "alm_side_path": side_path.LOSS,
+    "alm_latents": latents.LOSS,
+    "baseline_uld": uld.LOSS,
+    "baseline_mined": mined.LOSS,
+    "baseline_dskd": dskd.LOSS,
+    "baseline_gold": gold.LOSS,
+    "baseline_xtoken": xtoken.LOSS,
 }
 
 
@@ -41,4 +57,26 @@ def resolve(name: str) -> Loss:
     return load_own(name) if ":" in name else find(name, LOSSES)
 
 
-__all__ = ["LOSSES", "AlmOptions", "ClmOptions", "Loss", "alm_loss", "clm_loss", "resolve"]
+__all__ = [
+    "LOSSES",
+    "AlmOptions",
+    "ClmOptions",
+    "DskdOptions",
+    "GoldOptions",
+    "LatentsOptions",
+    "Loss",
+    "MinedOptions",
+    "SidePathOptions",
+    "UldOptions",
+    "XTokenOptions",
+    "alm_loss",
+    "clm_loss",
+    "dskd_loss",
+    "gold_loss",
+    "latents_loss",
+    "mined_loss",
+    "resolve",
+    "side_path_loss",
+    "uld_loss",
+    "xtoken_loss",
+]

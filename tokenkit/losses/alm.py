@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.alm_difference import alm_difference, check_difference
-from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join, lay_out
+from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
-from tokenkit.losses.score import Rows, Scores, score, scored_tokens, select_rows
-from tokenkit.structs import Batch, ChunkKind, HiddenStates, LossTerm, Side
+from tokenkit.losses.rows import need_teacher, valid_chunks
+from tokenkit.losses.score import Rows, Scores, score, select_rows
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, Side
 
 MODES = ("append_space", "merge_by_space_prob", "eos_as_space")
 Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
@@ -120,15 +121,16 @@ def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | 
 
 
 @torch.no_grad()
-def prepare(teacher: HiddenStates | None, batch: Batch, options: AlmOptions) -> AlmPrepared:
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: AlmOptions, context: Context = NO_CONTEXT
+) -> AlmPrepared:
     """Score the teacher's chunks, join them, count them, and find the student's rows.
 
     Raises:
         ValueError: if there is no teacher, or the batch lacks the chunks or masks that `options` need.
     """
-    if teacher is None:
-        raise ValueError("ALM compares with a teacher: got none")
-    layout = _lay_out(batch, options)
+    teacher = need_teacher(teacher, "ALM")
+    layout = valid_chunks(batch, options.chunks)
     merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
 
     subset = None
@@ -164,7 +166,13 @@ def prepare(teacher: HiddenStates | None, batch: Batch, options: AlmOptions) -> 
     )
 
 
-def function(student: HiddenStates, prepared: AlmPrepared, batch: Batch, options: AlmOptions) -> LossTerm:
+def function(
+    student: HiddenStates,
+    prepared: AlmPrepared,
+    batch: Batch,
+    options: AlmOptions,
+    context: Context = NO_CONTEXT,
+) -> LossTerm:
     """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
     scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
     totals = []
@@ -205,18 +213,6 @@ def alm_loss(
     settings = AlmOptions(diff=diff, mode=mode, chunks=chunks, **options)
     term = function(student, prepare(teacher, batch, settings), batch, settings)
     return LossTerm(term.total, term.count.clamp_min(1))
-
-
-def _lay_out(batch: Batch, options: AlmOptions) -> Layout:
-    if options.chunks not in batch.chunks:
-        raise ValueError(
-            f"the batch has no {options.chunks!r} chunks, only {sorted(batch.chunks)}: "
-            "name them in the collator's chunk_kinds"
-        )
-    chunks = batch.chunks[options.chunks]
-    return lay_out(
-        chunks.student_BT, chunks.teacher_BS, scored_tokens(batch.student), scored_tokens(batch.teacher)
-    )
 
 
 def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:

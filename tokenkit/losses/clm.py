@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
-from tokenkit.structs import Batch, HiddenStates, LossTerm
+from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,23 @@ class ClmPrepared:
     rows: Rows
 
 
-def prepare(teacher: HiddenStates | None, batch: Batch, options: ClmOptions | None = None) -> ClmPrepared:
+def prepare(
+    teacher: HiddenStates | None,
+    batch: Batch,
+    options: ClmOptions | None = None,
+    context: Context = NO_CONTEXT,
+) -> ClmPrepared:
     """Find the scored student tokens; the teacher is not used."""
     token_BT = scored_tokens(batch.student)
     return ClmPrepared(token_BT.sum(), select_rows(batch.student, token_BT))
 
 
 def function(
-    student: HiddenStates, prepared: ClmPrepared, batch: Batch, options: ClmOptions | None = None
+    student: HiddenStates,
+    prepared: ClmPrepared,
+    batch: Batch,
+    options: ClmOptions | None = None,
+    context: Context = NO_CONTEXT,
 ) -> LossTerm:
     """Return the summed cross entropy, nats, and the number of tokens."""
     workspace_bytes = (options or ClmOptions()).workspace_bytes

@@ -5,29 +5,67 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenkit.losses.score import scored_tokens
-from tokenkit.structs import Batch, ChunkKind, HiddenStates, LossTerm
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, StateKind, Widths
+
+Prepare = Callable[[HiddenStates | None, Batch, Any, Context], Any]
+Function = Callable[[HiddenStates, Any, Batch, Any, Context], LossTerm]
+
+
+def _asks_for_nothing(options: Any) -> frozenset[StateKind]:
+    return frozenset()
+
+
+def _has_no_modules(options: Any, student: Widths, teacher: Widths) -> nn.Module | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A loss as the trainer sees it."""
 
-    prepare: Callable[[HiddenStates | None, Batch, Any], Any]
-    """(teacher, batch, options) -> an object with `.count`; no gradient, O(tokens)."""
-    function: Callable[[HiddenStates, Any, Batch, Any], LossTerm]
-    """(student, prepared, batch, options) -> LossTerm."""
+    prepare: Prepare
+    """(teacher, batch, options, context) -> an object with `.count`; no gradient, O(tokens)."""
+    function: Function
+    """(student, prepared, batch, options, context) -> LossTerm."""
     options: Callable[..., Any]
     """Makes the options of keyword arguments."""
     chunks: ChunkKind | None
-    """The chunks it reads."""
+    """The chunks it reads, where its options do not say."""
     needs_teacher: bool = True
     aliases: tuple[str, ...] = ()
+    states: Callable[[Any], frozenset[StateKind]] = _asks_for_nothing
+    """(options) -> what the models must collect beside their last hidden states."""
+    modules: Callable[[Any, Widths, Widths], nn.Module | None] = _has_no_modules
+    """(options, student's, teacher's) -> trained parts, or None. No parameter may be a scalar."""
+
+    def chunks_with(self, options: Any) -> ChunkKind | None:
+        """Return the chunks that the loss reads under these options."""
+        return getattr(options, "chunks", self.chunks)
+
+
+def whole(
+    loss: Loss,
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    options: Any,
+    modules: nn.Module | None = None,
+) -> LossTerm:
+    """Run both halves of a loss: what its drop-in form does.
+
+    Returns:
+        total, nats; count, at least 1 so that `total / count` is 0 in a batch with nothing to compare.
+    """
+    context = Context(teacher.head, student.head, student.embedded_BTD, modules)
+    prepared = loss.prepare(teacher, batch, options, context)
+    term = loss.function(student, prepared, batch, options, context)
+    return LossTerm(term.total, term.count.clamp_min(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +100,25 @@ def load_own(name: str) -> Loss:
     if not callable(own):
         raise ValueError(f"loss {name!r}: {module_name} has no function {function_name!r}")
 
-    def prepare(teacher: HiddenStates | None, batch: Batch, options: Any) -> OwnPrepared:
+    def prepare(
+        teacher: HiddenStates | None, batch: Batch, options: Any, context: Context = NO_CONTEXT
+    ) -> OwnPrepared:
         count = getattr(own, "count", None)
         if count is None:
             return OwnPrepared(scored_tokens(batch.student).sum(), teacher)
         return OwnPrepared(count(teacher, batch), teacher)
 
-    def function(student: HiddenStates, prepared: OwnPrepared, batch: Batch, options: Any) -> LossTerm:
-        return own(student, prepared.teacher, batch)
+    def function(
+        student: HiddenStates,
+        prepared: OwnPrepared,
+        batch: Batch,
+        options: Any,
+        context: Context = NO_CONTEXT,
+    ) -> LossTerm:
+        teacher = prepared.teacher
+        if teacher is not None and context.teacher_head is not None:
+            teacher = replace(teacher, head=context.teacher_head)
+        return own(student, teacher, batch)
 
     return Loss(
         prepare,

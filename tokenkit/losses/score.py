@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
 from tokenkit.kernels.vocabulary import Subset
-from tokenkit.structs import HiddenStates, Side
+from tokenkit.structs import Head, HiddenStates, Side
 
 
 class Rows(NamedTuple):
@@ -44,6 +44,14 @@ def scored_tokens(side: Side) -> Tensor:
     T = side.ids_BT.shape[1]
     position_T = torch.arange(T, device=side.ids_BT.device)
     return side.trained_BT & (position_T >= 1) & (position_T < side.length_B[:, None])
+
+
+def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    """Return the head with its parameters cast as autocast would, so that like is multiplied with like."""
+    if head.weight_VD.dtype == dtype:
+        return head
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
 
 
 def select_rows(side: Side, token_BT: Tensor, mass_BT: Tensor | None = None) -> Rows:
@@ -84,10 +92,7 @@ def score(
             f"hidden_BTD must hold one state per token {(B, T)}: got {tuple(states.hidden_BTD.shape)}; "
             "are student and teacher swapped?"
         )
-    head, dtype = states.head, states.hidden_BTD.dtype
-    if head.weight_VD.dtype != dtype:
-        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
-        head = replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
+    head = in_dtype(states.head, states.hidden_BTD.dtype)
     hidden_ND = states.hidden_BTD.flatten(0, 1).index_select(0, rows.row_N)
     result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset, workspace_bytes=workspace_bytes)
 

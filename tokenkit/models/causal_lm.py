@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenkit.structs import Head, HiddenStates
+from tokenkit.models.collect import collecting, projections, qkv_widths
+from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +121,23 @@ class CausalLM(nn.Module):
             weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head_options()
         )
 
-    def forward(self, ids_BT: Tensor, vocabulary: Vocabulary | None = None) -> HiddenStates:
+    def widths(self, vocabulary: Vocabulary | None = None) -> Widths:
+        """Return the sizes that trained parts of losses depend on, under `vocabulary` or the model's own."""
+        embedding = self.embedding if vocabulary is None else vocabulary.embedding
+        head = self.head() if vocabulary is None else vocabulary.head()
+        return Widths(
+            hidden=head.weight_VD.shape[1],
+            embedding=effective_weight(embedding).shape[1],
+            layers=len(self.layers),
+            qkv=None if projections(self.layers[0]) is None else qkv_widths(self.config),
+        )
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        vocabulary: Vocabulary | None = None,
+        collect: frozenset[StateKind] = frozenset(),
+    ) -> HiddenStates:
         """Run the body on right-padded ids.
 
         No attention mask is passed: under a causal mask, padding on the right reaches no real token.
@@ -128,11 +145,21 @@ class CausalLM(nn.Module):
         Args:
             ids_BT: int64 token ids of `vocabulary`, or of the model's own when it is None.
             vocabulary: embedding and head to use instead of the model's own.
+            collect: what to return beside the last hidden states.
+
+        Raises:
+            ValueError: "qkv" of an architecture whose projections are not known.
         """
-        embedding = self.embedding if vocabulary is None else vocabulary.embedding
-        outputs = self.body(inputs_embeds=embedding(ids_BT), use_cache=False)
+        embedded_BTD = (self.embedding if vocabulary is None else vocabulary.embedding)(ids_BT)
+        with collecting(self.layers if collect else (), collect, self.config) as found:
+            outputs = self.body(inputs_embeds=embedded_BTD, use_cache=False)
+        hidden_BTD = outputs.last_hidden_state
         return HiddenStates(
-            outputs.last_hidden_state, self.head() if vocabulary is None else vocabulary.head()
+            hidden_BTD,
+            self.head() if vocabulary is None else vocabulary.head(),
+            embedded_BTD=embedded_BTD if "embedded" in collect else None,
+            layers_BTD=(*found.layers_BTD[:-1], hidden_BTD) if "layers" in collect else (),
+            qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
         )
 
     def replace_vocabulary(

@@ -21,7 +21,6 @@ from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
 from tokenkit.embeddings.fvt import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
-from tokenkit.losses import resolve
 from tokenkit.models.causal_lm import (
     DTYPES,
     CausalLM,
@@ -38,6 +37,7 @@ from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.training.distillation import ActiveLoss, Distillation
+from tokenkit.training.losses import active_losses
 from tokenkit.training.step import LossScale, Run
 
 
@@ -76,15 +76,15 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         ValueError, FileNotFoundError: one line that says what is wrong, before any step was taken.
     """
-    losses = active_losses(config)
     objective = Objective(
         config.objective.losses,
-        config.objective.loss_weights,
+        config.objective.static_weights,
         config.objective.loss_schedules,
         config.schedule.steps,
         ObjectiveOptions(**config.objective.weighing()),
     )
     tokenizers = load_tokenizers(config)
+    losses = active_losses(config, tokenizers.target, tokenizers.teacher, world.device)
     collator = build_collator(config, tokenizers, losses)
     with blaming_data():
         mix, documents = open_data(config.data, config.run.seed)
@@ -163,19 +163,6 @@ def _check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
         )
 
 
-def active_losses(config: TrainConfig) -> list[ActiveLoss]:
-    """Look the losses up, and give each its options."""
-    active = []
-    for name in config.objective.losses:
-        loss = resolve(name)
-        if loss.chunks is None:
-            options = None if loss.options is None else loss.options()
-        else:
-            options = loss.options(**config.objective.alm.options(loss.chunks))
-        active.append(ActiveLoss(name, loss, options))
-    return active
-
-
 def build_collator(
     config: TrainConfig, tokenizers: Tokenizers, losses: Sequence[ActiveLoss]
 ) -> AlignedCollator:
@@ -185,7 +172,7 @@ def build_collator(
         tokenizers.teacher,
         max_length_student=config.text.max_length_new,
         max_length_teacher=config.text.max_length_teacher,
-        chunk_kinds=sorted({active.loss.chunks for active in losses if active.loss.chunks is not None}),
+        chunk_kinds=sorted({kind for active in losses if (kind := active.chunks) is not None}),
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
         special_tokens_mode=config.target.special_tokens_mode,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.losses import Loss, clm_loss
+from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, Vocabulary
 from tokenkit.models.lora import as_teacher
-from tokenkit.structs import Batch, HiddenStates, LossTerm
+from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, StateKind
 
 Half = Literal["teacher", "student", "last_layer", "evaluate"]
 
@@ -31,6 +32,11 @@ class ActiveLoss:
     loss: Loss
     options: Any
 
+    @property
+    def chunks(self) -> ChunkKind | None:
+        """The chunks that it reads."""
+        return self.loss.chunks_with(self.options)
+
 
 class Distillation(nn.Module):
     """Run both models on a batch and return what the losses add up.
@@ -41,6 +47,9 @@ class Distillation(nn.Module):
         losses: in the order in which they are reported.
         compute_dtype: autocast to this type (one process); None: as the parameters are.
     """
+
+    parts: nn.ModuleDict
+    """What losses train beside the student, by loss; never exported."""
 
     def __init__(
         self,
@@ -54,6 +63,8 @@ class Distillation(nn.Module):
         self.teacher = teacher.requires_grad_(False).eval()
         self.losses = list(losses)
         self.compute_dtype = compute_dtype
+        self.collect = frozenset[StateKind]().union(*(x.loss.states(x.options) for x in losses))
+        self.parts = self._make_parts()
 
     def train(self, mode: bool = True) -> Distillation:
         """Set the student's mode; the teacher stays in evaluation mode."""
@@ -79,9 +90,9 @@ class Distillation(nn.Module):
         assert prepared is not None
         if half == "last_layer":
             with graph_from(self.last_layer):
-                states = self._student_states(batch)
+                states = self._student_states(batch, self.collect)
             return self._losses(_with_frozen_head(states), batch, prepared)
-        return self._losses(self._student_states(batch), batch, prepared)
+        return self._losses(self._student_states(batch, self.collect), batch, prepared)
 
     @property
     def last_layer(self) -> nn.Module:
@@ -91,15 +102,46 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
         needed = any(active.loss.needs_teacher for active in self.losses)
-        states = self._teacher_states(batch) if needed else None
-        return {active.name: active.loss.prepare(states, batch, active.options) for active in self.losses}
+        states = self._teacher_states(batch, self.collect) if needed else None
+        context = Context(
+            teacher_head=None if states is None else states.head,
+            student_head=self._head(self.student.head(), states),
+            student_embedded_BTD=self._student_embedded(batch),
+        )
+        return {
+            active.name: active.loss.prepare(states, batch, active.options, self._with_parts(context, active))
+            for active in self.losses
+        }
 
     def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
+        # read here: what the teacher's half read is freed under FSDP2
+        context = Context(teacher_head=self._head(self.teacher.head(), states), student_head=states.head)
         terms = {
-            active.name: active.loss.function(states, prepared[active.name], batch, active.options)
+            active.name: active.loss.function(
+                states, prepared[active.name], batch, active.options, self._with_parts(context, active)
+            )
             for active in self.losses
         }
         return {name: _connected(name, term, states) for name, term in terms.items()}
+
+    def _make_parts(self) -> nn.ModuleDict:
+        """Build what the losses train, from the widths of both models; in float32, as all that is trained."""
+        student = self.student.widths()
+        if isinstance(self.teacher, Vocabulary):
+            teacher = self.student.widths(self.teacher)
+        else:
+            teacher = self.teacher.widths()
+        made = {x.name: x.loss.modules(x.options, student, teacher) for x in self.losses}
+        return nn.ModuleDict({name: module for name, module in made.items() if module is not None})
+
+    def _with_parts(self, context: Context, active: ActiveLoss) -> Context:
+        return replace(context, modules=dict(self.parts.items()).get(active.name))
+
+    def _student_embedded(self, batch: Batch) -> Tensor | None:
+        if "embedded" not in self.collect:
+            return None
+        embedded_BTD: Tensor = self.student.embedding(batch.student.ids_BT)
+        return embedded_BTD if self.compute_dtype is None else embedded_BTD.to(self.compute_dtype)
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
@@ -108,19 +150,19 @@ class Distillation(nn.Module):
         teacher = clm_loss(self._teacher_states(batch), swapped)
         return torch.stack([student.total, teacher.total])
 
-    def _student_states(self, batch: Batch) -> HiddenStates:
+    def _student_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         with self._autocast(batch):
-            states = self.student(batch.student.ids_BT)
+            states = self.student(batch.student.ids_BT, collect=collect)
         return self._in_compute_dtype(states)
 
-    def _teacher_states(self, batch: Batch) -> HiddenStates:
+    def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         ids_BS = batch.teacher.ids_BT
         with self._autocast(batch):
             if isinstance(self.teacher, Vocabulary):
                 with as_teacher(self.student):
-                    states = self.student(ids_BS, self.teacher)
+                    states = self.student(ids_BS, self.teacher, collect)
             else:
-                states = self.teacher(ids_BS)
+                states = self.teacher(ids_BS, collect=collect)
         return self._in_compute_dtype(states)
 
     def _autocast(self, batch: Batch) -> AbstractContextManager[Any]:
@@ -131,13 +173,18 @@ class Distillation(nn.Module):
     def _in_compute_dtype(self, states: HiddenStates) -> HiddenStates:
         """Cast hidden states and head to one type: the kernels multiply like with like."""
         dtype = self.compute_dtype or states.hidden_BTD.dtype
-        head = states.head
-        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        embedded_BTD = states.embedded_BTD
         return replace(
             states,
             hidden_BTD=states.hidden_BTD.to(dtype),
-            head=replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V),
+            head=self._head(states.head, states),
+            embedded_BTD=None if embedded_BTD is None else embedded_BTD.to(dtype),
         )
+
+    def _head(self, head: Head, states: HiddenStates | None) -> Head:
+        """Cast a head to the type of the hidden states that it will multiply."""
+        dtype = self.compute_dtype or (head.weight_VD.dtype if states is None else states.hidden_BTD.dtype)
+        return in_dtype(head, dtype)
 
 
 @contextmanager

@@ -1,0 +1,240 @@
+"""KL between a teacher and a student whose probabilities are carried into the teacher's vocabulary.
+
+    r_w  = Σ_v P[w, v] p_v                          p = softmax(z_s / T): P is sparse, a fixed projection
+    value = Σ_w q_w (log q_w − log r_w) + log Σ_w r_w       q = softmax of z_t / (T T_teacher)
+    ∂value / ∂z_s,v = p_v (Σ_w P[w, v] (1 / Σ r − q_w / r_w)) / T
+
+Both distributions are over the teacher's ids that some student id is carried to. A few whole rows of both
+models' logits exist at a time, as many as fit into `workspace_bytes`; because the weights of the rows are
+known, gradients are formed on the way and no logits are computed twice.
+
+Dimensions: N tokens (of a chunk), V student vocabulary, W teacher vocabulary, D and E hidden sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokenkit.kernels import row_chunks
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
+from tokenkit.structs import Head
+
+
+class Projection(NamedTuple):
+    """A sparse matrix from the student's vocabulary to the teacher's, and its transpose."""
+
+    into_teacher_WV: Tensor
+    """float32, compressed rows."""
+    into_student_VW: Tensor
+
+    def to(self, device: torch.device | str) -> Projection:
+        """Return the same projection on `device`."""
+        return Projection(self.into_teacher_WV.to(device), self.into_student_VW.to(device))
+
+
+def make_projection(
+    student_M: Tensor, teacher_M: Tensor, weight_M: Tensor, vocab_size: int, teacher_vocab_size: int
+) -> Projection:
+    """Return the projection whose entries are weight_M at (teacher_M, student_M).
+
+    Args:
+        student_M: int64 student ids; with teacher_M, each pair of ids once.
+        teacher_M: int64 teacher ids.
+        weight_M: positive weights.
+        vocab_size: of the student.
+        teacher_vocab_size: of the teacher.
+
+    Raises:
+        ValueError: no entry, an id out of range, a weight that is not positive.
+    """
+    if not len(student_M) == len(teacher_M) == len(weight_M) > 0:
+        raise ValueError(
+            "a projection needs entries, with one student id, teacher id and weight each: got "
+            f"{len(student_M)}, {len(teacher_M)} and {len(weight_M)}"
+        )
+    for name, index_M, size in (
+        ("student_M", student_M, vocab_size),
+        ("teacher_M", teacher_M, teacher_vocab_size),
+    ):
+        if int(index_M.min()) < 0 or int(index_M.max()) >= size:
+            raise ValueError(
+                f"{name} must hold ids in [0, {size}): got {int(index_M.min())} to {int(index_M.max())}"
+            )
+    if not bool((weight_M > 0).all()):
+        raise ValueError(f"weight_M must be positive: got {float(weight_M.min())}")
+    index, shape = torch.stack([teacher_M, student_M]), (teacher_vocab_size, vocab_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse")  # of torch: in beta, and unchecked, as ids are above
+        matrix = torch.sparse_coo_tensor(index, weight_M.float(), shape).coalesce()
+        return Projection(matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr())
+
+
+class _Plan(NamedTuple):
+    student_head: Head
+    teacher_head: Head
+    projection: Projection
+    temperature: float
+    teacher_temperature: float
+    workspace_bytes: int
+    trains: tuple[bool, bool, bool]
+    """Whether hidden states, weight and bias of the student want a gradient."""
+
+
+def _logits(hidden_ND: Tensor, head: Head, V: int, temperature: float, dtype: torch.dtype) -> Tensor:
+    z_NV = torch.empty((len(hidden_ND), V), dtype=dtype, device=hidden_ND.device)
+    row_chunks.write_products(hidden_ND, head.weight_VD, slice(0, V), z_NV)
+    if head.bias_V is not None:
+        z_NV += head.bias_V[:V]
+    z_NV *= head.scale
+    if head.softcap is not None:
+        z_NV = z_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z_NV.div_(temperature)
+
+
+def _chunk(
+    z_NV: Tensor, z_NW: Tensor, reached_W: Tensor, row_weight_N: Tensor, plan: _Plan
+) -> tuple[Tensor, Tensor]:
+    """Return Σ weight · value of a chunk and ∂/∂z_s, which overwrites z_NV's memory."""
+    slope_NV = None
+    if plan.student_head.softcap is not None:
+        slope_NV = 1 - (z_NV * (plan.temperature / plan.student_head.softcap)).square()
+    dtype = z_NV.dtype
+    into_teacher, into_student = (matrix.to(dtype) for matrix in plan.projection)
+    p_NV = z_NV.sub_(z_NV.logsumexp(1, keepdim=True)).exp_()
+    tiny = torch.finfo(dtype).tiny
+    # a teacher's token of which no float32 probability is left pulls with the largest number there is
+    r_NW = torch.where(reached_W, (into_teacher @ p_NV.T).T.clamp_min(tiny), 0)
+    mass_N1 = r_NW.sum(1, keepdim=True)
+    log_q_NW = z_NW.masked_fill_(~reached_W, -torch.inf).log_softmax(1)
+    q_NW = log_q_NW.exp()
+    terms_NW = q_NW * (log_q_NW.where(reached_W, 0) - r_NW.where(reached_W, 1).log())
+    value_N = terms_NW.sum(1) + mass_N1.log()[:, 0]
+    pull_NW = torch.where(reached_W, 1 / mass_N1 - q_NW / r_NW.where(reached_W, 1), 0)
+    factor_N1 = (row_weight_N * (plan.student_head.scale / plan.temperature))[:, None]
+    dz_NV = p_NV.mul_((into_student @ pull_NW.T).T).mul_(factor_N1)
+    return (row_weight_N * value_N).sum(), dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
+
+
+class _ProjectedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        teacher_NE: Tensor,
+        row_weight_N: Tensor,
+        plan: _Plan,
+    ):
+        with torch.autocast(student_ND.device.type, enabled=False):
+            total, gradients = _run(student_ND, teacher_NE, row_weight_N, plan)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in (student_ND, weight_VD, bias_V)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor):
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else (g * dtotal).to(dtype) for g, dtype in pairs), None, None, None
+
+
+def _run(
+    student_ND: Tensor, teacher_NE: Tensor, row_weight_N: Tensor, plan: _Plan
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the weighted sum and the gradients of hidden states, weight and bias, where they are wanted."""
+    head, teacher_head = plan.student_head, plan.teacher_head
+    W, V = plan.projection.into_teacher_WV.shape
+    dtype = torch.promote_types(student_ND.dtype, torch.float32)
+    reached_W = plan.projection.into_teacher_WV.crow_indices().diff() > 0
+    total = torch.zeros((), dtype=dtype, device=student_ND.device)
+    shapes = (student_ND.shape, head.weight_VD.shape, head.weight_VD.shape[:1])
+    gradients = [
+        torch.zeros(shape, dtype=dtype, device=student_ND.device) if trains else None
+        for shape, trains in zip(shapes, plan.trains, strict=True)
+    ]
+    dhidden_ND, dweight_VD, dbias_V = gradients
+    row_bytes = dtype.itemsize * (3 * V + 5 * W)
+    for rows in row_chunks.chunks(len(student_ND), row_bytes, plan.workspace_bytes):
+        z_NV = _logits(student_ND[rows], head, V, plan.temperature, dtype)
+        z_NW = _logits(teacher_NE[rows], teacher_head, W, plan.temperature * plan.teacher_temperature, dtype)
+        value, dz_NV = _chunk(z_NV, z_NW, reached_W, row_weight_N[rows].to(dtype), plan)
+        total += value
+        if dhidden_ND is not None:
+            row_chunks.add_hidden_gradient(dz_NV, head.weight_VD, slice(0, V), dhidden_ND[rows])
+        if dweight_VD is not None:
+            row_chunks.add_weight_gradient(dz_NV, student_ND[rows], slice(0, V), dweight_VD)
+        if dbias_V is not None:
+            dbias_V[:V] += dz_NV.sum(0)
+    return total, gradients
+
+
+def projected_divergence(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_NE: Tensor,
+    teacher_head: Head,
+    projection: Projection,
+    row_weight_N: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Return Σ row_weight · value over the rows; differentiable in student_ND and the student's head.
+
+    Args:
+        student_ND: the student's hidden states.
+        student_head: of their dtype and device; not divided over processes.
+        teacher_NE: the teacher's, as many; no gradient flows into them.
+        teacher_head: of their dtype and device; not divided over processes.
+        projection: from the student's vocabulary into the teacher's, on that device.
+        row_weight_N: weight of each row.
+        options: `temperature` T (1), which divides both models' logits; `teacher_temperature` (1), which
+            multiplies it for the teacher; `workspace_bytes`, for logits and what is made of them.
+
+    Returns:
+        nats, float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes that do not fit, a temperature that is not positive, a divided head.
+
+    Precision: logits, probabilities and sums are float32; a carried probability below the smallest float32
+    counts as that.
+    """
+    temperature = options.pop("temperature", 1.0)
+    teacher_temperature = options.pop("teacher_temperature", 1.0)
+    workspace_bytes = options.pop("workspace_bytes", DEFAULT_WORKSPACE_BYTES)
+    if options:
+        raise TypeError(f"projected_divergence has no option {sorted(options)}")
+    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive: got {value}")
+    if len(student_ND) != len(teacher_NE) or len(student_ND) != len(row_weight_N):
+        raise ValueError(
+            "student_ND, teacher_NE and row_weight_N must hold as many rows: got "
+            f"{len(student_ND)}, {len(teacher_NE)} and {len(row_weight_N)}"
+        )
+    W, V = projection.into_teacher_WV.shape
+    for name, head, size in (("student", student_head, V), ("teacher", teacher_head, W)):
+        if head.shard is not None:
+            raise ValueError(
+                f"the {name}'s head is divided over processes: projected_divergence needs it whole"
+            )
+        has = head.weight_VD.shape[0] if head.vocab_size is None else head.vocab_size
+        if has != size:
+            raise ValueError(f"projection must have {has} ids of the {name}, as its head has: got {size}")
+    tensors = (student_ND, student_head.weight_VD, student_head.bias_V)
+    trains = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+    plan = _Plan(
+        student_head,
+        teacher_head,
+        projection,
+        temperature,
+        teacher_temperature,
+        workspace_bytes,
+        (trains[0], trains[1], trains[2]),
+    )
+    return _ProjectedDivergence.apply(*tensors, teacher_NE.detach(), row_weight_N, plan)

@@ -1,0 +1,342 @@
+"""Dual-space knowledge distillation: attention aligns the texts, and each model is read in the other's space.
+
+    Q_i  = query([e_i ; e_{i+1}])                 e: the student's input embeddings, f: the teacher's
+    K_j  = [f_j ; f_{j+1}] / std                  std: population, over the whole micro-batch, padding too
+    A_ij = softmax over j of Q_i · K_j / √(2E)    B_ji: over i of the same scores
+    u_i  = Σ_j A_ij t2s(h_j / std + f_{j+1} / std)        u: the teacher, in the student's space
+    w_j  = Σ_i B_ji s2t(h_i)                              w: the student, in the teacher's space
+
+    loss = mean_i −log p(y_{i+1} | u_i, student's head)                         over scored student targets
+         + mean_i divergence(student, u_i)     over those i where u_i's first choice is y_{i+1}
+         + mean_j KL(teacher ‖ w_j, teacher's head)                             over scored teacher targets
+
+The three means are the three entries of total and count; because a loss in several parts is the mean of their
+quotients, each total carries a factor 3. The second count needs the student's head and embeddings, which is
+why the first half of a step reads them. No gradient flows into heads and embeddings from the alignment,
+nor from the divergence into u: it trains the student's hidden states and head, the cross entropy the
+projections, and the last term both.
+
+Causal: i attends to j only if j's text ends no later than i's, and the other way round, as far as chunks
+tell: a token's text has been read once its chunk ends. Positions that may attend to nothing are not scored.
+
+Source: Zhang et al. 2024, "Dual-Space Knowledge Distillation for Large Language Models", arXiv:2406.17328.
+
+Dimensions: B documents, T student positions, S teacher positions, D and E hidden sizes, N rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.rows import (
+    check_temperatures,
+    chunks_of,
+    frozen,
+    need_head,
+    need_teacher,
+    summed_divergence,
+    take,
+)
+from tokenkit.losses.score import in_dtype, scored_tokens
+from tokenkit.structs import (
+    NO_CONTEXT,
+    Batch,
+    Context,
+    Head,
+    HiddenStates,
+    LossTerm,
+    Side,
+    StateKind,
+    Widths,
+)
+
+Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
+STATES: frozenset[StateKind] = frozenset({"embedded"})
+
+
+@dataclass(frozen=True, slots=True)
+class DskdOptions:
+    """How the two spaces are compared. Checked when built; ValueError names the field."""
+
+    divergence: Divergence = "kl"
+    """Of the student from the teacher in the student's space."""
+    temperature: float = 1.0
+    """T: divides the logits of both sides of the two divergences; not of the cross entropy."""
+    teacher_temperature: float = 1.0
+    """Multiplies T for the teacher's side."""
+    skew: float = 0.1
+    """Mixing share of `skl` and `srkl`, in [0, 1]."""
+    alpha: float = 0.5
+    """Mass left to the tail in `akl`, in [0, 1]."""
+    causal: bool = True
+    """Attend only to text that ends no later than one's own; reads "unconstrained" chunks."""
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Memory for the heads beside results, bytes."""
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(
+                f"unknown divergence {self.divergence!r}: expected one of {', '.join(get_args(Divergence))}"
+            )
+        check_temperatures(self)
+        for name in ("skew", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}")
+
+
+class Projections(nn.Module):
+    """What DSKD trains beside the student: three linear maps between the two spaces."""
+
+    def __init__(self, student: Widths, teacher: Widths):
+        super().__init__()
+        if teacher.embedding != teacher.hidden:
+            raise ValueError(
+                "baseline_dskd adds the teacher's embeddings to its hidden states: their widths must be "
+                f"equal, got {teacher.embedding} and {teacher.hidden}"
+            )
+        self.query = nn.Linear(2 * student.embedding, 2 * teacher.embedding)
+        self.t2s = nn.Linear(teacher.hidden, student.hidden)
+        self.s2t = nn.Linear(student.hidden, teacher.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Who may attend to whom, [B, T − 1, S − 1] bool or broadcast to it, and which positions are scored."""
+
+    to_teacher: Tensor
+    to_student: Tensor
+    student_BT: Tensor
+    """[B, T − 1]: positions whose next token is scored, and that have something to attend to."""
+    teacher_BS: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DskdPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """int64 [3]: scored student targets, those that the teacher in the student's space predicts, scored
+    teacher targets."""
+    key_BSF: Tensor
+    """[B, S − 1, 2E] K."""
+    value_BSE: Tensor
+    """[B, S − 1, E] what t2s projects."""
+    masks: Masks
+    student_N: Tensor
+    """Rows of scored student targets."""
+    is_right_N: Tensor
+    """Places among them where the teacher in the student's space is right."""
+    teacher_N: Tensor
+    """Rows of scored teacher targets."""
+    teacher_NE: Tensor
+    """The teacher's hidden states there."""
+
+
+@torch.no_grad()
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
+) -> DskdPrepared:
+    """Prepare keys and values, and find where the teacher, seen through the student's head, is right."""
+    teacher = need_teacher(teacher, "baseline_dskd")
+    embedded_BTD, head = context.student_embedded_BTD, context.student_head
+    if teacher.embedded_BTD is None or embedded_BTD is None or head is None:
+        raise ValueError(
+            "baseline_dskd needs the input embeddings of both models and the student's head: "
+            "HiddenStates.embedded_BTD, Context.student_embedded_BTD and Context.student_head"
+        )
+    masks = _masks(batch, options.causal)
+    next_BSE = teacher.embedded_BTD[:, 1:]
+    key_BSF = torch.cat([teacher.embedded_BTD[:, :-1], next_BSE], -1)
+    value_BSE = _scaled(teacher.hidden_BTD[:, :-1]) + _scaled(next_BSE)
+    key_BSF = _scaled(key_BSF)
+
+    score_BTS = _scores(embedded_BTD, key_BSF, _modules(context))
+    into_student_BTD = _into_student(score_BTS, value_BSE, masks, _modules(context))
+    student_N, teacher_N = _rows(masks.student_BT), _rows(masks.teacher_BS)
+    dtype = into_student_BTD.dtype
+    scores = linear_logprob(
+        _at(into_student_BTD, student_N),
+        in_dtype(frozen(head), dtype),
+        _targets(batch.student, student_N),
+        workspace_bytes=options.workspace_bytes,
+    )
+    is_right_N = scores.is_top1_N.nonzero()[:, 0]
+    counts = [len(student_N), len(is_right_N), len(teacher_N)]
+    return DskdPrepared(
+        count=torch.tensor(counts, device=student_N.device),
+        key_BSF=key_BSF,
+        value_BSE=value_BSE,
+        masks=masks,
+        student_N=student_N,
+        is_right_N=is_right_N,
+        teacher_N=teacher_N,
+        teacher_NE=take(teacher.hidden_BTD, batch.teacher, teacher_N),
+    )
+
+
+def function(
+    student: HiddenStates,
+    prepared: DskdPrepared,
+    batch: Batch,
+    options: DskdOptions,
+    context: Context = NO_CONTEXT,
+) -> LossTerm:
+    """Return three sums, nats, each times 3, and the number of things in each."""
+    if student.embedded_BTD is None:
+        raise ValueError("baseline_dskd needs the student's input embeddings: HiddenStates.embedded_BTD")
+    modules, masks = _modules(context), prepared.masks
+    score_BTS = _scores(student.embedded_BTD.detach(), prepared.key_BSF, modules)
+    into_student_BTD = _into_student(score_BTS, prepared.value_BSE, masks, modules)
+    into_teacher_BSE = _into_teacher(score_BTS, student.hidden_BTD[:, :-1], masks, modules)
+
+    student_ND = take(student.hidden_BTD, batch.student, prepared.student_N)
+    head = in_dtype(student.head, student_ND.dtype)
+    mirrored_ND = _at(into_student_BTD, prepared.student_N)
+    scores = linear_logprob(
+        mirrored_ND,
+        frozen(head),
+        _targets(batch.student, prepared.student_N),
+        workspace_bytes=options.workspace_bytes,
+    )
+    settings: dict[str, Any] = {
+        "temperature": options.temperature,
+        "teacher_temperature": options.teacher_temperature,
+        "workspace_bytes": options.workspace_bytes,
+    }
+    in_student = summed_divergence(
+        student_ND.index_select(0, prepared.is_right_N),
+        head,
+        mirrored_ND.detach().index_select(0, prepared.is_right_N),
+        frozen(head),
+        options.divergence,
+        skew=options.skew,
+        alpha=options.alpha,
+        **settings,
+    )
+    teacher_head: Head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+    mirrored_NE = _at(into_teacher_BSE, prepared.teacher_N)
+    in_teacher = summed_divergence(
+        mirrored_NE, teacher_head, prepared.teacher_NE, teacher_head, "kl", **settings
+    )
+    terms = (-scores.logp_N.sum(), in_student, in_teacher)
+    return LossTerm(3 * torch.stack([term.to(terms[0].dtype) for term in terms]), prepared.count)
+
+
+def _modules(context: Context) -> Projections:
+    if not isinstance(context.modules, Projections):
+        raise ValueError("baseline_dskd needs its projections: give Context.modules a dskd.Projections")
+    return context.modules
+
+
+def _scaled(state: Tensor) -> Tensor:
+    """Divide by the standard deviation of the whole tensor, or by 1 where nothing varies."""
+    std = state.float().std(correction=0) if state.dtype != torch.float64 else state.std(correction=0)
+    return state / std.where(std > 0, 1).to(state.dtype)
+
+
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Multiply in the type of the states, as autocast would."""
+    return nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+
+
+def _scores(embedded_BTD: Tensor, key_BSF: Tensor, modules: Projections) -> Tensor:
+    """Return [B, T − 1, S − 1] in float32 or better: a softmax follows."""
+    pair_BTD = torch.cat([embedded_BTD[:, :-1], embedded_BTD[:, 1:]], -1).to(key_BSF.dtype)
+    score_BTS = _linear(pair_BTD, modules.query) @ key_BSF.transpose(1, 2)
+    return score_BTS.to(torch.promote_types(score_BTS.dtype, torch.float32)) / math.sqrt(key_BSF.shape[-1])
+
+
+def _into_student(score_BTS: Tensor, value_BSE: Tensor, masks: Masks, modules: Projections) -> Tensor:
+    value_BSD = _linear(value_BSE, modules.t2s)
+    return _attend(score_BTS, masks.to_teacher).to(value_BSD.dtype) @ value_BSD
+
+
+def _into_teacher(score_BTS: Tensor, hidden_BTD: Tensor, masks: Masks, modules: Projections) -> Tensor:
+    value_BTE = _linear(hidden_BTD, modules.s2t)
+    weight_BST = _attend(score_BTS.transpose(1, 2), masks.to_student.transpose(1, 2))
+    return weight_BST.to(value_BTE.dtype) @ value_BTE
+
+
+def _attend(score: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over what the mask allows; uniform where it allows nothing, which is never scored."""
+    return score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(-1)
+
+
+def _masks(batch: Batch, causal: bool) -> Masks:
+    """Scored positions attend to scored positions; causally, to text that they have read."""
+    student_BT, teacher_BS = (scored_tokens(side)[:, 1:] for side in (batch.student, batch.teacher))
+    both = student_BT[:, :, None] & teacher_BS[:, None, :]
+    to_teacher = to_student = both
+    if causal:
+        chunks = chunks_of(batch, "unconstrained")
+        student, teacher = chunks.student_BT[:, :-1], chunks.teacher_BS[:, :-1]
+        read_BT, read_BS = _read(chunks.student_BT)[:, :-1], _read(chunks.teacher_BS)[:, :-1]
+        needs_BT, needs_BS = _needs(student), _needs(teacher)
+        to_teacher = both & (needs_BS[:, None, :] <= read_BT[:, :, None])
+        to_student = both & (needs_BT[:, :, None] <= read_BS[:, None, :])
+    return Masks(to_teacher, to_student, to_teacher.any(2), to_student.any(1))
+
+
+def _read(chunk_BL: Tensor) -> Tensor:
+    """Return the last chunk that has ended by each position, or -1: its last token is there or before."""
+    later_BL = _needs(torch.nn.functional.pad(chunk_BL[:, 1:], (0, 1), value=-1))
+    ended_BL = (chunk_BL >= 0) & (later_BL > chunk_BL)
+    return chunk_BL.long().where(ended_BL, -1).cummax(1).values
+
+
+def _needs(chunk_BL: Tensor) -> Tensor:
+    """Return the chunk that must have ended before a token is read: its own, or the next for one in none."""
+    none = torch.iinfo(torch.int64).max
+    known_BL = chunk_BL.long().where(chunk_BL >= 0, none)
+    return known_BL.flip(1).cummin(1).values.flip(1)
+
+
+def _rows(scored_BT: Tensor) -> Tensor:
+    """Return rows of [B·T, D] for a mask over [B, T − 1]."""
+    return torch.nn.functional.pad(scored_BT, (0, 1)).flatten().nonzero()[:, 0]
+
+
+def _at(state_BTD: Tensor, row_N: Tensor) -> Tensor:
+    """Return rows of [B, T − 1, D] that are numbered as if each row had T positions."""
+    T = state_BTD.shape[1] + 1
+    return state_BTD.flatten(0, 1).index_select(0, row_N - row_N // T)
+
+
+def _targets(side: Side, row_N: Tensor) -> Tensor:
+    return side.ids_BT.flatten()[row_N + 1]
+
+
+LOSS = Loss(
+    prepare,
+    function,
+    DskdOptions,
+    chunks="unconstrained",
+    states=lambda options: STATES,
+    modules=lambda options, student, teacher: Projections(student, teacher),
+)
+
+
+def dskd_loss(
+    student: HiddenStates, teacher: HiddenStates, batch: Batch, projections: Projections, **options: Any
+) -> LossTerm:
+    """Compare both models in each other's space: the drop-in form.
+
+    Args:
+        student: hidden states, head and `embedded_BTD` of the student.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations; with `causal`, their "unconstrained" chunks.
+        projections: the trained maps between the spaces.
+        options: the fields of `DskdOptions`.
+
+    Returns:
+        total and count, [3] each, counts at least 1: the loss is `(total / count).mean()`. Differentiable in
+        the student's hidden states and head and in the projections.
+    """
+    return whole(LOSS, student, teacher, batch, DskdOptions(**options), projections)

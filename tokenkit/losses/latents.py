@@ -1,0 +1,226 @@
+"""Match hidden states: where both models have read the same text, their latents should agree.
+
+At the last token of each aligned chunk, with s the student's latents (projected where widths differ) and t
+the teacher's, mean over channels c:
+
+    l2    (s_c − t_c)² / n,   n = mean of t² over those chunks and all channels; `_channelwise`: of t_c²
+    l1    |s_c − t_c| / n,    n = mean of |t| likewise
+
+Mean over those chunks, then over layers. Of layers, student layer i of L faces teacher layer ⌈i M / L⌉ of M:
+the same relative depth, the last with the last. n is of the micro-batch of this process: it is a scale that
+the teacher alone sets.
+
+Source: Minixhofer et al. 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood
+Matching", arXiv:2503.20083.
+
+Dimensions: N chunks, D student width, E teacher width, J latents that are compared (layers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.rows import RowPairs, chunk_ends, need_teacher, take
+from tokenkit.structs import (
+    NO_CONTEXT,
+    Batch,
+    ChunkKind,
+    Context,
+    HiddenStates,
+    LossTerm,
+    StateKind,
+    Widths,
+)
+
+Align = Literal["last_hidden_state", "all_hidden_states", "qkv"]
+Normalization = Literal["l1", "l2", "l1_channelwise", "l2_channelwise"]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentsOptions:
+    """Which hidden states are compared, and how. Checked when built; ValueError names the field."""
+
+    align: Align = "last_hidden_state"
+    """`last_hidden_state`; `all_hidden_states`: every layer's output; `qkv`: every layer's projections."""
+    normalization: Normalization = "l2_channelwise"
+    """What differences are divided by."""
+    chunks: ChunkKind = "unconstrained"
+    """At the ends of which chunks."""
+    project: bool = False
+    """Train a projection of the student's latents where the widths differ."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("align", get_args(Align)), ("normalization", get_args(Normalization))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(kinds)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class LatentsPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """int64 scalar: chunks."""
+    rows: RowPairs
+    teacher_JNE: tuple[Tensor, ...]
+    """The teacher's latents, as many as the teacher has layers (three times that for qkv)."""
+
+
+@torch.no_grad()
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: LatentsOptions, context: Context = NO_CONTEXT
+) -> LatentsPrepared:
+    """Find the ends of aligned chunks, and keep the teacher's latents there."""
+    teacher = need_teacher(teacher, "alm_latents")
+    rows = chunk_ends(batch, options.chunks)
+    latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
+    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+    return LatentsPrepared(count, rows, tuple(latents))
+
+
+def function(
+    student: HiddenStates,
+    prepared: LatentsPrepared,
+    batch: Batch,
+    options: LatentsOptions,
+    context: Context = NO_CONTEXT,
+) -> LossTerm:
+    """Return the summed distance, in units of the teacher's latents, and the number of chunks."""
+    latents = _latents(student, options, "student")
+    parts = 3 if options.align == "qkv" else 1
+    total = student.hidden_BTD.new_zeros((), dtype=torch.float32)
+    for j, state_BTD in enumerate(latents):
+        layer, part = divmod(j, parts)
+        teacher_layer = facing_layer(layer, len(latents) // parts, len(prepared.teacher_JNE) // parts)
+        teacher_NE = prepared.teacher_JNE[teacher_layer * parts + part]
+        student_ND = take(state_BTD, batch.student, prepared.rows.student_N)
+        total = total + _distance(_project(student_ND, teacher_NE, j, context), teacher_NE, options)
+    return LossTerm(total / len(latents), prepared.count)
+
+
+def facing_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """Return the teacher's layer at the same relative depth; layers count from 0."""
+    return -(-(layer + 1) * teacher_layers // student_layers) - 1
+
+
+def modules(options: LatentsOptions, student: Widths, teacher: Widths) -> nn.Module | None:
+    """Return one projection for each latent whose widths differ, by its number among the student's.
+
+    Raises:
+        ValueError: widths differ and `project` is off.
+    """
+    widths, teacher_widths = _widths(student, options), _widths(teacher, options)
+    parts = 3 if options.align == "qkv" else 1
+    found = {}
+    for j, width in enumerate(widths):
+        layer, part = divmod(j, parts)
+        facing = facing_layer(layer, len(widths) // parts, len(teacher_widths) // parts)
+        wanted = teacher_widths[facing * parts + part]
+        if width != wanted:
+            found[str(j)] = nn.Linear(width, wanted)
+    if found and not options.project:
+        raise ValueError(
+            f"{options.align}: the student's latents are {widths[0]} wide and the teacher's "
+            f"{teacher_widths[0]}: set latents_do_project to train a projection between them"
+        )
+    return nn.ModuleDict(found) if found else None
+
+
+def required_states(options: LatentsOptions) -> frozenset[StateKind]:
+    """Return what both models must collect."""
+    kinds: dict[Align, frozenset[StateKind]] = {
+        "last_hidden_state": frozenset(),
+        "all_hidden_states": frozenset({"layers"}),
+        "qkv": frozenset({"qkv"}),
+    }
+    return kinds[options.align]
+
+
+def _latents(states: HiddenStates, options: LatentsOptions, whose: str) -> list[Tensor]:
+    if options.align == "last_hidden_state":
+        return [states.hidden_BTD]
+    latents = (
+        list(states.layers_BTD)
+        if options.align == "all_hidden_states"
+        else [part for layer in states.qkv for part in layer]
+    )
+    if not latents:
+        raise ValueError(
+            f"{options.align}: the {whose}'s HiddenStates hold none; ask the model to collect "
+            f"{sorted(required_states(options))}"
+        )
+    return latents
+
+
+def _widths(widths: Widths, options: LatentsOptions) -> list[int]:
+    if options.align == "last_hidden_state":
+        return [widths.hidden]
+    if options.align == "all_hidden_states":
+        return [widths.hidden] * widths.layers
+    if widths.qkv is None:
+        raise ValueError(
+            "qkv: the projections of this architecture are not known; align last_hidden_state or "
+            "all_hidden_states instead"
+        )
+    return list(widths.qkv) * widths.layers
+
+
+def _project(student_ND: Tensor, teacher_NE: Tensor, j: int, context: Context) -> Tensor:
+    projections = context.modules
+    if isinstance(projections, nn.ModuleDict) and str(j) in projections:
+        linear: Any = projections[str(j)]
+        return nn.functional.linear(student_ND.to(linear.weight.dtype), linear.weight, linear.bias)
+    if student_ND.shape[1] != teacher_NE.shape[1]:
+        raise ValueError(
+            f"the student's latents are {student_ND.shape[1]} wide and the teacher's {teacher_NE.shape[1]}: "
+            "set latents_do_project, or give modules() to the drop-in form"
+        )
+    return student_ND
+
+
+def _distance(student_NE: Tensor, teacher_NE: Tensor, options: LatentsOptions) -> Tensor:
+    """Return Σ_n mean_c of the normalised differences, in float32 or better."""
+    dtype = torch.promote_types(student_NE.dtype, torch.float32)
+    power = 2 if options.normalization.startswith("l2") else 1
+    size_NE = teacher_NE.to(dtype).abs().pow(power)
+    if not len(size_NE):
+        return student_NE.to(dtype).sum()  # of no element: 0, and a gradient of 0
+    norm = size_NE.mean(0) if options.normalization.endswith("channelwise") else size_NE.mean()
+    # a channel that is 0 throughout has no scale of its own: leave its differences as they are
+    norm = norm.where(norm > 0, 1)
+    return ((student_NE.to(dtype) - teacher_NE.to(dtype)).abs().pow(power) / norm).mean(1).sum()
+
+
+LOSS = Loss(
+    prepare, function, LatentsOptions, chunks="unconstrained", states=required_states, modules=modules
+)
+
+
+def latents_loss(
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    *,
+    modules: nn.Module | None = None,
+    **options: Any,
+) -> LossTerm:
+    """Compare latents at the ends of chunks: the drop-in form.
+
+    Args:
+        student: hidden states of the student, `layers_BTD` or `qkv` among them where they are compared.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations and their chunks.
+        modules: trained projections, from `tokenkit.losses.latents.modules`, where widths differ.
+        options: the fields of `LatentsOptions`.
+
+    Returns:
+        total, differentiable in the student's hidden states and the projections; count, chunks, at least 1.
+    """
+    return whole(LOSS, student, teacher, batch, LatentsOptions(**options), modules)

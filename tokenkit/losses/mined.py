@@ -1,0 +1,137 @@
+"""Knowledge fusion over a mined vocabulary mapping: each student token stands for its nearest teacher token.
+
+    one token on each side     KL(q ‖ p), p over the student's ids, q over the teacher's logits gathered by
+                               the mapping (student id -> teacher id), at the row that predicts the token
+    any other aligned token    cross entropy with that token, which is KL from its one-hot distribution
+
+both at temperature T; the mean is over both kinds of student tokens.
+
+Source: Wan et al. 2024, "Knowledge Fusion of Large Language Models", arXiv:2401.10491 (MinED).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.rows import (
+    RowPairs,
+    aligned_chunks,
+    check_temperatures,
+    chunk_starts,
+    need_head,
+    need_teacher,
+    summed_divergence,
+    take,
+)
+from tokenkit.losses.score import Rows, in_dtype, scored_tokens, select_rows
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MinedOptions:
+    """Which teacher token each student token stands for. Checked when built; ValueError names the field."""
+
+    teacher_index: Tensor
+    """int64 [V]: the teacher's id for each id of the student's vocabulary."""
+    temperature: float = 1.0
+    """T: divides the logits of both models."""
+    teacher_temperature: float = 1.0
+    """Multiplies T for the teacher."""
+    chunks: ChunkKind = "unconstrained"
+    """Which of the batch's chunks."""
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Memory for the heads beside results, bytes."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_index.ndim != 1 or self.teacher_index.dtype != torch.int64:
+            raise ValueError(
+                "teacher_index must hold one int64 teacher id for each student id: got shape "
+                f"{tuple(self.teacher_index.shape)}, {self.teacher_index.dtype}"
+            )
+        check_temperatures(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MinedPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """int64 scalar: student tokens of both kinds."""
+    pairs: RowPairs
+    teacher_NE: Tensor
+    others: Rows
+
+
+@torch.no_grad()
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: MinedOptions, context: Context = NO_CONTEXT
+) -> MinedPrepared:
+    """Find the tokens of both kinds, and keep the teacher's states where they are needed."""
+    teacher = need_teacher(teacher, "baseline_mined")
+    pairs = chunk_starts(batch, options.chunks, one_to_one=True)
+    aligned = aligned_chunks(batch, options.chunks)
+    is_aligned_BT = torch.nn.functional.pad(aligned.valid_BC, (0, 1)).gather(1, aligned.student.slot_BL)
+    other_BT = scored_tokens(batch.student) & is_aligned_BT
+    other_BT.view(-1)[pairs.student_N + 1] = False
+    others = select_rows(batch.student, other_BT)
+    count = torch.tensor(len(pairs.student_N) + len(others.row_N), device=other_BT.device)
+    return MinedPrepared(count, pairs, take(teacher.hidden_BTD, batch.teacher, pairs.teacher_N), others)
+
+
+def function(
+    student: HiddenStates,
+    prepared: MinedPrepared,
+    batch: Batch,
+    options: MinedOptions,
+    context: Context = NO_CONTEXT,
+) -> LossTerm:
+    """Return the sum of divergences and cross entropies, nats, and the number of tokens."""
+    student_ND = take(student.hidden_BTD, batch.student, prepared.pairs.student_N)
+    head = in_dtype(student.head, student_ND.dtype)
+    divergence = summed_divergence(
+        student_ND,
+        head,
+        prepared.teacher_NE,
+        need_head(context.teacher_head, prepared.teacher_NE.dtype),
+        "kl",
+        teacher_index=options.teacher_index.to(student_ND.device),
+        temperature=options.temperature,
+        teacher_temperature=options.teacher_temperature,
+        workspace_bytes=options.workspace_bytes,
+    )
+    other_ND = take(student.hidden_BTD, batch.student, prepared.others.row_N)
+    scores = linear_logprob(
+        other_ND,
+        head,
+        prepared.others.target_N,
+        temperature=options.temperature,
+        workspace_bytes=options.workspace_bytes,
+    )
+    return LossTerm(divergence - scores.logp_N.sum(), prepared.count)
+
+
+LOSS = Loss(prepare, function, MinedOptions, chunks="unconstrained", aliases=("baseline_minED",))
+
+
+def mined_loss(
+    student: HiddenStates, teacher: HiddenStates, batch: Batch, teacher_index: Tensor, **options: Any
+) -> LossTerm:
+    """Compare with the teacher through a mined mapping: the drop-in form.
+
+    Args:
+        student: hidden states and head of the student.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations and their chunks.
+        teacher_index: int64 [V], the teacher's id for each student id; `tokenkit mined-mapping` makes one.
+        options: the other fields of `MinedOptions`.
+
+    Returns:
+        total, nats, differentiable in the student's hidden states and head; count, tokens, at least 1.
+    """
+    return whole(LOSS, student, teacher, batch, MinedOptions(teacher_index, **options))

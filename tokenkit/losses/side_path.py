@@ -1,0 +1,145 @@
+"""The side path of ALM: where both models have read the same text, compare what they expect to come next.
+
+At the last token of each aligned chunk, a distance between the two next-token distributions over pairs of
+tokens that mean the same:
+
+    kl, reverse_kl                  under the whole vocabularies; all unpaired tokens of a side are one
+                                    outcome
+    kl_subset, reverse_kl_subset    both renormalised over the pairs
+    log_abs                         mean over the pairs of |log p − log q|, under the whole vocabularies
+    abs                             sum over the pairs of |p − q|, under the whole vocabularies
+
+Mean over those chunks. q is the teacher's distribution, and no gradient reaches it.
+
+Source: Minixhofer et al. 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood
+Matching", arXiv:2503.20083.
+
+Dimensions: N chunks, P pairs of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
+from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.rows import (
+    RowPairs,
+    check_pairs,
+    chunk_ends,
+    need_head,
+    need_teacher,
+    summed_divergence,
+    take,
+)
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
+
+DISTANCES = {  # name: (kind of `linear_divergence`, unpaired tokens are one outcome)
+    "kl": ("kl", True),
+    "reverse_kl": ("rkl", True),
+    "kl_subset": ("kl", False),
+    "reverse_kl_subset": ("rkl", False),
+    "log_abs": ("log_abs", False),
+    "abs": ("abs", False),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SidePathOptions:
+    """Which tokens are compared, and how. Checked when built; ValueError names the field."""
+
+    student_index: Tensor
+    """int64 [P]: student ids of the pairs."""
+    teacher_index: Tensor
+    """int64 [P]: their partners; `tokenkit.pairing.matching` finds pairs."""
+    distance_fn: str = "kl_subset"
+    """One of `DISTANCES`."""
+    chunks: ChunkKind = "unconstrained"
+    """Which of the batch's chunks."""
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Memory for the heads beside results, bytes."""
+
+    def __post_init__(self) -> None:
+        check_pairs(self.student_index, self.teacher_index)
+        if self.distance_fn not in DISTANCES:
+            raise ValueError(
+                f"unknown distance_fn {self.distance_fn!r}: expected one of {', '.join(DISTANCES)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SidePathPrepared:
+    """What is known before the student runs."""
+
+    count: Tensor
+    """int64 scalar: chunks."""
+    rows: RowPairs
+    teacher_NE: Tensor
+
+
+@torch.no_grad()
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: SidePathOptions, context: Context = NO_CONTEXT
+) -> SidePathPrepared:
+    """Find the ends of aligned chunks, and keep the teacher's states there."""
+    teacher = need_teacher(teacher, "alm_side_path")
+    rows = chunk_ends(batch, options.chunks)
+    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+    return SidePathPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N))
+
+
+def function(
+    student: HiddenStates,
+    prepared: SidePathPrepared,
+    batch: Batch,
+    options: SidePathOptions,
+    context: Context = NO_CONTEXT,
+) -> LossTerm:
+    """Return the summed distance, and the number of chunks."""
+    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
+    kind, rest_as_outcome = DISTANCES[options.distance_fn]
+    total = summed_divergence(
+        student_ND,
+        student.head,
+        prepared.teacher_NE,
+        need_head(context.teacher_head, prepared.teacher_NE.dtype),
+        kind,
+        student_index=options.student_index.to(student_ND.device),
+        teacher_index=options.teacher_index.to(student_ND.device),
+        rest_as_outcome=rest_as_outcome,
+        workspace_bytes=options.workspace_bytes,
+    )
+    if kind == "log_abs":
+        total = total / len(options.student_index)
+    return LossTerm(total, prepared.count)
+
+
+LOSS = Loss(prepare, function, SidePathOptions, chunks="unconstrained")
+
+
+def side_path_loss(
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    student_index: Tensor,
+    teacher_index: Tensor,
+    **options: Any,
+) -> LossTerm:
+    """Compare next-token distributions at the ends of chunks: the drop-in form.
+
+    Args:
+        student: hidden states and head of the student.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations and their chunks.
+        student_index: int64 [P], student ids of the pairs of tokens that mean the same.
+        teacher_index: int64 [P], their partners.
+        options: the other fields of `SidePathOptions`.
+
+    Returns:
+        total, differentiable in the student's hidden states and head; count, chunks, at least 1.
+    """
+    return whole(LOSS, student, teacher, batch, SidePathOptions(student_index, teacher_index, **options))

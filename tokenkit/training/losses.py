@@ -1,0 +1,193 @@
+"""From the configuration to the losses of a run: each one's options, and what it reads of the tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenkit.config import TrainConfig
+from tokenkit.config.errors import blaming_data
+from tokenkit.kernels.projected_divergence import make_projection
+from tokenkit.losses import (
+    AlmOptions,
+    ClmOptions,
+    DskdOptions,
+    GoldOptions,
+    LatentsOptions,
+    Loss,
+    MinedOptions,
+    SidePathOptions,
+    UldOptions,
+    XTokenOptions,
+    resolve,
+)
+from tokenkit.pairing.matching import matching_tokens, projection_entries
+from tokenkit.structs import ChunkKind
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.training.distillation import ActiveLoss
+
+CHUNKS: dict[str, ChunkKind] = {"naive": "unconstrained", "space": "space"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What options are made of."""
+
+    config: TrainConfig
+    student: Tokenizer
+    teacher: Tokenizer
+    device: torch.device
+
+    @property
+    def workspace(self) -> dict[str, Any]:
+        return {"workspace_bytes": self.config.training.loss_workspace_mib * 2**20}
+
+    @property
+    def temperatures(self) -> dict[str, Any]:
+        baseline = self.config.objective.baseline
+        return {"temperature": baseline.kd_temp, "teacher_temperature": baseline.teacher_temperature}
+
+    def pairs(self) -> dict[str, Any]:
+        """Tokens of the same bytes or role."""
+        pairs = matching_tokens(self.student, self.teacher)
+        return {
+            "student_index": torch.from_numpy(pairs.student_P).to(self.device),
+            "teacher_index": torch.from_numpy(pairs.teacher_P).to(self.device),
+        }
+
+    def mapping(self) -> Tensor:
+        """The mined mapping, [V]."""
+        path = self.config.objective.mined_mapping_path
+        assert path is not None, "the configuration was checked"
+        with blaming_data():
+            mapping_V = read_mapping(Path(path), self.student.vocab_size, self.teacher.vocab_size)
+        return mapping_V.to(self.device)
+
+
+def active_losses(
+    config: TrainConfig, student: Tokenizer, teacher: Tokenizer, device: torch.device
+) -> list[ActiveLoss]:
+    """Look the losses up, and give each its options, tensors among them on `device`.
+
+    Raises:
+        ValueError, FileNotFoundError: no such loss, or a mined mapping that cannot be read or does not fit.
+    """
+    source = _Source(config, student, teacher, device)
+    active = []
+    for name in config.objective.losses:
+        loss = resolve(name)
+        make = _MAKERS.get(loss.options, lambda source, loss: loss.options())
+        active.append(ActiveLoss(name, loss, make(source, loss)))
+    return active
+
+
+def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor:
+    """Read a teacher id for each student id.
+
+    Args:
+        path: what `tokenkit mined-mapping` wrote, its folder or mapping.npy; or a .pt file with a tensor.
+        vocab_size: of the student.
+        teacher_vocab_size: of the teacher.
+
+    Returns:
+        int64 [vocab_size].
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the file holds something else, or ids of other tokenizers.
+    """
+    file = path / "mapping.npy" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"mined_mapping_path: {file} does not exist; make it with `tokenkit mined-mapping`"
+        )
+    if file.suffix == ".npy":
+        mapping_V = torch.from_numpy(np.load(file))
+    else:
+        mapping_V = torch.as_tensor(torch.load(file, weights_only=True))
+    if mapping_V.ndim != 1 or mapping_V.is_floating_point() or len(mapping_V) != vocab_size:
+        raise ValueError(
+            f"mined_mapping_path {file} must hold one teacher id for each of the student's {vocab_size} ids: "
+            f"got {mapping_V.dtype} of shape {tuple(mapping_V.shape)}; was it mined for these tokenizers?"
+        )
+    low, high = int(mapping_V.min()), int(mapping_V.max())
+    if low < 0 or high >= teacher_vocab_size:
+        raise ValueError(
+            f"mined_mapping_path {file} must hold ids of the teacher's {teacher_vocab_size}: got {low} to "
+            f"{high}; was it mined for these tokenizers?"
+        )
+    return mapping_V.long()
+
+
+def _alm(source: _Source, loss: Loss) -> AlmOptions:
+    assert loss.chunks is not None
+    return AlmOptions(**source.config.objective.alm.options(loss.chunks), **source.workspace)
+
+
+def _side_path(source: _Source, loss: Loss) -> SidePathOptions:
+    options = source.config.objective.side_path
+    pairs: dict[str, Any]
+    if options.side_path_mapping_mode == "mined":
+        mapping_V = source.mapping()
+        pairs = {"student_index": torch.arange(len(mapping_V)).to(mapping_V), "teacher_index": mapping_V}
+    else:
+        pairs = source.pairs()
+    return SidePathOptions(**pairs, distance_fn=options.side_path_distance_fn, **source.workspace)
+
+
+def _latents(source: _Source, loss: Loss) -> LatentsOptions:
+    options = source.config.objective.latents
+    return LatentsOptions(
+        align=options.latents_to_align,
+        normalization=options.latents_normalization,
+        chunks=CHUNKS[options.latents_chunks],
+        project=options.latents_do_project,
+    )
+
+
+def _dskd(source: _Source, loss: Loss) -> DskdOptions:
+    baseline = source.config.objective.baseline
+    return DskdOptions(
+        divergence=baseline.divergence,
+        skew=baseline.skew_lambda,
+        alpha=baseline.adaptive_kl_alpha,
+        causal=baseline.dskd_use_causal_attention_mask,
+        **source.temperatures,
+        **source.workspace,
+    )
+
+
+def _xtoken(source: _Source, loss: Loss) -> XTokenOptions:
+    entries = projection_entries(source.student, source.teacher)
+    student_M, teacher_M, weight_M = (torch.from_numpy(values_M) for values_M in entries)
+    sizes = (source.student.vocab_size, source.teacher.vocab_size)
+    projection = make_projection(student_M, teacher_M, weight_M, *sizes)
+    return XTokenOptions(projection.to(source.device), **source.temperatures, **source.workspace)
+
+
+def _uld(source: _Source, loss: Loss) -> UldOptions:
+    return UldOptions(temperature=source.config.objective.baseline.kd_temp, **source.workspace)
+
+
+_MAKERS: dict[Any, Callable[[_Source, Loss], Any]] = {
+    ClmOptions: lambda source, loss: ClmOptions(**source.workspace),
+    AlmOptions: _alm,
+    SidePathOptions: _side_path,
+    LatentsOptions: _latents,
+    UldOptions: _uld,
+    MinedOptions: lambda source, loss: MinedOptions(
+        source.mapping(), **source.temperatures, **source.workspace
+    ),
+    DskdOptions: _dskd,
+    GoldOptions: lambda source, loss: GoldOptions(
+        **source.pairs(), **source.temperatures, **source.workspace
+    ),
+    XTokenOptions: _xtoken,
+}
+"""By the class of a loss's options."""
