@@ -131,32 +131,42 @@ def _difference_torch(
     return r.exp() - 1 - r, (1 - r.exp()) / temperature
 
 
-class _Difference(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, kind: str, temperature: float, alpha: float
-    ) -> Tensor:
-        if runs_triton(student) and student.numel():
-            student, teacher = student.contiguous(), teacher.contiguous()
-            value, slope = torch.empty_like(student), torch.empty_like(student)
-            with on_device(student):
-                _difference_kernel[(triton.cdiv(student.numel(), BLOCK_C),)](
-                    teacher, student, value, slope,
-                    student.numel(),
-                    KIND=kind, TEMPERATURE=temperature, ALPHA=alpha, EPSILON=EPS, BLOCK_C=BLOCK_C,
-                )  # fmt: skip
-        else:
-            value, slope = (
-                x.to(student.dtype) for x in _difference_torch(teacher, student, kind, temperature, alpha)
-            )
-        ctx.save_for_backward(slope)
-        return value
+@torch.library.custom_op("tokenkit::alm_difference", mutates_args=())
+def _difference(
+    student: Tensor, teacher: Tensor, kind: str, temperature: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Return the differences and their derivatives in the student."""
+    if runs_triton(student) and student.numel():
+        student, teacher = student.contiguous(), teacher.contiguous()
+        value, slope = torch.empty_like(student), torch.empty_like(student)
+        with on_device(student):
+            _difference_kernel[(triton.cdiv(student.numel(), BLOCK_C),)](
+                teacher, student, value, slope,
+                student.numel(),
+                KIND=kind, TEMPERATURE=temperature, ALPHA=alpha, EPSILON=EPS, BLOCK_C=BLOCK_C,
+            )  # fmt: skip
+        return value, slope
+    value, slope = _difference_torch(teacher, student, kind, temperature, alpha)
+    return value.to(student.dtype), slope.to(student.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return dvalue * slope, None, None, None, None
+
+@_difference.register_fake
+def _(student: Tensor, teacher: Tensor, kind: str, temperature: float, alpha: float) -> tuple[Tensor, Tensor]:
+    return student.new_empty(student.shape), student.new_empty(student.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def _differentiate(ctx: Any, dvalue: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (slope,) = ctx.saved_tensors
+    return dvalue * slope, None, None, None, None
+
+
+_difference.register_autograd(_differentiate, setup_context=_save)
 
 
 def alm_difference(
@@ -185,7 +195,8 @@ def alm_difference(
             "teacher and student must be of one shape and dtype: got "
             f"{tuple(teacher.shape)} {teacher.dtype} and {tuple(student.shape)} {student.dtype}"
         )
-    return _Difference.apply(student, teacher.detach(), kind, float(temperature), float(renyi_alpha))
+    value, _ = _difference(student, teacher.detach(), kind, float(temperature), float(renyi_alpha))
+    return value
 
 
 def check_difference(kind: str, temperature: float, renyi_alpha: float) -> None:

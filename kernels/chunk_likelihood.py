@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels.launch import on_device, runs_triton
 
@@ -71,33 +70,39 @@ def _span_sum_kernel(
     tl.store(total_ptr + offs_c, total, mask=mask)
 
 
-def _span_sum(value_BL: Tensor, spans: Spans) -> Tensor:
+@torch.library.custom_op("tokenkit::span_sum", mutates_args=())
+def _span_sum(value_BL: Tensor, start_BC: Tensor, end_BC: Tensor, slot_BL: Tensor) -> Tensor:
+    """Return [B, C], the sum of each stretch of its row; `slot_BL` is for the backward."""
     B, L = value_BL.shape
-    C = spans.start_BC.shape[1]
+    C = start_BC.shape[1]
     if runs_triton(value_BL) and B * C:
-        total_BC = torch.empty_like(spans.start_BC, dtype=value_BL.dtype)
+        total_BC = torch.empty_like(start_BC, dtype=value_BL.dtype)
         with on_device(value_BL):
             _span_sum_kernel[(triton.cdiv(B * C, BLOCK_C),)](
-                value_BL.contiguous(), spans.start_BC, spans.end_BC, total_BC,
+                value_BL.contiguous(), start_BC, end_BC, total_BC,
                 L, C, B * C, BLOCK_C=BLOCK_C,
             )  # fmt: skip
         return total_BC
     # float64, because differences of a row's running sum would leave float32 with four digits
     running_BL = torch.nn.functional.pad(value_BL.double().cumsum(1), (1, 0))
-    return (running_BL.gather(1, spans.end_BC) - running_BL.gather(1, spans.start_BC)).to(value_BL.dtype)
+    return (running_BL.gather(1, end_BC) - running_BL.gather(1, start_BC)).to(value_BL.dtype)
 
 
-class _SpanSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value_BL: Tensor, spans: Spans) -> Tensor:
-        ctx.save_for_backward(spans.slot_BL)
-        return _span_sum(value_BL, spans)
+@_span_sum.register_fake
+def _(value_BL: Tensor, start_BC: Tensor, end_BC: Tensor, slot_BL: Tensor) -> Tensor:
+    return torch.empty_like(start_BC, dtype=value_BL.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal_BC: Tensor) -> tuple[Tensor, None]:
-        (slot_BL,) = ctx.saved_tensors
-        return torch.nn.functional.pad(dtotal_BC, (0, 1)).gather(1, slot_BL), None
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[3])
+
+
+def _differentiate(ctx: Any, dtotal_BC: Tensor) -> tuple[Tensor, None, None, None]:
+    (slot_BL,) = ctx.saved_tensors
+    return torch.nn.functional.pad(dtotal_BC, (0, 1)).gather(1, slot_BL), None, None, None
+
+
+_span_sum.register_autograd(_differentiate, setup_context=_save)
 
 
 def chunk_likelihood(logp_BL: Tensor, spans: Spans, append_BC: Tensor | None = None) -> Tensor:
@@ -117,7 +122,7 @@ def chunk_likelihood(logp_BL: Tensor, spans: Spans, append_BC: Tensor | None = N
         raise ValueError(
             f"logp_BL must hold one number per token {tuple(spans.slot_BL.shape)}: got {tuple(logp_BL.shape)}"
         )
-    total_BC = _SpanSum.apply(logp_BL, spans).clamp_max(0)
+    total_BC = _span_sum(logp_BL, spans.start_BC, spans.end_BC, spans.slot_BL).clamp_max(0)
     return total_BC if append_BC is None else total_BC + append_BC
 
 
@@ -194,7 +199,8 @@ def _lay_side(slot_BL: Tensor, scored_BL: Tensor, C: int) -> tuple[Spans, Tensor
     """Return spans, whether a slot has tokens and all of them are scored, and how many tokens it has."""
     inside_BL = slot_BL < C
     filled_BL = torch.where(inside_BL, slot_BL, 0).cummax(1).values
-    if not slot_BL.is_cuda and bool((inside_BL & (filled_BL != slot_BL)).any()):
+    waits = slot_BL.is_cuda or torch.compiler.is_compiling()  # looking at the ids would; neither may
+    if not waits and bool((inside_BL & (filled_BL != slot_BL)).any()):
         raise ValueError("chunk ids must rise from left to right within a row: got a row where they fall")
     start_BC, end_BC = _stretches(filled_BL, C)
     tokens_BC = _count(inside_BL, start_BC, end_BC)

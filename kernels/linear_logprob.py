@@ -168,11 +168,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden_ND, weight_VD, bias_V, target_N, subset, ctx.numbers, ctx.words = inputs
     ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, *output[4:], *subset)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2], *output[4:])
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    if any(x is not None for x in upstream[4:]):
-        raise RuntimeError("linear_logprob cannot be differentiated twice")
     hidden_ND, weight_VD, bias_V, target_N, sums_5N, kept, shift, *subset = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     found = _backward_operation(
