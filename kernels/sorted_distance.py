@@ -109,7 +109,8 @@ def _(
         return [value, *_like(student_ND, weight_VD, bias_V, needs, dtype)]
     if mode == "tables":
         sign_NB = row_N.new_empty((row_N.shape[0], tile.BINS), dtype=torch.int8)
-        return [value, row_N, torch.empty_like(row_N, dtype=torch.float32), torch.empty_like(row_N), sign_NB]
+        foot_N = torch.empty_like(row_N, dtype=torch.float32)
+        return [value, row_N, torch.empty_like(row_N), foot_N, torch.empty_like(row_N), sign_NB]
     return [value]
 
 

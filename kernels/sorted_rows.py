@@ -80,13 +80,13 @@ class Side:
             z_NV.mul_(self.alpha)
         return z_NV if self.cap is None else z_NV.div_(self.cap).tanh_().mul_(self.cap)
 
-    def statistics(self, z_NV: Tensor, name: str, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the log of the largest probability of each row, and the log-sum-exp, over all ranks."""
+    def softmax(self, z_NV: Tensor, name: str, rows: slice) -> tile.Softmax:
+        """Return what makes probabilities of these rows, over all ranks."""
         here_N, sum_N = tile.row_statistics(z_NV)
         max_N = reduce_max(here_N.clone(), self.head)
-        lse_N = max_N + reduce_sum(sum_N * torch.exp(here_N - max_N), self.head).log()
-        _check_finite(name, lse_N, rows)
-        return max_N - lse_N, lse_N
+        sum_N = reduce_sum(sum_N * torch.exp(here_N - max_N), self.head)
+        _check_finite(name, sum_N, rows)
+        return tile.Softmax(max_N, sum_N.reciprocal_())
 
 
 class Gradients:
@@ -137,36 +137,38 @@ def run(student: Side, teacher: Side, row_weight_N: Tensor | None, options: Opti
     check_cover(teacher.head, device)
     forms, tables = options.mode == "formed", options.mode == "tables"
     value_N = torch.empty(N, dtype=student.dtype, device=device)
-    kept = [torch.empty(N, dtype=x, device=device) for x in (student.dtype, torch.float32, student.dtype)]
-    kept.append(torch.empty((N, tile.BINS), dtype=torch.int8, device=device))
+    kept = []
+    if tables:
+        dtypes = (student.dtype, student.dtype, torch.float32, student.dtype)
+        kept = [torch.empty(N, dtype=dtype, device=device) for dtype in dtypes]
+        kept.append(torch.empty((N, tile.BINS), dtype=torch.int8, device=device))
     gradients = Gradients(student, options.needs if forms else "")
     factor_N = torch.ones_like(value_N) if row_weight_N is None else row_weight_N.to(student.dtype)
     row_bytes = _row_bytes(student, teacher, gradients, options.exact)
     for rows in chunks(N, row_bytes, _workspace(student, options.workspace_bytes)):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
-        max_N, lse_N = student.statistics(z_NV, "student_ND", rows)
-        teacher_max_N, teacher_lse_N = teacher.statistics(z_NW, "teacher_NE", rows)
+        softmax = student.softmax(z_NV, "student_ND", rows)
+        teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
         factor = factor_N[rows] * student.alpha
         if options.exact:
-            sign_NV = _sort(z_NV.sub_(lse_N[:, None]), z_NW.sub_(teacher_lse_N[:, None]), value_N[rows])
+            p_NV, sign_NV = _sort(z_NV, softmax, z_NW, teacher_softmax, value_N[rows])
             if forms:
-                dz_NV = _dlogits_exact(z_NV, lse_N, sign_NV, factor, student.cap)
+                dz_NV = _dlogits_exact(z_NV, p_NV, sign_NV, factor, student.cap)
                 gradients.add(dz_NV.to(gradients.low), rows)
             continue
-        foot_N = tile.foot(torch.maximum(max_N, teacher_max_N))
-        own = tile.histogram(z_NV, lse_N, foot_N)
+        foot_N = tile.foot(torch.maximum(softmax.inverse_N, teacher_softmax.inverse_N))
+        own = tile.histogram(z_NV, softmax, foot_N)
         everyones = own if student.head.shard is None else reduce_sum(own.clone(), student.head)
-        difference = reduce_sum(tile.histogram(z_NW, teacher_lse_N, foot_N), teacher.head)
+        difference = reduce_sum(tile.histogram(z_NW, teacher_softmax, foot_N), teacher.head)
         difference.neg_().add_(everyones)
         value_N[rows], sign_NB, mean_N = tile.merge(own, difference, foot_N, student.dtype)
-        mean_N = reduce_sum(mean_N, student.head)
+        row = tile.RowFactors(*softmax, foot_N, reduce_sum(mean_N, student.head), factor)
         if forms:
             dz_NV = gradients.room(z_NV)
-            row = tile.RowFactors(lse_N, foot_N, mean_N, factor)
             tile.dlogits(z_NV, row, sign_NB, student.cap, dz_NV)
             gradients.add(dz_NV, rows)
         elif tables:
-            for whole, part in zip(kept, (lse_N, foot_N, mean_N, sign_NB), strict=True):
+            for whole, part in zip(kept, (*row[:4], sign_NB), strict=True):
                 whole[rows] = part
     value = value_N if row_weight_N is None else (factor_N * value_N).sum()
     return [value, *gradients.results()] if forms else [value, *kept] if tables else [value]
@@ -178,11 +180,11 @@ def run_bounds(student: Side, teacher: Side, workspace_bytes: int) -> Tensor:
     row_bytes = _row_bytes(student, teacher, Gradients(student, ""), False)
     for rows in chunks(len(bound_N), row_bytes, _workspace(student, workspace_bytes)):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
-        max_N, lse_N = student.statistics(z_NV, "student_ND", rows)
-        teacher_max_N, teacher_lse_N = teacher.statistics(z_NW, "teacher_NE", rows)
-        foot_N = tile.foot(torch.maximum(max_N, teacher_max_N))
-        own = tile.histogram(z_NV, lse_N, foot_N)
-        theirs = tile.histogram(z_NW, teacher_lse_N, foot_N)
+        softmax = student.softmax(z_NV, "student_ND", rows)
+        teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
+        foot_N = tile.foot(torch.maximum(softmax.inverse_N, teacher_softmax.inverse_N))
+        own = tile.histogram(z_NV, softmax, foot_N)
+        theirs = tile.histogram(z_NW, teacher_softmax, foot_N)
         bound_N[rows] = tile.bound(own, theirs, foot_N, student.dtype)
     return bound_N
 
@@ -200,34 +202,37 @@ def _row_bytes(student: Side, teacher: Side, gradients: Gradients, exact: bool) 
     return both_bytes + HISTOGRAM_BYTES + low_bytes
 
 
-def _sort(logp_NV: Tensor, logp_NW: Tensor, value_N: Tensor) -> Tensor:
-    """Write the distance of each row, and return ∂value / ∂p. Equal ranks pull nothing."""
-    logp_NV, order_NV = logp_NV.sort(stable=True, dim=1, descending=True)
-    p_NV, q_NW = logp_NV.exp_(), logp_NW.sort(1, descending=True).values.exp_()
+def _sort(
+    z_NV: Tensor, softmax: tile.Softmax, z_NW: Tensor, teacher_softmax: tile.Softmax, value_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the distance of each row; return p and ∂value / ∂p. Equal ranks pull nothing."""
+    p_NV = (z_NV - softmax.max_N[:, None]).exp_().mul_(softmax.inverse_N[:, None])
+    q_NW = z_NW.sub_(teacher_softmax.max_N[:, None]).exp_().mul_(teacher_softmax.inverse_N[:, None])
+    sorted_NV, order_NV = p_NV.sort(stable=True, dim=1, descending=True)
+    q_NW = q_NW.sort(dim=1, descending=True).values
     V, W = p_NV.shape[1], q_NW.shape[1]
     shared = min(V, W)
-    p_NV[:, :shared] -= q_NW[:, :shared]
-    torch.sum(p_NV.abs(), 1, out=value_N)
+    sorted_NV[:, :shared] -= q_NW[:, :shared]
+    torch.sum(sorted_NV.abs(), 1, out=value_N)
     if W > V:
         value_N += q_NW[:, V:].sum(1)
-    return torch.empty_like(p_NV).scatter_(1, order_NV, p_NV.sign_())
+    return p_NV, torch.empty_like(p_NV).scatter_(1, order_NV, sorted_NV.sign_())
 
 
 def _dlogits_exact(
-    logp_NV: Tensor, lse_N: Tensor, sign_NV: Tensor, factor_N: Tensor, cap: float | None
+    z_NV: Tensor, p_NV: Tensor, sign_NV: Tensor, factor_N: Tensor, cap: float | None
 ) -> Tensor:
-    """Return p (sign − Σ p sign) factor slope, over logp_NV."""
-    slope_NV = None if cap is None else 1 - ((logp_NV + lse_N[:, None]) / cap).square()
-    p_NV = logp_NV.exp_()
+    """Return p (sign − Σ p sign) factor (1 − (z / cap)²), over p."""
     mean_N = (p_NV * sign_NV).sum(1, keepdim=True)
     dz_NV = p_NV.mul_(sign_NV.sub_(mean_N)).mul_(factor_N[:, None])
-    return dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
+    return dz_NV if cap is None else dz_NV.mul_(1 - z_NV.div_(cap).square_())
 
 
 def run_backward(student: Side, factor_N: Tensor, tables: list[Tensor], options: Options) -> list[Tensor]:
     """Return the gradients of mode `tables`: the vocabulary in tiles, every dW one product over all rows."""
-    lse_N, foot_N, mean_N, sign_NB = tables
-    row = tile.RowFactors(lse_N, foot_N, mean_N, factor_N.to(student.dtype) * student.alpha)
+    max_N, inverse_N, foot_N, mean_N, sign_NB = tables
+    factor_N = factor_N.to(student.dtype) * student.alpha
+    row = tile.RowFactors(max_N, inverse_N, foot_N, mean_N, factor_N)
     gradients = Gradients(student, options.needs.replace("w", "").replace("b", ""))
     head, N = student.head, len(student.hidden_ND)
     dweight_VD = torch.zeros_like(head.weight_VD) if "w" in options.needs else None
@@ -255,10 +260,10 @@ def run_backward(student: Side, factor_N: Tensor, tables: list[Tensor], options:
     return [*gradients.results(), *(x for x in results.values() if x is not None)]
 
 
-def _check_finite(name: str, lse_N: Tensor, rows: slice) -> None:
-    finite_N = torch.isfinite(lse_N)
+def _check_finite(name: str, sum_N: Tensor, rows: slice) -> None:
+    finite_N = torch.isfinite(sum_N)
     words = f"{name} and its head must give finite logits"
-    if lse_N.is_cuda:
+    if sum_N.is_cuda:
         torch._assert_async(finite_N.all(), words)
     elif not bool(finite_N.all()):
         row = rows.start + int((~finite_N).nonzero()[0])

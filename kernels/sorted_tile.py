@@ -35,7 +35,9 @@ COUNT = 40  # a packed number is count · 2^40 + Σ fraction; 2^18 ids · 2^17 s
 FINE_FRACTION = 40  # float64: fractions in steps of 2^-40 of a bin, in a plane of their own
 
 BLOCK_V = 4096  # logits of one step of a program
+HISTOGRAM_BLOCK_V = 2048  # in pairs of a bin and an int64, more would not fit the registers
 BLOCK_B = 4096  # a power of two that holds every bin
+MERGE_WARPS = 16
 PIECE = 1 << 16  # numbers that a CPU turns at once: int32 and float32 of them stay in its second-level cache
 MERGE_ROWS = 16  # histograms that a CPU merges at once, for the same reason
 
@@ -47,10 +49,22 @@ _HALF_COUNT = tl.constexpr(1 << COUNT - 1)
 _ONE_BIN = tl.constexpr(1 << FRACTION)
 
 
+class Softmax(NamedTuple):
+    """What makes probabilities of a row's logits: p = exp(z − max) · inverse.
+
+    Nearer the truth than exp(z − lse), which rounds at the size of the log-sum-exp.
+    """
+
+    max_N: Tensor
+    inverse_N: Tensor
+    """1 / Σ exp(z − max): also the largest p."""
+
+
 class RowFactors(NamedTuple):
     """What `dlogits` must know of each row."""
 
-    lse_N: Tensor
+    max_N: Tensor
+    inverse_N: Tensor
     foot_N: Tensor
     """float32, from `foot`."""
     mean_N: Tensor
@@ -91,13 +105,18 @@ def _statistics_kernel(z_ptr, max_ptr, sum_ptr, V, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _histogram_kernel(z_ptr, lse_ptr, foot_ptr, bins_ptr, V, BINS, BLOCK_V: tl.constexpr):
+def _histogram_kernel(
+    z_ptr, max_ptr, inverse_ptr, foot_ptr, bins_ptr,
+    V, BINS,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """One program per row and stretch of V: add its probabilities to the row's bins."""
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs_v < V
     z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=float("-inf"))
-    code = _code(tl.exp(z - tl.load(lse_ptr + n)), tl.load(foot_ptr + n))
+    p = tl.exp(z - tl.load(max_ptr + n)) * tl.load(inverse_ptr + n)
+    code = _code(p, tl.load(foot_ptr + n))
     bins = code >> _FRACTION
     one = (code & (_ONE_BIN - 1)).to(tl.int64) + _ONE_COUNT
     # in a peaked row nearly all ids share the first bin: thousands of atomics on one address
@@ -138,7 +157,7 @@ def _merge_kernel(
 
 @triton.jit
 def _dlogits_kernel(
-    z_ptr, lse_ptr, foot_ptr, mean_ptr, factor_ptr, sign_ptr, dz_ptr,
+    z_ptr, max_ptr, inverse_ptr, foot_ptr, mean_ptr, factor_ptr, sign_ptr, dz_ptr,
     V, BINS,
     cap,
     HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -148,7 +167,7 @@ def _dlogits_kernel(
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs_v < V
     z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=0.0)
-    p = tl.exp(z - tl.load(lse_ptr + n))
+    p = tl.exp(z - tl.load(max_ptr + n)) * tl.load(inverse_ptr + n)
     bins = _code(p, tl.load(foot_ptr + n)) >> _FRACTION
     sign = tl.load(sign_ptr + n * BINS + bins, mask=mask, other=0).to(tl.float32)
     dz = p * (sign - tl.load(mean_ptr + n)) * tl.load(factor_ptr + n)
@@ -175,13 +194,14 @@ def row_statistics(z_NV: Tensor) -> tuple[Tensor, Tensor]:
     return max_N, sum_N
 
 
-def foot(logp_max_N: Tensor) -> Tensor:
+def foot(largest_N: Tensor) -> Tensor:
     """Return 2⁻²⁴ of the power of two at or above the largest probability of each row, float32."""
-    exponent_N = torch.ceil(logp_max_N * 1.4426950408889634).to(torch.int32)
-    return (exponent_N - (COARSE_OCTAVES + FINE_OCTAVES) + 127 << OCTAVE).view(torch.float32)
+    bits_N = largest_N.float().view(torch.int32)
+    exponent_N = (bits_N + (1 << OCTAVE) - 1) >> OCTAVE  # rounded up: the mantissa's bits carry
+    return (exponent_N - (COARSE_OCTAVES + FINE_OCTAVES) << OCTAVE).view(torch.float32)
 
 
-def histogram(z_NV: Tensor, lse_N: Tensor, foot_N: Tensor) -> Tensor:
+def histogram(z_NV: Tensor, softmax: Softmax, foot_N: Tensor) -> Tensor:
     """Return [planes, N, BINS] int64; sums and differences of such tensors are those of what they count.
 
     float32 has one plane, count · 2^COUNT + Σ fraction in steps of 2^-FRACTION of a bin; float64 has the
@@ -193,12 +213,12 @@ def histogram(z_NV: Tensor, lse_N: Tensor, foot_N: Tensor) -> Tensor:
         return bins
     if runs_triton(z_NV):
         with on_device(z_NV):
-            grid = (N, triton.cdiv(V, BLOCK_V))
-            _histogram_kernel[grid](z_NV, lse_N, foot_N, bins, V, BINS, BLOCK_V=BLOCK_V)
+            grid = (N, triton.cdiv(V, HISTOGRAM_BLOCK_V))
+            _histogram_kernel[grid](z_NV, *softmax, foot_N, bins, V, BINS, BLOCK_V=HISTOGRAM_BLOCK_V)
         return bins
     work = _Work(z_NV)
     for rows in _pieces(N, V):
-        p_NV = torch.sub(z_NV[rows], lse_N[rows, None], out=work.floats(rows)).exp_()
+        p_NV = _probabilities(z_NV[rows], softmax, rows, work.floats(rows))
         code_NV = _codes(p_NV, foot_N[rows], work.codes(rows))
         fraction_NV = work.fractions(rows)
         into = [bins[plane, rows].view(-1) for plane in range(len(bins))]
@@ -233,7 +253,15 @@ def merge(own: Tensor, difference: Tensor, foot_N: Tensor, dtype: torch.dtype) -
     if runs_triton(value_N):
         with on_device(value_N):
             _merge_kernel[(N,)](
-                own, difference, foot_N, value_N, sign_NB, mean_N, BINS, BLOCK_B=BLOCK_B, num_warps=8
+                own,
+                difference,
+                foot_N,
+                value_N,
+                sign_NB,
+                mean_N,
+                BINS,
+                BLOCK_B=BLOCK_B,
+                num_warps=MERGE_WARPS,
             )
         return value_N, sign_NB, mean_N
     for start in range(0, N, MERGE_ROWS):
@@ -262,7 +290,8 @@ def bound(own: Tensor, theirs: Tensor, foot_N: Tensor, dtype: torch.dtype) -> Te
     least_NB = (theirs_NB - above_NB).clamp_min(0).to(dtype)
     known_NB = excess_NB.abs() * torch.where(excess_NB > 0, least_NB, most_NB)
     hidden_NB = (most_NB * least_NB - known_NB).clamp_min(0) / (most_NB + least_NB).clamp_min(1)
-    return 2 * (hidden_NB * width_NB).sum(1)
+    alone_NB = (above_NB == 0) & (own_NB <= 1) & (theirs_NB <= 1)  # whichever is larger, D has one sign
+    return 2 * (hidden_NB * width_NB).masked_fill(alone_NB, 0).sum(1)
 
 
 def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, dz_NV: Tensor) -> None:
@@ -278,7 +307,7 @@ def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, d
         return
     work = _Work(z_NV)
     for rows in _pieces(N, V):
-        p_NV = torch.sub(z_NV[rows], row.lse_N[rows, None], out=work.floats(rows)).exp_()
+        p_NV = _probabilities(z_NV[rows], Softmax(row.max_N, row.inverse_N), rows, work.floats(rows))
         bin_NV = _codes(p_NV, row.foot_N[rows], work.codes(rows)).bitwise_right_shift_(FRACTION)
         bin_NV.add_(_row_offset(p_NV))
         table_NB = (sign_NB[rows].to(p_NV.dtype) - row.mean_N[rows, None]).mul_(row.factor_N[rows, None])
@@ -294,6 +323,11 @@ def edges(foot_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     code_B = torch.where(fine_B < 0, code_B, code_B - fine_B + (fine_B >> 2))
     edge_NB = (foot_N.view(torch.int32)[:, None] + code_B).view(torch.float32).to(dtype)
     return edge_NB[:, :-1].contiguous(), edge_NB.diff(dim=1)
+
+
+def _probabilities(z_NV: Tensor, softmax: Softmax, rows: slice, out: Tensor) -> Tensor:
+    torch.sub(z_NV, softmax.max_N[rows, None], out=out)
+    return out.exp_().mul_(softmax.inverse_N[rows, None])
 
 
 def _codes(p_NV: Tensor, foot_N: Tensor, out: Tensor) -> Tensor:

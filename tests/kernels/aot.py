@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tokenkit.kernels import alm_difference, chunk_likelihood, logprob_tile
+from tokenkit.kernels import alm_difference, chunk_likelihood, logprob_tile, sorted_tile
 
 ARCHITECTURES = (80, 90, 100)
 F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
@@ -76,6 +76,23 @@ def launches():
         options = {"KIND": kind, "TEMPERATURE": 100.0, "ALPHA": 0.5, "EPSILON": alm_difference.EPS}
         options["BLOCK_C"] = alm_difference.BLOCK_C
         yield f"difference {kind}", alm_difference._difference_kernel, (F32, F32, F32, F32, 16384), options
+
+    yield from sorted_launches()
+
+
+def sorted_launches():
+    """Yield what `sorted_distance` launches."""
+    V, bins, block = 128_256, sorted_tile.BINS, {"BLOCK_V": sorted_tile.BLOCK_V}
+    yield "sorted statistics", sorted_tile._statistics_kernel, (F32, F32, F32, V), block
+    histogram = (F32, F32, F32, F32, I64, V, bins)
+    options = {"BLOCK_V": sorted_tile.HISTOGRAM_BLOCK_V}
+    yield "sorted histogram", sorted_tile._histogram_kernel, histogram, options
+    merge = (I64, I64, F32, F32, torch.int8, F32, bins)
+    options = {"BLOCK_B": sorted_tile.BLOCK_B, "num_warps": sorted_tile.MERGE_WARPS}
+    yield "sorted merge", sorted_tile._merge_kernel, merge, options
+    for name, cap in (("", False), (" softcap", True)):
+        arguments = (F32, F32, F32, F32, F32, F32, torch.int8, BF16, V, bins, 1.0)
+        yield f"sorted dlogits{name}", sorted_tile._dlogits_kernel, arguments, block | {"HAS_CAP": cap}
 
 
 def resources(compiled):

@@ -24,7 +24,7 @@ def records(tmp_path_factory):
 
 def test_every_kernel_compiles_for_every_architecture(records):
     kernels = {record["kernel"].split()[0] for record in records}
-    assert kernels == {"fold", "dlogits", "rescale", "span_sum", "difference"}
+    assert kernels == {"fold", "dlogits", "rescale", "span_sum", "difference", "sorted"}
     assert {record["sm"] for record in records} == set(SHARED_BYTES)
 
 

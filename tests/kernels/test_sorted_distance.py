@@ -1,0 +1,468 @@
+"""sorted_distance against its definition by sorting, binned and exact, with torch's and Triton's epilogues.
+
+Where `error_bound` is 0 the bins are exact, so values and gradients must be those of the sort; elsewhere the
+value must lie between the sort's and the bound.
+
+Faults tried, each caught by a test here: the last columns of a row dropped from its histogram, or from its
+maximum; the sum of exp not rescaled when the maximum rises; a bin's count taken with those above it; the
+first bin's ids counted twice; the fine octaves' slope forgotten in the gradient's lookup; the sign of the bin
+above; Σ p·sign left out, or taken over the teacher; the softcap's slope dropped; α dropped from the gradient;
+padding rows counted; upstream gradient or row weight ignored; the longer teacher's tail not summed; signs
+not put back in the order before the sort; the second chunk's rows written over the first's; dW of the last
+chunk alone; zeros of the shorter vocabulary counted as ids.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.budget import assert_within_budget
+from tokenkit.kernels import sorted_distance as module
+from tokenkit.kernels import sorted_rows, sorted_tile
+from tokenkit.kernels.reference import sorted_distance as reference
+from tokenkit.kernels.sorted_distance import error_bound, sorted_distance
+from tokenkit.structs import Head
+
+THREE_ROWS = 3 * (sorted_rows.HISTOGRAM_BYTES + 1000)  # a workspace that cuts 7 rows in three chunks
+SHAPES = [
+    (1, 1, 1, 1),  # nothing to sort
+    (7, 33, 49, 6),  # odd everywhere; the teacher's vocabulary is the larger
+    (9, 48, 32, 8),  # exact multiples; the student's is the larger
+]
+NAMES = ("value", "dhidden", "dweight", "dbias")
+VECTORS = Path(
+    os.environ.get("TOKENKIT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors" / "losses.npz")
+)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Programs of 16 columns, CPU pieces of three rows, histograms merged by twos."""
+    monkeypatch.setattr(sorted_rows, "COLUMNS", (16, 16))
+    for name, value in {"BLOCK_V": 16, "HISTOGRAM_BLOCK_V": 8, "PIECE": 100, "MERGE_ROWS": 2}.items():
+        monkeypatch.setattr(sorted_tile, name, value)
+
+
+def make(N, V, W, D, device, *, scale=1.0, bias=True):
+    """Return student hidden, weight, bias, teacher hidden, weight, bias, and unequal upstream gradients.
+
+    All are multiples of 1/64, so products of float32 are exact: what is measured is what comes after them.
+    """
+
+    def states(*shape, size=1.0):
+        return (64 * size * torch.randn(*shape, device=device)).round() / 64
+
+    E = D + 1
+    student = states(N, D), states(V, D, size=scale / D**0.5), states(V) if bias else None
+    teacher = states(N, E), states(W, E, size=scale / E**0.5), states(W) if bias else None
+    return *student, *teacher, torch.rand(N, device=device) + 0.5
+
+
+def run(function, dtype, inputs, mode="tables", heads=({}, {}), **options):
+    """Return the results by NAMES of `function` on copies of the inputs in `dtype`."""
+    *tensors, upstream_N = inputs
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias = (
+        None if x is None else x.detach().to(dtype) for x in tensors
+    )
+    hidden.requires_grad_()
+    for x in (weight, bias):
+        if x is not None:
+            x.requires_grad_(mode != "frozen")
+    head, teacher_head = Head(weight, bias, **heads[0]), Head(teacher_weight, teacher_bias, **heads[1])
+    if mode == "formed":
+        value = function(hidden, head, teacher, teacher_head, row_weight_N=upstream_N.to(dtype), **options)
+        (3 * value).backward()
+    else:
+        value = function(hidden, head, teacher, teacher_head, **options)
+        value.backward(3 * upstream_N.to(value.dtype))
+    results = (value.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad)
+    return {name: x for name, x in zip(NAMES, results, strict=True) if x is not None}
+
+
+def bound(inputs, heads=({}, {}), **options):
+    """Return the error bound of each row in float64."""
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias = (
+        None if x is None else x.detach().double() for x in inputs[:-1]
+    )
+    head, teacher_head = Head(weight, bias, **heads[0]), Head(teacher_weight, teacher_bias, **heads[1])
+    return error_bound(hidden, head, teacher, teacher_head, **options)
+
+
+def certain(inputs, heads=({}, {}), **options):
+    """Say in which rows the bins hide nothing in float64: their values and gradients must be the sort's."""
+    inputs = [*inputs[:-1], torch.ones_like(inputs[-1])]
+    binned, truth = (
+        run(function, torch.float64, inputs, "frozen", heads, **options)
+        for function in (sorted_distance, reference.sorted_distance)
+    )
+    error_N = (binned["dhidden"] - truth["dhidden"]).abs().amax(1)
+    return (bound(inputs, heads, **options) < 1e-7) & (error_N <= 1e-8)
+
+
+def assert_like_eager(dtype, inputs, mode, *, exact=False, heads=({}, {}), **options):
+    workspace = {"workspace_bytes": options.pop("workspace_bytes")} if "workspace_bytes" in options else {}
+    rounded = [None if x is None else x.to(dtype) for x in inputs[:-1]]
+    upstream_N = inputs[-1]
+    if not exact:  # rows that the bins cannot tell apart count for nothing
+        upstream_N = upstream_N * certain([*rounded, upstream_N], heads, **options)
+        assert upstream_N.any()
+    rounded.append(upstream_N)
+    kernel = run(sorted_distance, dtype, rounded, mode, heads, exact=exact, **options, **workspace)
+    eager = run(reference.sorted_distance, dtype, rounded, mode, heads, **options)
+    truth = run(reference.sorted_distance, torch.float64, rounded, mode, heads, **options)
+    assert kernel.keys() == truth.keys()
+    for name, value in truth.items():
+        if name == "value" and not exact and mode != "formed":
+            kept = upstream_N > 0
+            assert_within_budget(name, kernel[name][kept], eager[name][kept], value[kept])
+        else:
+            assert_within_budget(name, kernel[name], eager[name], value)
+
+
+MODES = pytest.mark.parametrize("mode", ["tables", "formed", "frozen"])
+EXACT = pytest.mark.parametrize("exact", [False, True], ids=["binned", "exact"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("N", "V", "W", "D"), SHAPES)
+@MODES
+@EXACT
+def test_matches_float64(exact, mode, N, V, W, D, dtype, scale, executor, device):
+    inputs = make(N, V, W, D, device, scale=scale)
+    assert_like_eager(dtype, inputs, mode, exact=exact, workspace_bytes=THREE_ROWS)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        ({"softcap": 4.0, "scale": 1.7}, {"softcap": 3.0, "scale": 0.6}),
+        ({"vocab_size": 30}, {"vocab_size": 41}),
+    ],
+    ids=["softcap", "padded"],
+)
+@MODES
+@EXACT
+def test_head_options_reach_values_and_gradients(exact, mode, heads, executor, device):
+    inputs = make(7, 33, 49, 6, device)
+    assert_like_eager(torch.float32, inputs, mode, exact=exact, heads=heads, temperature=0.6)
+
+
+@pytest.mark.skipif(not VECTORS.is_file(), reason="reference values are absent: set TOKENKIT_VECTORS")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@MODES
+@EXACT
+def test_reference_values(exact, mode, dtype, executor, device, monkeypatch):
+    monkeypatch.setattr(sorted_tile, "BLOCK_V", 64)
+    monkeypatch.setattr(sorted_tile, "HISTOGRAM_BLOCK_V", 128)
+    values = dict(np.load(VECTORS))
+    rows = values["uld_per_row"].shape[1]
+    student, teacher = (
+        torch.tensor(values[f"{x}_hidden"])[:, :rows].flatten(0, 1) for x in ("student", "teacher")
+    )
+    weight, teacher_weight = (torch.tensor(values[f"{x}_weight"]) for x in ("student", "teacher"))
+    upstream = torch.ones(len(student)) / 3
+    inputs = [student, weight, None, teacher, teacher_weight, None, upstream]
+    inputs = [None if x is None else x.to(device) for x in inputs]
+    result = run(sorted_distance, dtype, inputs, mode, exact=exact)
+    truth = torch.tensor(values["uld_per_row"]).flatten().to(device)
+    gradient = torch.tensor(values["uld_dh"])[:, :rows].flatten(0, 1).to(device)
+    known = certain(inputs)
+    if mode == "formed":
+        slack = 0 if exact else bound(inputs).sum().item() / 3
+        torch.testing.assert_close(result["value"].double(), truth.sum() / 3, rtol=1e-6, atol=1e-6 + slack)
+    else:
+        error = truth - result["value"]
+        assert (error.abs() <= 1e-5).all()
+        assert (error[known].abs() <= 1e-6).all()
+    rows_to_check = torch.ones_like(known) if exact else known
+    assert rows_to_check.sum() > 20
+    error = (result["dhidden"].double() - gradient)[rows_to_check].abs().max()
+    assert error <= 1e-5 * gradient.abs().max()
+
+
+@st.composite
+def two_models(draw):
+    """Logits of two vocabularies: flat or peaked, apart or nearly equal."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    V, W = draw(st.integers(1, 300)), draw(st.integers(1, 300))
+    scale = draw(st.sampled_from([0.1, 1.0, 4.0, 30.0]))
+    student = scale * torch.randn(V, generator=generator, dtype=torch.float64)
+    teacher = scale * torch.randn(W, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):
+        n = min(V, W)
+        teacher[:n] = student[:n] + draw(st.sampled_from([0.0, 1e-3, 0.1])) * teacher[:n]
+    return student, teacher
+
+
+def of_logits(function, student, teacher, dtype=torch.float64, **options):
+    """Call with heads that are the logits themselves."""
+    one = torch.ones(1, 1, dtype=dtype)
+    return function(one, Head(student[:, None].to(dtype)), one, Head(teacher[:, None].to(dtype)), **options)
+
+
+@given(two_models())
+def test_the_value_is_between_the_sorts_and_the_bound(logits):
+    truth = of_logits(reference.sorted_distance, *logits)
+    room = of_logits(error_bound, *logits)
+    for dtype, rounding in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        value = of_logits(sorted_distance, *logits, dtype).double()
+        assert (truth - value >= -rounding).all()
+        assert (truth - value <= room + rounding).all()
+
+
+@given(two_models())
+def test_exact_is_the_sort(logits):
+    truth = of_logits(reference.sorted_distance, *logits)
+    torch.testing.assert_close(of_logits(sorted_distance, *logits, exact=True), truth, rtol=1e-12, atol=1e-14)
+
+
+@given(two_models(), st.integers(0, 2**16))
+def test_ids_have_no_names(logits, seed):
+    student, teacher = logits
+    order = torch.randperm(len(student), generator=torch.Generator().manual_seed(seed))
+    one, other = (of_logits(sorted_distance, x, teacher, torch.float32) for x in (student, student[order]))
+    torch.testing.assert_close(one, other, rtol=0, atol=3e-6)  # the log-sum-exp adds in another order
+
+
+@EXACT
+def test_equal_distributions_are_at_distance_zero_and_pull_nothing(exact, executor, device):
+    hidden = torch.randn(5, 6, device=device, requires_grad=True)
+    weight = torch.randn(40, 6, device=device)
+    for other in (weight, weight.flip(0)):
+        value = sorted_distance(hidden, Head(weight), hidden.detach(), Head(other), exact=exact)
+        value.sum().backward()
+        if other is weight:
+            assert not value.any()
+            assert not hidden.grad.any()
+        assert (value < 3e-6).all()
+
+
+@EXACT
+def test_a_certain_student_is_two_less_two_over_w_from_a_uniform_teacher(exact, executor, device):
+    """|1 − 1/W| + (W − 1)/W, by hand; every probability of the student below e^-80 but one."""
+    student = torch.zeros(30, 1, device=device)
+    student[11] = 90.0
+    one = torch.ones(1, 1, device=device)
+    for W in (10, 30, 70):
+        teacher = torch.zeros(W, 1, device=device)
+        value = sorted_distance(one, Head(student), one, Head(teacher), exact=exact)
+        # binned, all W are inside one bin, a 256th of 1 / W wide at most, and the counts cross there
+        tolerance = 1e-6 if exact else 2 / 256 / W
+        torch.testing.assert_close(value, torch.full_like(value, 2 - 2 / W), rtol=0, atol=tolerance)
+
+
+@EXACT
+def test_two_ids_by_hand(exact, executor, device):
+    """p = (0.8, 0.2), q = (0.5, 0.3, 0.2): 0.3 + 0.1 + 0.2, and dz = p (G − Σ p G) with G = (1, −1)."""
+    p, q = (torch.tensor(x, device=device).log()[:, None] for x in ([0.2, 0.8], [0.3, 0.5, 0.2]))
+    one = torch.ones(1, 1, device=device)
+    p.requires_grad_()
+    value = sorted_distance(one, Head(p), one, Head(q), exact=exact)
+    value.sum().backward()
+    torch.testing.assert_close(value, torch.tensor([0.6], device=device))
+    expected = torch.tensor([0.2 * (-1 - 0.6), 0.8 * (1 - 0.6)], device=device)
+    torch.testing.assert_close(p.grad[:, 0], expected)
+
+
+def test_real_vocabularies_are_within_3e_5(monkeypatch, device):
+    """Normal logits of 151936 against 128256 ids; the flattest and the most peaked rows of the four."""
+    monkeypatch.undo()
+    scale = torch.tensor([1.0, 2.0, 3.0, 5.0], device=device)[:, None]
+    student, teacher = (torch.randn(4, 64, device=device) * scale for _ in range(2))
+    weights = [torch.randn(size, 64, device=device) / 8 for size in (151_936, 128_256)]
+    heads = [Head(weight.double()) for weight in weights]
+    truth = reference.sorted_distance(student.double(), heads[0], teacher.double(), heads[1])
+    value = sorted_distance(student, Head(weights[0]), teacher, Head(weights[1]))
+    assert (truth - value).abs().max() <= 3e-5
+    room = error_bound(student, Head(weights[0]), teacher, Head(weights[1]))
+    assert (truth - value <= room + 2e-6).all()
+    assert room.max() <= 5e-3
+
+
+@MODES
+@EXACT
+def test_gradcheck(exact, mode, device):
+    """The binned value is piecewise linear in p, and the gradient is its own."""
+    inputs = make(2, 13, 17, 3, device)
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias, upstream = (x.double() for x in inputs)
+    hidden.requires_grad_()
+    for x in (weight, bias):
+        x.requires_grad_(mode != "frozen")
+    row_weight = upstream if mode == "formed" else None
+
+    def value(hidden, weight, bias):
+        return sorted_distance(
+            hidden, Head(weight, bias, softcap=3.0, scale=0.7), teacher, Head(teacher_weight, teacher_bias),
+            temperature=0.8, exact=exact, row_weight_N=row_weight,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(value, (hidden, weight, bias), eps=1e-7, atol=1e-6)
+
+
+def test_16_bit_inputs_lose_only_their_own_rounding(executor, device):
+    inputs = make(9, 48, 32, 24, device, scale=3.0, bias=False)
+    inputs = [None if x is None else x.bfloat16() for x in inputs[:-1]] + [inputs[-1]]
+    inputs[-1] = inputs[-1] * certain(inputs)
+    truth = run(reference.sorted_distance, torch.float64, inputs, "tables")
+    for mode in ("tables", "formed", "frozen"):
+        kernel = run(sorted_distance, torch.bfloat16, inputs, mode)
+        assert kernel["value"].dtype == torch.float32
+        for name in ("dhidden", "dweight"):
+            if name in kernel:
+                error = (kernel[name].double() - truth[name]).abs().max() / truth[name].abs().max()
+                assert error <= 6e-3, (mode, name, error)
+
+
+@MODES
+@EXACT
+def test_repeats_bit_for_bit_and_over_chunks(exact, mode, executor, device):
+    """Chunks are whole rows: their number moves nothing but the order in which dW is added up."""
+    inputs = make(7, 33, 49, 6, device)
+    first, second = (run(sorted_distance, torch.float32, inputs, mode, exact=exact) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    cut = run(sorted_distance, torch.float32, inputs, mode, exact=exact, workspace_bytes=0)
+    for name, value in first.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@MODES
+@EXACT
+def test_a_second_backward_gives_the_same_and_a_second_derivative_is_refused(exact, mode, device):
+    hidden, weight, _, teacher, teacher_weight, _, upstream = make(5, 33, 49, 6, device)
+    hidden.requires_grad_()
+    weight.requires_grad_(mode != "frozen")
+    inputs = [hidden] if mode == "frozen" else [hidden, weight]
+    row_weight = upstream if mode == "formed" else None
+    total = sorted_distance(
+        hidden, Head(weight), teacher, Head(teacher_weight), exact=exact, row_weight_N=row_weight
+    ).sum()
+    first, second = (torch.autograd.grad(total, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, inputs, create_graph=True)
+
+
+@MODES
+@EXACT
+def test_no_rows_and_rows_of_no_weight(exact, mode, executor, device):
+    for N, weight in ((0, 1.0), (4, 0.0)):
+        inputs = make(N, 33, 49, 6, device)
+        inputs = (*inputs[:-1], torch.full((N,), weight, device=device))
+        result = run(sorted_distance, torch.float32, inputs, mode, exact=exact)
+        assert result["value"].shape == (() if mode == "formed" else (N,))
+        assert not any(x.any() for name, x in result.items() if name != "value")
+
+
+def test_nothing_reaches_the_teacher(device):
+    hidden, weight, _, teacher, teacher_weight, _, _ = make(4, 33, 49, 6, device)
+    for x in (hidden, teacher, teacher_weight):
+        x.requires_grad_()
+    sorted_distance(hidden, Head(weight), teacher, Head(teacher_weight)).sum().backward()
+    assert hidden.grad is not None
+    assert teacher.grad is None
+    assert teacher_weight.grad is None
+
+
+def test_modes_are_chosen_by_gradients_weights_and_budget(device):
+    full, half = torch.zeros(100, 8, device=device), torch.zeros(100, 8, device=device).bfloat16()
+    cases = {
+        ("", False, True, full, 0): "values",
+        ("x", False, False, full, 0): "formed",
+        ("xw", False, True, full, 0): "formed",
+        ("xw", False, True, half, 4 * 800): "formed",
+        ("xw", False, True, half, 4 * 800 - 1): "tables",
+        ("xw", False, False, full, 1 << 40): "tables",
+        ("xwb", True, False, full, 1 << 40): "replay",
+        ("xwb", True, True, half, 0): "formed",
+    }
+    assert {arguments: module._mode(*arguments) for arguments in cases} == cases
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made under it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["formed", "tables", "values"])
+def test_all_the_logits_never_exist_at_once(mode, monkeypatch, device):
+    """A small workspace holds one row of 5000 and of 6000 logits; 40 of them would be 200 000."""
+    monkeypatch.undo()
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias, upstream = make(40, 5000, 6000, 3, device)
+    student, other = (
+        sorted_rows.Side(x, head, 1.0)
+        for x, head in ((hidden, Head(weight, bias)), (teacher, Head(teacher_weight, teacher_bias)))
+    )
+    needs = "" if mode == "values" else "xwb"
+    options = sorted_rows.Options(mode, False, needs, 1.0, 0)
+    with Largest() as largest:
+        _, *kept = sorted_rows.run(student, other, upstream, options)
+        if mode == "tables":
+            sorted_rows.run_backward(
+                sorted_rows.Side(hidden, Head(weight, bias), 1.0), upstream, kept, options
+            )
+    allowed = 40 * sorted_tile.BINS if mode == "tables" else 16 * sorted_tile.BINS
+    assert largest.numel <= allowed < 40 * 5000
+
+
+BAD = {
+    "states and head differ": (dict(weight=torch.zeros(5, 9)), r"the student's .* \(4, 8\) and \(5, 9\)"),
+    "teacher's states and head differ": (dict(teacher_weight=torch.zeros(5, 9)), "the teacher's"),
+    "rows differ": (dict(teacher=torch.zeros(3, 6)), "same rows: got 4 and 3"),
+    "head's dtype": (dict(weight=torch.zeros(5, 8).half()), "cast or move the head once"),
+    "head's device": (dict(teacher_weight=torch.zeros(7, 6, device="meta")), "on meta"),
+    "float64 and float32": (
+        dict(teacher=torch.zeros(4, 6).double(), teacher_weight=torch.zeros(7, 6).double()),
+        "both be float64",
+    ),
+    "integers": (dict(hidden=torch.zeros(4, 8).long(), weight=torch.zeros(5, 8).long()), "floating point"),
+    "vocab_size": (dict(vocab_size=6), r"student_head.vocab_size must be in \[1, 5\]"),
+    "bias": (dict(bias=torch.zeros(4)), "student_head.bias_V"),
+    "temperature": (dict(temperature=0.0), "temperature must be positive: got 0.0"),
+    "temperature NaN": (dict(temperature=float("nan")), "temperature must be positive: got nan"),
+    "weights per row": (dict(row_weight_N=torch.ones(3)), r"one number per row .* \(4\)"),
+    "weights want gradients": (dict(row_weight_N=torch.ones(4).requires_grad_()), "detach it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    changes, message = BAD[name]
+    given = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(5, 8), "bias": None, "vocab_size": None}
+    given |= {"teacher": torch.zeros(4, 6), "teacher_weight": torch.zeros(7, 6)} | changes
+    head = Head(given.pop("weight"), given.pop("bias"), vocab_size=given.pop("vocab_size"))
+    arguments = given.pop("hidden"), head, given.pop("teacher"), Head(given.pop("teacher_weight"))
+    with pytest.raises(ValueError, match=message):
+        sorted_distance(*arguments, **given)
+    if not any(key.startswith("row_weight") for key in given):
+        with pytest.raises(ValueError, match=message):
+            error_bound(*arguments, **given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@EXACT
+def test_what_is_not_finite_is_named_with_its_row(exact, value, executor):
+    for place, name in enumerate(("student_ND", "teacher_NE")):
+        hidden = [torch.zeros(7, 8), torch.zeros(7, 8)]
+        hidden[place][5, 3] = value
+        with pytest.raises(ValueError, match=f"{name} .*row 5"):
+            sorted_distance(
+                hidden[0], Head(torch.ones(5, 8)), hidden[1], Head(torch.ones(6, 8)),
+                exact=exact, workspace_bytes=THREE_ROWS,
+            )  # fmt: skip
