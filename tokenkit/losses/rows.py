@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
-from tokenkit.kernels.reference.linear_divergence import linear_divergence
+from tokenkit.kernels.linear_divergence import linear_divergence
 from tokenkit.losses.score import in_dtype, scored_tokens
 from tokenkit.structs import Batch, ChunkKind, Chunks, Head, HiddenStates, Side
 
@@ -167,7 +167,6 @@ def summed_divergence(
     student_ND: Tensor, student_head: Head, teacher_NE: Tensor, teacher_head: Head, kind: str, **options: Any
 ) -> Tensor:
     """Return `linear_divergence` summed over rows: their weights are known, so gradients form at once."""
-    options.pop("workspace_bytes", None)
     one_N = torch.ones(len(student_ND), dtype=torch.float32, device=student_ND.device)
     return linear_divergence(
         student_ND,
