@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tokenkit.pairing.align import Alignment, FlatTokens
+    from tokenkit.pairing.align import Alignment
     from tokenkit.pairing.view import Cell
     from tokenkit.tokenization.byteify import Tokenizer
     from tokenkit.tokenization.documents import Document
+    from tokenkit.tokenization.flat import FlatTokens
 
 SHOWN_TOKENS = 400  # of the first document of a file
 
@@ -120,11 +121,10 @@ def _targets(output: str | None) -> tuple[Path, Path] | None:
 def _aligned(
     documents: list[Document], pair: tuple[Tokenizer, Tokenizer], options: AlignOptions
 ) -> tuple[FlatTokens, FlatTokens, Alignment]:
-    from tokenkit.pairing.align import SideRules, align_kinds, flatten
-    from tokenkit.tokenization.chat import encode_documents
+    from tokenkit.pairing.align import SideRules, align_kinds
+    from tokenkit.tokenization.chat import encode_flat
 
-    encoded = encode_documents(documents, pair, mode=options.chat_template_mode)
-    student, teacher = (flatten([tokens[side] for tokens in encoded]) for side in (0, 1))
+    student, teacher = encode_flat(documents, pair, mode=options.chat_template_mode)
     rules = [SideRules(t.space_mask("space+tab+newline"), t.unk_id, t.pad_id) for t in pair]
     kinds = align_kinds(student, teacher, [options.chunks], rules[0], rules[1])
     return student, teacher, kinds[options.chunks]

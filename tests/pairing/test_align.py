@@ -15,11 +15,11 @@ from tokenkit.pairing.align import (
     chunk_spans,
     chunks_with,
     drop_chunks,
-    flatten,
     join_chunks,
     token_spans,
 )
 from tokenkit.structs import UNPAIRED
+from tokenkit.tokenization.flat import flatten
 
 
 def rows(chunk_N, offset_B):

@@ -5,8 +5,9 @@ from itertools import pairwise, permutations
 
 import pytest
 
-from tokenkit.pairing.align import FlatTokens, SideRules, align_kinds, flatten, token_spans
-from tokenkit.tokenization.chat import document_from_row, encode_documents
+from tokenkit.pairing.align import SideRules, align_kinds, token_spans
+from tokenkit.tokenization.chat import document_from_row, encode_flat
+from tokenkit.tokenization.flat import FlatTokens
 
 SPECS = {
     "llama3": "llama3",
@@ -46,8 +47,7 @@ def text_of_chunks(tokenizer, side: FlatTokens, chunk_N):
 @pytest.mark.parametrize("names", list(permutations(SPECS, 2)), ids=" / ".join)
 def test_conversations_align(tokenizers, conversations, names):
     pair = [tokenizers[name] for name in names]
-    encoded = encode_documents(conversations, pair)
-    student, teacher = (flatten(side) for side in zip(*encoded, strict=True))
+    student, teacher = encode_flat(conversations, pair)
     rules = [SideRules(t.space_mask("space+tab+newline"), t.unk_id, t.pad_id) for t in pair]
     kinds = align_kinds(student, teacher, ["unconstrained", "space"], *rules)
 
@@ -72,7 +72,7 @@ def test_conversations_align(tokenizers, conversations, names):
 def test_turn_ends_pair_across_families(tokenizers, conversations):
     """`<|eot_id|>` and `<|im_end|>` end the same turns, so each is the other's chunk."""
     pair = tokenizers["llama3"], tokenizers["qwen2.5"]
-    student, teacher = (flatten(side) for side in zip(*encode_documents(conversations, pair), strict=True))
+    student, teacher = encode_flat(conversations, pair)
     none = SideRules(pair[0].space_mask("space"), None), SideRules(pair[1].space_mask("space"), None)
     alignment = align_kinds(student, teacher, ["unconstrained"], *none)["unconstrained"]
     ends = [

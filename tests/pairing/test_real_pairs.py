@@ -7,8 +7,9 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from tokenkit.pairing.align import SideRules, align_kinds, chunk_spans, flatten
+from tokenkit.pairing.align import SideRules, align_kinds, chunk_spans
 from tokenkit.tokenization.byteify import canonical_text
+from tokenkit.tokenization.flat import flatten
 
 SPACES = "space+tab+newline"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from rich.console import Console
 
 from tests.pairing.documents import document, tokens
-from tokenkit.pairing.align import align, flatten
+from tokenkit.pairing.align import align
 from tokenkit.pairing.view import (
     UNALIGNED,
     Cell,
@@ -21,6 +21,7 @@ from tokenkit.pairing.view import (
     visible,
     wrapped,
 )
+from tokenkit.tokenization.flat import flatten
 
 ROW = [Cell(("<s>",), (), -1), Cell(("·the", "·c"), ("·the·c",), 0), Cell(("<b>&",), ("<b>", "&"), 1)]
 

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tokenization.tiny import CHATML, byte_level, write
@@ -207,6 +207,13 @@ def test_a_completion_that_starts_inside_a_token_is_trained_from_the_next(tokeni
     assert tokens.trained[-1]
 
 
+def test_a_prompt_that_a_tokenizer_changes_ends_where_its_changed_text_does(tokenizers):
+    row = document_from_row({"prompt": "cafe\u0301  is", "completion": " nice"})
+    sides = encode(row, (load_tokenizer("byte"), tokenizers["unigram"]), mode="direct_encode_no_force_eos")
+    byte = sides[0]
+    assert bytes(byte.ids[byte.trained].tolist()) == b" nice"
+
+
 def test_a_system_message_that_one_side_cannot_write_goes_to_the_user_on_both():
     gemma, llama = families("Gemma2", "Llama3")
     student, teacher = encode(TALK, [gemma, llama])
@@ -304,6 +311,47 @@ def test_many_documents_are_encoded_like_each_alone(tokenizers):
             assert tokens.ids.tolist() == alone.ids.tolist()
             assert tokens.byte_ends.tolist() == alone.byte_ends.tolist()
             assert tokens.trained.tolist() == alone.trained.tolist()
+
+
+@pytest.fixture(scope="module")
+def changing(folders):
+    """A tokenizer that collapses spaces, composes characters and knows a mark for a space."""
+    return load_tokenizer(f"{folders['unigram']}:target=Qwen2")
+
+
+texts_that_change = st.text(st.sampled_from("ab \ne\u0301日▁"), min_size=1, max_size=6).filter(
+    lambda text: text.replace("▁", " ").strip()
+)
+mixed_documents = st.one_of(
+    texts_that_change.map(lambda text: Document(text=text)),
+    st.tuples(texts_that_change, texts_that_change).map(
+        lambda pair: document_from_row({"prompt": pair[0], "completion": pair[1]})
+    ),
+    st.lists(texts_that_change, min_size=1, max_size=4).map(
+        lambda contents: Document(
+            messages=tuple(Message(r, c) for r, c in zip(["user", "assistant"] * 2, contents, strict=False))
+        )
+    ),
+)
+
+
+@given(
+    documents=st.lists(mixed_documents, min_size=2, max_size=4),
+    mode=st.sampled_from(ChatTemplateMode.__args__),
+    loss_mask_mode=st.sampled_from([None, "all"]),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_document_does_not_depend_on_those_beside_it(
+    changing, byte_families, documents, mode, loss_mask_mode
+):
+    """Texts that one side would change, prompts and conversations, at all places in one batch."""
+    pair = (changing, byte_families["Llama2"])
+    options = {"mode": mode, "loss_mask_mode": loss_mask_mode}
+    together = encode_documents(documents, pair, **options)
+    for document, sides in zip(documents, together, strict=True):
+        for tokens, alone in zip(sides, encode(document, pair, **options), strict=True):
+            for field in ("ids", "byte_ends", "special", "trained"):
+                assert getattr(tokens, field).tolist() == getattr(alone, field).tolist()
 
 
 def test_templates_derived_from_jinja_are_those_of_the_family(tokenizers):

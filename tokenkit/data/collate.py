@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenkit.pairing.align import Alignment, FlatTokens, SideRules, SpecialTokensMode, align_kinds, flatten
-from tokenkit.structs import Batch, ChunkKind, Chunks, Side, Tokens
+from tokenkit.pairing.align import Alignment, SideRules, SpecialTokensMode, align_kinds
+from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
 from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.chat import encode_documents
+from tokenkit.tokenization.chat import encode_flat
 from tokenkit.tokenization.documents import Document, document_from_row
+from tokenkit.tokenization.flat import FlatTokens, cut, joined
 
 _QUOTED = re.compile(r"""\s*(?:\(?['"]|at character).*""", re.DOTALL)
 _WHITESPACE = "space+tab+newline"  # what may begin a word; a special token closes a chunk by itself
@@ -44,9 +45,9 @@ class AlignedCollator:
     chunk_kinds: Iterable[ChunkKind] = ("unconstrained",)
     """The chunks that the losses look at: `unconstrained`, `space`."""
     chat_template_mode: str = "direct_encode"
-    """How plain text becomes a document; see `tokenization.chat.encode_documents`."""
+    """How plain text becomes a document; see `tokenization.chat.encode_flat`."""
     loss_mask_mode: str | None = None
-    """Which tokens are trained; see `tokenization.chat.encode_documents`."""
+    """Which tokens are trained; see `tokenization.chat.encode_flat`."""
     special_tokens_mode: SpecialTokensMode = "identity"
     """Whether special tokens that both sides write are chunks; see `pairing.align.align_kinds`."""
     space_mask_mode: str = "space+tab+newline+special"
@@ -81,8 +82,8 @@ class AlignedCollator:
         self._eos = tuple(tokenizer.eos_id for tokenizer in tokenizers)
         self.chunk_kinds = tuple(self.chunk_kinds)
         # a mode or kind that cannot be had would spoil every row: try one
-        (probe,) = self._encode([Document(text="a")])
-        self._align(flatten([probe[0]]), flatten([probe[-1]]))
+        probe = self._encode([Document(text="a")])
+        self._align(probe[0], probe[-1])
         self._pads = tuple(tokenizer.pad_id or 0 for tokenizer in tokenizers)
 
     def __call__(self, rows: Sequence[Document | Mapping[str, Any]]) -> Batch:
@@ -103,7 +104,7 @@ class AlignedCollator:
         """
         sides = self._tokenize(rows)
         kinds = self._align(*sides)
-        student, teacher = (_Rows(flat, self.pad_to_multiple_of) for flat in sides)
+        student, teacher = (Rows(flat, self.pad_to_multiple_of) for flat in sides)
         chunks: dict[str, Chunks] = {
             kind: Chunks(
                 student.chunks(alignment.student_N, alignment.offset_B),
@@ -129,32 +130,38 @@ class AlignedCollator:
                 documents.append(row if isinstance(row, Document) else document_from_row(row))
             except ValueError as error:
                 self.skipped[_reason(error)] += 1
-        try:
-            encoded = self._encode(documents)
-        except ValueError:  # one document spoils the whole call: find it
-            encoded = []
-            for document in documents:
-                try:
-                    encoded += self._encode([document])
-                except ValueError as error:
-                    self.skipped[_reason(error)] += 1
-        if not encoded:  # a batch needs a row to run the model on, and that row asks for nothing
-            encoded = [tuple(_untrained(pad) for pad in self._pads)]
-        student = flatten([_cut(tokens[0], self._lengths[0]) for tokens in encoded])
-        return student, flatten([_cut(tokens[-1], self._lengths[1]) for tokens in encoded])
+        sides = self._encode_readable(documents)
+        return cut(sides[0], self._lengths[0]), cut(sides[-1], self._lengths[1])
 
-    def _encode(self, documents: list[Document]) -> list[tuple[Tokens, ...]]:
+    def _encode_readable(self, documents: list[Document]) -> tuple[FlatTokens, ...]:
+        """Encode documents without those that cannot be."""
+        if documents:
+            try:
+                return self._encode(documents)
+            except ValueError:  # one document spoils the whole call: find it
+                pass
+        encoded = []
+        for document in documents:
+            try:
+                encoded.append(self._encode([document]))
+            except ValueError as error:
+                self.skipped[_reason(error)] += 1
+        if not encoded:  # a batch needs a row to run the model on, and that row asks for nothing
+            encoded = [tuple(map(_untrained, self._pads))]
+        return tuple(map(joined, zip(*encoded, strict=True)))
+
+    def _encode(self, documents: list[Document]) -> tuple[FlatTokens, ...]:
         tokenizers: tuple[Tokenizer, ...] = (self.student_tokenizer,)
         if self.teacher_tokenizer is not None:
             tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
-        return encode_documents(
+        return encode_flat(
             documents, tokenizers, mode=self.chat_template_mode, loss_mask_mode=self.loss_mask_mode
         )
 
     def _align(self, student: FlatTokens, teacher: FlatTokens) -> dict[ChunkKind, Alignment]:
         return align_kinds(student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode)
 
-    def _side(self, number: int, rows: _Rows) -> Side:
+    def _side(self, number: int, rows: Rows) -> Side:
         return Side(
             ids_BT=rows.pad(rows.flat.ids_N.astype(np.int64), self._pads[number]),
             length_B=torch.from_numpy(rows.length_B),
@@ -164,15 +171,16 @@ class AlignedCollator:
         )
 
 
-class _Rows:
-    """Lays the flat tokens of one side out as [B, T], padded on the right."""
+class Rows:
+    """Lays the flat tokens of one side out as [B, T], padded on the right to a multiple of some length."""
 
-    def __init__(self, flat: FlatTokens, multiple: int) -> None:
+    def __init__(self, flat: FlatTokens, multiple: int = 1) -> None:
         self.flat, self.length_B = flat, flat.length_B
         T = -(-int(self.length_B.max(initial=1)) // multiple) * multiple
         self._filled_BT = np.arange(T) < self.length_B[:, None]
 
     def pad(self, value_N: NDArray[Any], fill: int) -> Tensor:
+        """Return a value of each token as [B, T]."""
         result_BT = np.full(self._filled_BT.shape, fill, value_N.dtype)
         result_BT[self._filled_BT] = value_N
         return torch.from_numpy(result_BT)
@@ -180,7 +188,7 @@ class _Rows:
     def chunks(self, chunk_N: NDArray[np.int32], offset_B: NDArray[np.int64]) -> Tensor:
         """Pad chunk ids, counted from the first chunk of their own row."""
         first_N = np.repeat(offset_B[:-1].astype(np.int32), self.length_B)
-        return self.pad(np.where(chunk_N < 0, np.int32(-1), chunk_N - first_N), -1)
+        return self.pad(np.maximum(chunk_N - first_N, -1), -1)  # what is in no chunk stays below
 
 
 def _rules(tokenizer: Tokenizer) -> SideRules:
@@ -200,14 +208,8 @@ def _reason(error: ValueError) -> str:
     return _QUOTED.sub("…", str(error).split(":")[0])
 
 
-def _cut(tokens: Tokens, length: int) -> Tokens:
-    if len(tokens.ids) <= length:
-        return tokens
-    return Tokens(
-        tokens.ids[:length], tokens.byte_ends[:length], tokens.special[:length], tokens.trained[:length]
-    )
-
-
-def _untrained(token_id: int) -> Tokens:
+def _untrained(token_id: int) -> FlatTokens:
     one = np.ones(1, np.bool_)
-    return Tokens(np.array([token_id], np.int32), np.array([-1]), one, ~one)
+    return FlatTokens(
+        np.array([token_id], np.int32), np.array([UNPAIRED], np.int64), one, ~one, np.array([0, 1])
+    )

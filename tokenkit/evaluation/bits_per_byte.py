@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
-from tokenkit.pairing.align import Alignment, FlatTokens, align, chunk_spans, chunks_with, flatten
+from tokenkit.data.collate import Rows
+from tokenkit.pairing.align import Alignment, align, chunk_spans, chunks_with
 from tokenkit.parallel import World, all_reduce_counts
-from tokenkit.structs import Batch, Side, Tokens
+from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.chat import Document, encode_documents
+from tokenkit.tokenization.chat import Document, encode_flat
+from tokenkit.tokenization.flat import FlatTokens, cut, joined
 
 Bools = NDArray[np.bool_]
 BITS_PER_NAT = 1 / math.log(2.0)
@@ -70,7 +70,7 @@ def heldout_batches(
     pairs = list(_encode(documents, student, teacher, options, errors))
     if not pairs and errors:
         raise ValueError(f"none of the {len(documents)} held-out documents can be tokenized: {errors[0]}")
-    pairs.sort(key=lambda pair: len(pair[0].ids))  # rows of one batch then need little padding
+    pairs.sort(key=lambda pair: len(pair[0].ids_N))  # rows of one batch then need little padding
     size = options.batch_size
     batches = [
         heldout_batch(pairs[start : start + size], student, teacher) for start in range(0, len(pairs), size)
@@ -90,31 +90,27 @@ def _encode(
     teacher: Tokenizer,
     options: HeldoutOptions,
     errors: list[ValueError],
-) -> Iterator[tuple[Tokens, Tokens]]:
-    limits = (options.max_length_student, options.max_length_teacher)
+) -> Iterator[tuple[FlatTokens, FlatTokens]]:
+    """Yield each document alone, cut to the lengths."""
     for document in documents:
         try:
-            sides = encode_documents(
+            sides = encode_flat(
                 [document],
                 (student, teacher),
                 mode=options.chat_template_mode,
                 loss_mask_mode=options.loss_mask_mode,
-            )[0]
+            )
         except ValueError as error:
             errors.append(error)
             continue
-        cut = [
-            Tokens(t.ids[:n], t.byte_ends[:n], t.special[:n], t.trained[:n])
-            for t, n in zip(sides, limits, strict=True)
-        ]
-        yield cut[0], cut[1]
+        yield cut(sides[0], options.max_length_student), cut(sides[1], options.max_length_teacher)
 
 
 def heldout_batch(
-    pairs: Sequence[tuple[Tokens, Tokens]], student: Tokenizer, teacher: Tokenizer
+    pairs: Sequence[tuple[FlatTokens, FlatTokens]], student: Tokenizer, teacher: Tokenizer
 ) -> HeldoutBatch:
     """Mark the tokens that count, and count their bytes."""
-    sides = flatten([pair[0] for pair in pairs]), flatten([pair[1] for pair in pairs])
+    sides = joined(pair[0] for pair in pairs), joined(pair[1] for pair in pairs)
     alignment = align(*sides)
     excluded = [_excluded(side, tokenizer) for side, tokenizer in zip(sides, (student, teacher), strict=True)]
     is_out_C = chunks_with(alignment, *excluded)
@@ -140,14 +136,11 @@ def _counted(alignment: Alignment, is_out_C: Bools) -> list[Bools]:
 
 
 def _side(side: FlatTokens, counted_N: Bools) -> Side:
-    def rows(value_N: NDArray[Any]) -> Tensor:
-        parts = np.split(value_N, side.offset_B[1:-1])
-        return pad_sequence([torch.from_numpy(part) for part in parts], batch_first=True)
-
+    rows = Rows(side)
     return Side(
-        ids_BT=rows(side.ids_N.astype(np.int64)),
+        ids_BT=rows.pad(side.ids_N.astype(np.int64), 0),
         length_B=torch.from_numpy(side.length_B),
-        trained_BT=rows(counted_N),
+        trained_BT=rows.pad(counted_N, False),
     )
 
 

@@ -27,29 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.structs import ChunkKind, Tokens
+from tokenkit.tokenization.flat import Bools, FlatTokens, Ints, flatten
 
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
 ChunkIds = NDArray[np.int32]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
-
-
-@dataclass(frozen=True, slots=True)
-class FlatTokens:
-    """One side of a batch, its documents end to end; see `structs.Tokens` for the fields."""
-
-    ids_N: NDArray[np.int32]
-    byte_ends_N: Ints
-    """Position within the token's own document."""
-    special_N: Bools
-    trained_N: Bools
-    offset_B: Ints
-    """[B + 1] document b is tokens offset[b] to offset[b + 1], end exclusive."""
-
-    @property
-    def length_B(self) -> Ints:  # noqa: N802
-        """Tokens of each document."""
-        return np.diff(self.offset_B)
 
 
 class Alignment(NamedTuple):
@@ -72,22 +53,6 @@ class SideRules:
     """The token's first byte is a space, a tab or a newline; never a special token."""
     unk_id: int | None = None
     pad_id: int | None = None
-
-
-def flatten(documents: Sequence[Tokens]) -> FlatTokens:
-    """Lay the documents of one side end to end."""
-    offset_B = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum([len(tokens.ids) for tokens in documents], out=offset_B[1:])
-    if not documents:
-        empty = np.zeros(0, np.bool_)
-        return FlatTokens(np.zeros(0, np.int32), np.zeros(0, np.int64), empty, empty, offset_B)
-    return FlatTokens(
-        ids_N=np.concatenate([tokens.ids for tokens in documents]),
-        byte_ends_N=np.concatenate([tokens.byte_ends for tokens in documents]),
-        special_N=np.concatenate([tokens.special for tokens in documents]),
-        trained_N=np.concatenate([tokens.trained for tokens in documents]),
-        offset_B=offset_B,
-    )
 
 
 def align_batch(student: Sequence[Tokens], teacher: Sequence[Tokens]) -> Alignment:
@@ -285,7 +250,8 @@ def align_kinds(
                 f"chunk kind {kind!r} cannot be built here: expected 'unconstrained' or 'space' "
                 "('unbiased' needs the statistics of the tokenizer pair: use join_chunks with them)"
             )
-        result[kind] = drop_chunks(chunks, chunks_with(chunks, unusable_N, unusable_M))
+        drop_C = chunks_with(chunks, unusable_N, unusable_M)
+        result[kind] = drop_chunks(chunks, drop_C) if drop_C.any() else chunks
     return result
 
 

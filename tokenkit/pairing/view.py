@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenkit.pairing.align import Alignment, FlatTokens, token_spans
+from tokenkit.pairing.align import Alignment, token_spans
+from tokenkit.tokenization.flat import FlatTokens
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenkit.structs import Tokens
 from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
+from tokenkit.tokenization.flat import EncodedTexts, Ints, walked_texts
 from tokenkit.tokenization.generic import generic_family
 from tokenkit.tokenization.prefix import Prefix, find_prefix
 from tokenkit.tokenization.saving import save, to_huggingface
@@ -34,6 +35,7 @@ from tokenkit.tokenization.special_tokens import (
     to_family,
     with_special_tokens,
 )
+from tokenkit.tokenization.spelling import Speller, place_bytes
 from tokenkit.tokenization.template import family_of_template
 from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
 
@@ -44,6 +46,17 @@ if TYPE_CHECKING:
 
 SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
 MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
+
+
+class CutTexts(NamedTuple):
+    """Texts that the tokenizers library has cut."""
+
+    texts: Sequence[str]
+    raw: list[bytes]
+    """The texts in UTF-8."""
+    writer: Writer | None
+    """None: the bytes are the ids, and nothing was cut."""
+    encodings: Sequence[Any]
 
 
 class Tokenizer:
@@ -102,36 +115,54 @@ class Tokenizer:
         encoded = self.try_encode_batch(texts)
         return [self._fail(t) if tokens is None else tokens for t, tokens in zip(texts, encoded, strict=True)]
 
-    def try_encode_batch(self, texts: Sequence[str], before: Before = "start") -> list[Tokens | None]:
-        """Encode many texts; None for each whose ids would not spell it, byte for byte.
+    def encode_texts(self, texts: Sequence[str], before: Before = "start") -> EncodedTexts:
+        """Encode many texts, some of which may not be spelled by their ids, byte for byte.
 
         Args:
-            texts: canonical texts, or not: those that this tokenizer would change come back as None.
+            texts: canonical texts, or not: those that this tokenizer would change are not spelled.
             before: what stands before each text; decides on the space that some tokenizers put in front.
 
         Raises:
             ValueError: a text that is not valid Unicode.
         """
+        return self.placed(self.cut_texts(texts, before))
+
+    def cut_texts(self, texts: Sequence[str], before: Before) -> CutTexts:
+        """Do the tokenizers library's part of `encode_texts`; `placed` does ours.
+
+        Who has several calls makes all of them first: each part then finds its own data in the cache.
+        """
         raw = [_utf8(text) for text in texts]
         if self._is_bytes and before != "space":
-            return [_as_tokens(np.frombuffer(t, np.uint8).astype(np.int32), np.ones(len(t))) for t in raw]
+            return CutTexts(texts, raw, None, ())
         writer = self._backend.writer(before)
         written = [writer.lead + text for text in texts] if writer.lead else texts
-        ids_of_each = [e.ids for e in writer.backend.encode_batch_fast(written, add_special_tokens=False)]
+        return CutTexts(
+            texts, raw, writer, writer.backend.encode_batch_fast(written, add_special_tokens=False)
+        )
+
+    def placed(self, cut: CutTexts) -> EncodedTexts:
+        """Lay out what `cut_texts` returned."""
+        texts, raw, writer, encodings = cut
+        if writer is None:
+            return place_bytes(raw)
+        ids_of_each = [encoding.ids for encoding in encodings]
+        may_add_space = writer.adds_space or bool(writer.lead)
+        encoded = self._speller.place(ids_of_each, raw, may_add_space=may_add_space)
         # Only these tokenizers write something else than the text's own bytes behind its first token.
         may_walk = writer.adds_space and bool(self.vocabulary.text_added)
-        results: list[Tokens | None] = []
-        for text, expected, ids in zip(texts, raw, ids_of_each, strict=True):
-            spelled = b"".join(map(self.token_bytes.__getitem__, ids))
-            own_space = (writer.adds_space or bool(writer.lead)) and spelled == b" " + expected
-            if self.unk_id is not None and self.unk_id in ids:
-                results.append(self._encode_slowly(text, writer))
-            elif own_space or spelled == expected:
-                ids_n = np.fromiter(ids, dtype=np.int32, count=len(ids))
-                results.append(_as_tokens(ids_n, self.byte_length_V[ids_n], shift=int(own_space)))
-            else:
-                results.append(self._encode_slowly(text, writer) if may_walk else None)
-        return results
+        wrong = np.flatnonzero(~encoded.is_spelled_K).tolist()
+        walked = {
+            index: found
+            for index in wrong
+            if (may_walk or (self.unk_id is not None and self.unk_id in ids_of_each[index]))
+            and (found := self._walk(texts[index], writer))
+        }
+        return encoded.replaced(list(walked), walked_texts(list(walked.values()))) if walked else encoded
+
+    def try_encode_batch(self, texts: Sequence[str], before: Before = "start") -> list[Tokens | None]:
+        """Encode many texts one by one; None for each that its ids do not spell. Otherwise `encode_texts`."""
+        return self.encode_texts(texts, before).tokens()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text that ids spell, without the space that the tokenizer itself put in front.
@@ -218,8 +249,12 @@ class Tokenizer:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _encode_slowly(self, text: str, writer: Writer) -> Tokens | None:
-        """Encode by walking: for texts with unknown tokens, or spaces put in front of several parts."""
+    @cached_property
+    def _speller(self) -> Speller:
+        return Speller(self.token_bytes, self.byte_length_V)
+
+    def _walk(self, text: str, writer: Writer) -> tuple[list[int], Ints] | None:
+        """Return ids and their ends, token by token: where some are unknown, or several parts got a space."""
         _, lead, adds_space = writer
         encoding = self._backend.encode_with_offsets(text, writer)
         raw = (lead + text).encode()
@@ -242,9 +277,7 @@ class Tokenizer:
             may_add = adds_space and token_id in self.vocabulary.text_added
         if position != len(raw):
             return None
-        ends_n = np.maximum(np.array(ends, dtype=np.int64) - len(lead), 0)
-        ids_n = np.array(encoding.ids, dtype=np.int32)
-        return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
+        return encoding.ids, np.maximum(np.array(ends, dtype=np.int64) - len(lead), 0)
 
     def _fail(self, text: str) -> Tokens:
         """Say why a text cannot be encoded."""
@@ -326,14 +359,6 @@ def canonical_text(text: str, *tokenizers: Tokenizer) -> str:
             return text
     names = ", ".join(str(tokenizer.spec) for tokenizer in tokenizers)
     raise ValueError(f"the normalizers of {names} undo each other's work on the text: leave it out")
-
-
-def _as_tokens(ids_n: NDArray[np.int32], lengths_n: NDArray[Any], shift: int = 0) -> Tokens:
-    """Lay tokens of these byte lengths one after the other; `shift` bytes of the first are not text."""
-    ends_n = np.cumsum(lengths_n, dtype=np.int64)
-    if shift:
-        ends_n -= shift
-    return Tokens(ids_n, ends_n, np.zeros(len(ids_n), dtype=bool), np.ones(len(ids_n), dtype=bool))
 
 
 def _utf8(text: str) -> bytes:

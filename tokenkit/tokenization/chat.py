@@ -1,26 +1,37 @@
 """Documents to tokens: each tokenizer's own template, one axis for all of them, and the loss mask.
 
-    (student, teacher), = encode_documents([Document(text="Hi")], (student_tokenizer, teacher_tokenizer))
+    student, teacher = encode_flat([Document(text="Hi")], (student_tokenizer, teacher_tokenizer))
 
 The texts themselves are the same on every side, byte for byte (`canonical_text`), and nothing but text.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenkit.structs import UNPAIRED, Tokens
+from tokenkit.structs import Tokens
+from tokenkit.tokenization.assembly import Script, assemble, segments
 from tokenkit.tokenization.backend import Before
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text
 from tokenkit.tokenization.documents import Document, Message, document_from_row
-from tokenkit.tokenization.layout import Gap, Plan, layouts
+from tokenkit.tokenization.flat import EncodedTexts, FlatTokens, no_texts, split
+from tokenkit.tokenization.layout import Plan, layouts
 
-__all__ = ["ChatTemplateMode", "Document", "LossMaskMode", "Message", "document_from_row", "encode_documents"]
+__all__ = [
+    "ChatTemplateMode",
+    "Document",
+    "LossMaskMode",
+    "Message",
+    "document_from_row",
+    "encode_documents",
+    "encode_flat",
+]
 
 ChatTemplateMode = Literal[
     "surround_instruct",
@@ -32,24 +43,13 @@ ChatTemplateMode = Literal[
 LossMaskMode = Literal["assistant", "all"]
 
 
-@dataclass
-class _Script:
-    """A document as texts and the plan of what is written around them."""
-
-    plan: Plan
-    texts: list[str]
-    trained: list[bool]
-    prompt: str = ""
-    """The beginning of a plain text that is not trained."""
-
-
-def encode_documents(
+def encode_flat(
     documents: Sequence[Document],
     tokenizers: Sequence[Tokenizer],
     *,
     mode: str = "surround_instruct",
     loss_mask_mode: str | None = None,
-) -> list[tuple[Tokens, ...]]:
+) -> tuple[FlatTokens, ...]:
     """Encode documents with one or two tokenizers, along one axis per document.
 
     Args:
@@ -64,23 +64,40 @@ def encode_documents(
             prompt, or all of a plain text. `all`: every token.
 
     Returns:
-        For each document one `Tokens` per tokenizer.
+        All documents for each tokenizer.
 
     Raises:
         ValueError: an unknown mode, or a document that cannot be written (the reason is short).
     """
     _check_modes(mode, loss_mask_mode)
-    scripts = [_script(document, tokenizers, mode) for document in documents]
-    layout_of = {plan: layouts(plan, tuple(tokenizers)) for plan in {script.plan for script in scripts}}
-    gaps = [[layout_of[script.plan][side] for script in scripts] for side in range(len(tokenizers))]
-    encoded = _encode_texts(scripts, tokenizers, gaps)
-    sides = []
-    for gaps_of_side, tokens_of_side in zip(gaps, encoded, strict=True):
-        remaining = iter(tokens_of_side)
-        texts = [[next(remaining) for _ in script.texts] for script in scripts]
-        written = zip(scripts, gaps_of_side, texts, strict=True)
-        sides.append([_assemble(*document, trains_all=loss_mask_mode == "all") for document in written])
-    return list(zip(*sides, strict=True))
+    pair = tuple(tokenizers)
+    scripts = [_script(document, pair, mode) for document in documents]
+    plans = list({script.plan: None for script in scripts})
+    gaps = [layouts(plan, pair) for plan in plans]
+    number_of = {plan: number for number, plan in enumerate(plans)}
+    plan_B = [number_of[script.plan] for script in scripts]
+    places = []
+    for side in range(len(pair)):
+        of_plan = [[gap.before for gap in sides[side][:-1]] for sides in gaps]
+        places.append(list(chain.from_iterable(of_plan[number] for number in plan_B)))
+    scripts, encoded = _encode_texts(scripts, pair, places)
+    order = segments(scripts, plans, plan_B, trains_all=loss_mask_mode == "all")
+    return tuple(
+        assemble(order, [gap for sides in gaps for gap in sides[side]], texts)
+        for side, texts in enumerate(encoded)
+    )
+
+
+def encode_documents(
+    documents: Sequence[Document],
+    tokenizers: Sequence[Tokenizer],
+    *,
+    mode: str = "surround_instruct",
+    loss_mask_mode: str | None = None,
+) -> list[tuple[Tokens, ...]]:
+    """Encode documents one by one: for each, one `Tokens` per tokenizer. Otherwise as `encode_flat`."""
+    sides = encode_flat(documents, tokenizers, mode=mode, loss_mask_mode=loss_mask_mode)
+    return list(zip(*map(split, sides), strict=True))
 
 
 def _check_modes(mode: str, loss_mask_mode: str | None) -> None:
@@ -94,26 +111,35 @@ def _check_modes(mode: str, loss_mask_mode: str | None) -> None:
         )
 
 
-def _script(document: Document, tokenizers: Sequence[Tokenizer], mode: str) -> _Script:
+def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str) -> Script:
     if mode != "surround_instruct" and (document.text is not None or document.is_pair):
         contents = [m.content for m in document.messages or ()]
-        plan = Plan((), writes_bos="no_force_bos" not in mode, writes_eos="no_force_eos" not in mode)
         text = document.text if document.text is not None else "".join(contents)
-        return _Script(plan, [text], [True], prompt=contents[0] if contents else "")
+        return Script(_plain_plan(mode), [text], (True,), contents[0] if contents else "")
     surrounded = (Message("user", ""), Message("assistant", document.text or ""))
-    families = [tokenizer.chat for tokenizer in tokenizers]
-    messages = _writable(
-        document.messages or surrounded, set.intersection(*(set(family.turns) for family in families))
-    )
-    trims = any(family.trims_content for family in families)
-    return _Script(
+    roles, trims = _shared_rules(tokenizers)
+    messages = _writable(document.messages or surrounded, roles)
+    return Script(
         Plan(tuple(message.role for message in messages), writes_bos=True, writes_eos=True),
         [message.content.strip() if trims else message.content for message in messages],
-        [message.is_trained for message in messages],
+        tuple(message.is_trained for message in messages),
     )
 
 
-def _writable(messages: Sequence[Message], roles: set[str]) -> list[Message]:
+@functools.cache
+def _plain_plan(mode: str) -> Plan:
+    return Plan((), writes_bos="no_force_bos" not in mode, writes_eos="no_force_eos" not in mode)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_rules(tokenizers: tuple[Tokenizer, ...]) -> tuple[frozenset[str], bool]:
+    """Return the roles that every template has, and whether one of them strips whitespace."""
+    families = [tokenizer.chat for tokenizer in tokenizers]
+    roles = frozenset.intersection(*(frozenset(family.turns) for family in families))
+    return roles, any(family.trims_content for family in families)
+
+
+def _writable(messages: Sequence[Message], roles: frozenset[str]) -> list[Message]:
     """Give messages whose role some template lacks to the user: the same text on every side.
 
     A system message goes in front of the user message that follows; what tools say is said by the user.
@@ -136,82 +162,47 @@ def _writable(messages: Sequence[Message], roles: set[str]) -> list[Message]:
 
 
 def _encode_texts(
-    scripts: Sequence[_Script], tokenizers: Sequence[Tokenizer], gaps: Sequence[Sequence[Sequence[Gap]]]
-) -> list[list[Tokens]]:
-    """Encode all texts of all documents, one list per tokenizer; texts become canonical on the way."""
+    scripts: list[Script], tokenizers: Sequence[Tokenizer], places: Sequence[Sequence[Before]]
+) -> tuple[list[Script], list[EncodedTexts]]:
+    """Encode all texts of all documents, once per tokenizer; texts become canonical on the way."""
     texts = [text for script in scripts for text in script.texts]
-    places = [[gap.before for document in side for gap in document[:-1]] for side in gaps]
-    encoded = [_encode_by_place(t, texts, place) for t, place in zip(tokenizers, places, strict=True)]
-    changed = [index for index, tokens in enumerate(zip(*encoded, strict=True)) if None in tokens]
-    if changed:
-        canonical = [canonical_text(texts[index], *tokenizers) for index in changed]
-        for tokenizer, place, tokens_of_side in zip(tokenizers, places, encoded, strict=True):
-            again = _encode_by_place(tokenizer, canonical, [place[index] for index in changed])
-            for index, tokens in zip(changed, again, strict=True):
-                if tokens is None:
-                    raise ValueError(f"text that tokenizer {tokenizer.spec} cannot spell")
-                tokens_of_side[index] = tokens
-        for index, text in zip(changed, canonical, strict=True):
-            texts[index] = text
+    encoded = _encode_by_place(tokenizers, texts, places)
+    if all(side.is_spelled_K.all() for side in encoded):
+        return scripts, encoded
+    changed = np.flatnonzero(~np.logical_and.reduce([side.is_spelled_K for side in encoded])).tolist()
+    canonical = [canonical_text(texts[index], *tokenizers) for index in changed]
+    again = _encode_by_place(tokenizers, canonical, [[place[index] for index in changed] for place in places])
+    for tokenizer, side in zip(tokenizers, again, strict=True):
+        if not side.is_spelled_K.all():
+            raise ValueError(f"text that tokenizer {tokenizer.spec} cannot spell")
+    encoded = [side.replaced(changed, other) for side, other in zip(encoded, again, strict=True)]
+    for index, text in zip(changed, canonical, strict=True):
+        texts[index] = text
     remaining = iter(texts)
+    result = []
     for script in scripts:
-        script.texts = [next(remaining) for _ in script.texts]
-        if not any(script.texts):
+        own = [next(remaining) for _ in script.texts]
+        if not any(own):
             raise ValueError("empty document")
-        if changed and script.prompt:
-            script.prompt = canonical_text(script.prompt, *tokenizers)
-    return encoded  # type: ignore[return-value]  # no None is left
+        prompt = canonical_text(script.prompt, *tokenizers) if script.prompt else ""
+        result.append(script._replace(texts=own, prompt=prompt))
+    return result, encoded
 
 
 def _encode_by_place(
-    tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[Before]
-) -> list[Tokens | None]:
-    """Encode texts in one call for each place that they stand in."""
-    if len(set(places)) == 1:
-        return tokenizer.try_encode_batch(texts, places[0])
-    result: list[Tokens | None] = [None] * len(texts)
-    for place in set(places):
-        chosen = [index for index, other in enumerate(places) if other == place]
-        encoded = tokenizer.try_encode_batch([texts[index] for index in chosen], place)
-        for index, tokens in zip(chosen, encoded, strict=True):
-            result[index] = tokens
-    return result
-
-
-def _assemble(script: _Script, gaps: Sequence[Gap], texts: Sequence[Tokens], *, trains_all: bool) -> Tokens:
-    """Put the gaps and texts of one document in a row."""
-    length = sum(len(gap.ids) for gap in gaps) + sum(len(tokens.ids) for tokens in texts)
-    ids, ends = np.empty(length, np.int32), np.empty(length, np.int64)
-    special, trained = np.ones(length, bool), np.zeros(length, bool)
-    trains_gaps = trains_all or not (script.plan.roles or script.prompt)
-    at, position, trains_text = 0, 0, False
-    for index, gap in enumerate(gaps):
-        if len(gap.ids):
-            here = slice(at, at + len(gap.ids))
-            ids[here] = gap.ids
-            ends[here] = gap.ends + position
-            ends[here][gap.ends == UNPAIRED] = UNPAIRED
-            if trains_gaps or trains_text:
-                trained[here] = trains_gaps or gap.closes
-            at += len(gap.ids)
-        position += gap.width
-        if index == len(texts):
-            break
-        tokens, trains_text = texts[index], script.trained[index]
-        here = slice(at, at + len(tokens.ids))
-        ids[here] = tokens.ids
-        ends[here] = tokens.byte_ends + position
-        special[here] = False
-        if trains_all or trains_text:
-            trained[here] = trains_all or _trained(script, tokens)
-        at += len(tokens.ids)
-        position += int(tokens.byte_ends[-1]) if len(tokens.ids) else 0
-    return Tokens(ids, ends, special, trained)
-
-
-def _trained(script: _Script, tokens: Tokens) -> bool | NDArray[np.bool_]:
-    """Return which tokens of a trained text are: behind a prompt, those that begin in the completion."""
-    if not script.prompt:
-        return True
-    starts = np.concatenate([[0], tokens.byte_ends[:-1]])
-    return starts >= len(script.prompt.encode())
+    tokenizers: Sequence[Tokenizer], texts: Sequence[str], places: Sequence[Sequence[Before]]
+) -> list[EncodedTexts]:
+    """Encode texts with each tokenizer, in one call for each place that they stand in."""
+    calls = []
+    for side, (tokenizer, place) in enumerate(zip(tokenizers, places, strict=True)):
+        for before in sorted(set(place)):
+            chosen = [index for index, other in enumerate(place) if other == before]
+            own = texts if len(chosen) == len(texts) else [texts[index] for index in chosen]
+            calls.append((side, chosen, tokenizer.cut_texts(own, before)))
+    result: list[EncodedTexts | None] = [None] * len(tokenizers)
+    for side, chosen, cut in calls:
+        encoded = tokenizers[side].placed(cut)
+        if len(chosen) < len(texts):
+            encoded = (result[side] or no_texts(len(texts))).replaced(chosen, encoded)
+        result[side] = encoded
+    return [encoded or no_texts(0) for encoded in result]
