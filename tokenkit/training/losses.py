@@ -132,13 +132,25 @@ def _alm(source: _Source, loss: Loss) -> AlmOptions:
 
 def _side_path(source: _Source, loss: Loss) -> SidePathOptions:
     options = source.config.objective.side_path
-    pairs: dict[str, Any]
-    if options.side_path_mapping_mode == "mined":
-        mapping_V = source.mapping()
-        pairs = {"student_index": torch.arange(len(mapping_V)).to(mapping_V), "teacher_index": mapping_V}
-    else:
-        pairs = source.pairs()
+    pairs = _mined_pairs(source) if options.side_path_mapping_mode == "mined" else source.pairs()
     return SidePathOptions(**pairs, distance_fn=options.side_path_distance_fn, **source.workspace)
+
+
+def _mined_pairs(source: _Source) -> dict[str, Any]:
+    """Return the mined pairs, each teacher id once: probabilities of what repeats add up to more than 1.
+
+    Of several student ids with one nearest teacher id, the one with its bytes counts, else the lowest.
+    """
+    mapping_V = source.mapping().cpu()
+    student, teacher = source.student.token_bytes, source.teacher.token_bytes
+    is_same_V = torch.tensor([student[s] == teacher[t] for s, t in enumerate(mapping_V.tolist())])
+    order_V = (~is_same_V).long().argsort(stable=True)
+    winner: dict[int, int] = {}
+    for s in order_V.tolist():
+        winner.setdefault(int(mapping_V[s]), s)
+    pairs = sorted((s, t) for t, s in winner.items())
+    student_P, teacher_P = torch.tensor(pairs, device=source.device).unbind(1)
+    return {"student_index": student_P.contiguous(), "teacher_index": teacher_P.contiguous()}
 
 
 def _latents(source: _Source, loss: Loss) -> LatentsOptions:

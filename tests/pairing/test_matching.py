@@ -1,0 +1,70 @@
+"""Tokens that mean the same: by bytes, by role, and through the other tokenizer."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.tiny import byte_level_bpe, sentencepiece_bpe
+from tokenkit.pairing.matching import matching_tokens, projection_entries
+from tokenkit.tokenization.byteify import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return load_tokenizer(str(sentencepiece_bpe(folder / "s"))), load_tokenizer(
+        str(byte_level_bpe(folder / "t"))
+    )
+
+
+def test_pairs_are_equal_bytes_or_equal_roles_and_no_id_comes_twice(pair):
+    student, teacher = pair
+    pairs = matching_tokens(student, teacher)
+    roles = {(student.special_ids[r], teacher.special_ids[r]) for r in ("bos", "eos")}
+    for s, t in zip(*pairs, strict=True):
+        assert (s, t) in roles or student.token_bytes[s] == teacher.token_bytes[t]
+    assert len(set(pairs.student_P)) == len(set(pairs.teacher_P)) == len(pairs.student_P)
+    assert roles <= {(int(s), int(t)) for s, t in zip(*pairs, strict=True)}
+    text = [{t.token_bytes[i] for i in np.flatnonzero(~t.is_special_V) if t.token_bytes[i]} for t in pair]
+    assert len(pairs.student_P) == len(text[0] & text[1]) + len(roles)
+
+
+def test_swapping_the_tokenizers_swaps_the_pairs(pair):
+    there, back = matching_tokens(*pair), matching_tokens(*pair[::-1])
+    assert set(zip(*there, strict=True)) == {(s, t) for t, s in zip(*back, strict=True)}
+
+
+def test_equal_tokenizers_match_everywhere(pair):
+    teacher = pair[1]
+    pairs = matching_tokens(teacher, teacher)
+    assert np.array_equal(pairs.student_P, pairs.teacher_P)
+    assert len(pairs.student_P) == teacher.vocab_size
+
+
+def test_tokens_without_a_partner_go_to_the_pieces_that_write_them(pair):
+    student, teacher = pair
+    pairs, entries = matching_tokens(*pair), projection_entries(*pair)
+    partner = dict(zip(*pairs, strict=True))
+    rows = {}
+    for s, t, weight in zip(*entries, strict=True):
+        rows.setdefault(int(s), []).append((int(t), float(weight)))
+    assert sum(len(row) > 1 for row in rows.values()) > 20
+    for s, row in rows.items():
+        assert sum(weight for _, weight in row) == pytest.approx(1)
+        if s in partner:
+            assert row == [(partner[s], 1)]
+        else:
+            ids = teacher.try_encode_batch([student.token_bytes[s].decode()], "text")[0].ids.tolist()[:4]
+            if len(set(ids)) == len(ids):
+                assert [t for t, _ in row] == ids
+                ratios = [b / a for (_, a), (_, b) in itertools.pairwise(row)]
+                assert ratios == pytest.approx([0.1] * len(ratios))
+
+
+def test_real_tokenizers_share_most_of_what_is_short(load_real):
+    student, teacher = load_real("tokenizers/smollm2"), load_real("tokenizers/gpt2")
+    pairs = matching_tokens(student, teacher)
+    assert len(pairs.student_P) > 30_000
+    entries = projection_entries(student, teacher)
+    assert len(np.unique(entries.student_M)) > 0.99 * student.vocab_size

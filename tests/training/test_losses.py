@@ -1,0 +1,228 @@
+"""Every loss in the real trainer: it trains, ranks agree, its trained parts are saved, and are not exported.
+
+Faults tried, each caught here: the teacher's head kept from the first half; parts left out of the optimizer,
+or of the checkpoint; parts built after sharding; options left on the configuration's defaults.
+"""
+
+import json
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
+from tests.tiny import TEXT, tiny_model
+from tests.training.test_resume import curve, run_in_rank
+from tokenkit.config import ConfigError
+from tokenkit.metrics import ExitCode
+from tokenkit.pairing.mining import mine_mapping
+from tokenkit.parallel import World
+from tokenkit.structs import LossTerm
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.training.build import build
+from tokenkit.training.loop import train
+from tokenkit.training.losses import read_mapping
+from tokenkit.training.step import train_step
+
+SINGLE = World(0, 1, torch.device("cpu"), None)
+NAMES = [
+    "alm_side_path", "alm_latents", "baseline_uld", "baseline_mined", "baseline_dskd", "baseline_gold",
+    "baseline_xtoken",
+]  # fmt: skip
+EVERY_LAYER = {"latents_to_align": "all_hidden_states", "latents_do_project": "true"}
+
+
+@pytest.fixture(scope="module")
+def files(workspace, tmp_path_factory):
+    """A mined mapping, a wider and deeper teacher, and documents that are all alike."""
+    folder = tmp_path_factory.mktemp("losses")
+    tokenizers = (load_tokenizer(str(workspace / name)) for name in ("target", "model"))
+    np.save(folder / "mapping.npy", mine_mapping(*tokenizers).teacher_V)
+    shutil.copytree(workspace / "model", folder / "teacher")
+    tiny_model(hidden_size=48, num_hidden_layers=3, seed=1).save_pretrained(folder / "teacher")
+    with (folder / "alike.jsonl").open("w", encoding="utf-8") as file:
+        text = " ".join(random.Random(1).choices(" ".join(TEXT).split(" "), k=25))
+        file.writelines(json.dumps({"text": text}) + "\n" for _ in range(120))
+    return folder
+
+
+@pytest.fixture
+def config_of(make_config, files):
+    return partial(make_config, mined_mapping_path=files / "mapping.npy")
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["lora", "full, another teacher"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_falls(config_of, files, name, wide):
+    changes = {}
+    if wide:
+        changes = EVERY_LAYER | {
+            "train_model_mode": "full",
+            "teacher__pretrained_model_name_or_path": files / "teacher",
+            "gradient_checkpointing": "true",
+        }
+    parts = build(config_of(losses=[name], **changes), SINGLE)
+    micro_batches = next(parts.batches)
+    reports = [train_step(parts.run, micro_batches) for _ in range(6)]
+    assert all(report.counts[name] > 0 for report in reports)
+    assert reports[-1].losses[name] < reports[0].losses[name], [r.losses for r in reports]
+
+
+@pytest.mark.parametrize("align", ["all_hidden_states", "qkv"])
+@pytest.mark.parametrize("chunks", ["naive", "space"])
+def test_latents_of_layers_train_what_adapters_reach(config_of, align, chunks):
+    settings = {"latents_to_align": align, "latents_chunks": chunks, "losses": ["alm_latents"]}
+    parts = build(config_of(**settings), SINGLE)
+    (batch,) = micro_batches = next(parts.batches)
+    assert list(batch.chunks) == ["unconstrained" if chunks == "naive" else "space"]
+    first = train_step(parts.run, micro_batches).losses["alm_latents"]
+    assert min(train_step(parts.run, micro_batches).losses["alm_latents"] for _ in range(4)) < first
+
+
+@pytest.mark.parametrize("mode", ["mined", "exact_match"])
+@pytest.mark.parametrize("distance", ["kl", "reverse_kl", "kl_subset", "reverse_kl_subset", "log_abs", "abs"])
+def test_side_path_takes_both_mappings_and_every_distance(config_of, mode, distance):
+    settings = {"side_path_mapping_mode": mode, "side_path_distance_fn": distance}
+    parts = build(config_of(losses=["alm_side_path"], **settings), SINGLE)
+    report = train_step(parts.run, next(parts.batches))
+    assert report.losses["alm_side_path"] > 0
+    assert report.grad_norm > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_near_float32(config_of, files, dtype):
+    losses = [name for name in NAMES if name != "baseline_uld"]
+    settings = {"losses": losses, **EVERY_LAYER, "teacher__pretrained_model_name_or_path": files / "teacher"}
+    values = []
+    for one in (dtype, "float32"):
+        parts = build(config_of(**settings, dtype=one), SINGLE)
+        parts_of = [p for n, p in parts.run.model.named_parameters() if n.startswith("parts.")]
+        assert {p.dtype for p in parts_of} == {torch.float32}
+        values.append(train_step(parts.run, next(parts.batches)).losses)
+    for name in losses:
+        assert values[0][name] == pytest.approx(values[1][name], rel=0.05), name
+
+
+def teachers_head(student, teacher, batch):
+    """A user's loss that multiplies with the teacher's head in the student's half."""
+    width = min(student.hidden_BTD.shape[-1], teacher.hidden_BTD.shape[-1])
+    logits = student.hidden_BTD[..., :width] @ teacher.head.weight_VD[:, :width].T
+    return LossTerm(logits.logsumexp(-1)[batch.student.trained_BT].sum(), batch.student.trained_BT.sum())
+
+
+teachers_head.count = lambda teacher, batch: batch.student.trained_BT.sum()
+
+
+def three_steps(world, config):
+    """Return losses, gradient norms and counts of three steps."""
+    torch.manual_seed(0)
+    parts = build(config, world)
+    reports = [train_step(parts.run, next(parts.batches)) for _ in range(3)]
+    return [[*report.losses.values(), report.grad_norm, *report.counts.values()] for report in reports]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_processes_and_micro_batches_agree_with_one(config_of, files, mode):
+    """Documents that are alike, because DSKD and latents take scales from the micro-batch of a process."""
+    settings = {
+        "losses": [*NAMES, "tests.training.test_losses:teachers_head"],
+        "data__dataset_name": files / "alike.jsonl",
+        "teacher__pretrained_model_name_or_path": files / "teacher",
+        "train_model_mode": mode,
+        "batch_size": 8,
+        **EVERY_LAYER,
+    }
+    expected = torch.tensor(three_steps(SINGLE, config_of(**settings)))
+    for result in run_ranks(three_steps, 2, config_of(**settings, gradient_accumulation_steps=2)):
+        torch.testing.assert_close(torch.tensor(result), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_projections_are_resumed_to_the_same_bits_on_any_number_of_ranks(config_of, files, tmp_path):
+    changes = {
+        "losses": ["baseline_dskd", "alm_latents"], "steps": 4, "train_model_mode": "full", **EVERY_LAYER,
+        "teacher__pretrained_model_name_or_path": files / "teacher", "resume": "true",
+    }  # fmt: skip
+    run = partial(run_ranks, run_in_rank, always_shard=False)
+    assert run(2, config_of(**changes, output_dir=tmp_path / "whole"), None) == [ExitCode.DONE] * 2
+    broken = config_of(**changes, output_dir=tmp_path / "broken")
+    assert KILLED in wait_ranks(start_ranks(run_in_rank, 2, broken, 3, always_shard=False))
+    shutil.copytree(tmp_path / "broken", tmp_path / "alone")
+    assert run(2, broken, None) == [ExitCode.DONE] * 2
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+
+    assert run(1, config_of(**changes, output_dir=tmp_path / "alone"), None) == [ExitCode.DONE]
+    weights = {
+        x: load_file(tmp_path / x / "export" / "model.safetensors") for x in ("whole", "broken", "alone")
+    }
+    assert not any("query" in name or "parts" in name for name in weights["whole"])
+    for name, tensor in weights["whole"].items():
+        assert torch.equal(tensor, weights["broken"][name]), name
+        assert tensor.shape == weights["alone"][name].shape
+
+
+def test_parts_are_in_a_group_of_their_own_that_a_pattern_scales(config_of):
+    config = config_of(losses=["baseline_dskd"], optimizer__param_groups='[{pattern: "^parts", lr_scale: 5}]')
+    optimizer = build(config, SINGLE).run.optimizer
+    groups = {group["name"]: group["lr_scale"] for group in optimizer.param_groups}
+    assert groups == {"student": 1, "parts": 5}
+    assert sum(len(g["params"]) for g in optimizer.param_groups if g["name"] == "parts") == 6
+
+
+def test_kd_rate_weighs_baselines_against_clm(config_of):
+    config = config_of(losses=["clm", "baseline_uld", "alm_space"], baseline__kd_rate=0.75)
+    assert config.objective.static_weights == {"clm": 0.25, "baseline_uld": 0.75, "alm_space": 1.0}
+    with pytest.raises(ConfigError, match="keep the one that is meant"):
+        config_of(losses=["clm"], loss_weights=[1], baseline__kd_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"losses": ["alm_unbiased"]},
+            r"alm_unbiased is accepted but its feature comes with the tokenizer-pair",
+        ),
+        ({"losses": ["baseline_mined"]}, "mined_mapping_path is not set"),
+        (
+            {"losses": ["alm_side_path"], "side_path_mapping_mode": "mined"},
+            "mined_mapping_path is not set",
+        ),
+        ({"side_path_mapping_mode": "bias_threshold"}, "comes with `tokenkit pair-stats`"),
+        ({"baseline__kd_temp": 0}, r"baseline\.kd_temp must be positive, got 0"),
+        ({"baseline__skew_lambda": 1.5}, r"baseline\.skew_lambda must lie in \[0, 1\], got 1.5"),
+        ({"loss_workspace_mib": 0}, "loss_workspace_mib must be at least 1"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(make_config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+def test_a_mapping_is_read_from_a_folder_a_file_or_a_tensor(tmp_path):
+    np.save(tmp_path / "mapping.npy", np.arange(5))
+    torch.save(torch.arange(5, dtype=torch.int32), tmp_path / "mapping.pt")
+    for path in (tmp_path, tmp_path / "mapping.npy", tmp_path / "mapping.pt"):
+        assert read_mapping(Path(path), 5, 7).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; make it with `tokenkit mined-"):
+        read_mapping(tmp_path / "nowhere", 5, 7)
+    with pytest.raises(ValueError, match=r"each of the student's 6 ids: got torch.int64 of shape \(5,\)"):
+        read_mapping(tmp_path, 6, 7)
+    with pytest.raises(ValueError, match=r"ids of the teacher's 4: got 0 to 4; was it mined for these"):
+        read_mapping(tmp_path, 5, 4)
+
+
+def test_a_mapping_of_other_tokenizers_ends_the_run_before_it_starts(make_config, tmp_path):
+    np.save(tmp_path / "mapping.npy", np.arange(5))
+    with pytest.raises(ValueError, match="was it mined for these tokenizers"):
+        train(make_config(losses=["baseline_mined"], mined_mapping_path=tmp_path))
+
+
+def test_latents_of_another_width_are_told_to_be_projected(config_of, files):
+    config = config_of(losses=["alm_latents"], teacher__pretrained_model_name_or_path=files / "teacher")
+    with pytest.raises(ValueError, match="32 wide and the teacher's 48: set latents_do_project"):
+        build(config, SINGLE)
