@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Unpack
+
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.divergence_settings import DEFAULTS, WHOLE_KINDS, Options
 from tokenkit.kernels.reference.linear_logprob import logits
 from tokenkit.structs import Head
-
-FULL_KINDS = ("abs", "log_abs")  # these compare probabilities under the full vocabularies
 
 
 def adaptive_weight(q_NK: Tensor, p_NK: Tensor, alpha: float) -> Tensor:
@@ -82,24 +83,22 @@ def linear_divergence(
     teacher_NE: Tensor,
     teacher_head: Head,
     kind: str = "kl",
-    *,
-    teacher_index: Tensor | None = None,
-    student_index: Tensor | None = None,
-    rest_as_outcome: bool = False,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    skew: float = 0.1,
-    alpha: float = 0.5,
-    row_weight_N: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
-    """Return the divergence of each row, or Σ row_weight · divergence, its gradient left to autograd."""
+    """Return the divergence of each row, or Σ row_weight · divergence, its gradient left to autograd.
+
+    Takes the options of `kernels/linear_divergence.py` but `outcomes` and `workspace_bytes`.
+    """
+    settled: Any = {**DEFAULTS, **options}
+    temperature, row_weight_N = settled["temperature"], settled["row_weight_N"]
     z_s_NV = logits(student_ND, student_head, temperature)
-    z_t_NW = logits(teacher_NE, teacher_head, temperature * teacher_temperature)
-    full = kind in FULL_KINDS or rest_as_outcome
-    log_p_NK = _outcomes(z_s_NV, student_index, full=full, rest=rest_as_outcome and student_index is not None)
-    log_q_NK = _outcomes(z_t_NW, teacher_index, full=full, rest=rest_as_outcome and student_index is not None)
-    if rest_as_outcome:  # where every id is in a pair there is no rest, and 0 log 0 = 0
+    z_t_NW = logits(teacher_NE, teacher_head, temperature * settled["teacher_temperature"])
+    rest = settled["rest_as_outcome"]
+    full = kind in WHOLE_KINDS or rest
+    log_p_NK = _outcomes(z_s_NV, settled["student_index"], full=full, rest=rest)
+    log_q_NK = _outcomes(z_t_NW, settled["teacher_index"], full=full, rest=rest)
+    if rest:  # where every id is in a pair there is no rest, and 0 log 0 = 0
         both_K = (log_p_NK > -torch.inf).any(0) | (log_q_NK > -torch.inf).any(0)
         log_p_NK, log_q_NK = log_p_NK[:, both_K], log_q_NK[:, both_K]
-    value_N = divergence(log_p_NK, log_q_NK, kind, skew=skew, alpha=alpha)
+    value_N = divergence(log_p_NK, log_q_NK, kind, skew=settled["skew"], alpha=settled["alpha"])
     return value_N if row_weight_N is None else (row_weight_N * value_N).sum()
