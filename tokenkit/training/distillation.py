@@ -191,23 +191,15 @@ class Distillation(nn.Module):
 def graph_from(layer: nn.Module) -> Iterator[None]:
     """Run a body without a graph up to `layer`, its last one, and with one from there on."""
 
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
         torch.set_grad_enabled(True)
-        if args:
-            return (_as_leaf(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _as_leaf(kwargs["hidden_states"])}
 
-    # first of all hooks: FSDP2's own looks whether the graph is on, and for an input that needs a gradient
-    handle = layer.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(begin, prepend=True)  # FSDP2's own hook looks at the mode
     try:
         with torch.no_grad():
             yield
     finally:
         handle.remove()
-
-
-def _as_leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
 
 
 def _with_frozen_head(states: HiddenStates) -> HiddenStates:

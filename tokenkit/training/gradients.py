@@ -213,7 +213,7 @@ def _last_layer_within(passes: Passes) -> Sums:
     """One process, one micro-batch: backward passes that stop at the last layer, then the whole one."""
     parameters = last_layer_parameters(passes.model)
     means = passes.means(0)
-    held = [
+    held: list[Gradient] = [
         list(torch.autograd.grad(mean * passes.scale, parameters, retain_graph=True, allow_unused=True))
         for mean in means
     ]
