@@ -1,0 +1,171 @@
+"""Covers and biases against their definition, which asks the tokenizer for every continuation there is.
+
+Faults tried, each caught here: a merge of equal rank on the right that crosses; the rank that consumes a
+part ignored; the pre-tokenizer ignored; a token that is no merge's result but a piece by itself; the
+continuation counted from the wrong byte; own and other cover exchanged; whitespace not set to 1.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import byte_level_bpe, sentencepiece_bpe
+from tests.tokenization.tiny import KINDS
+from tokenkit.pairing.bias import PairBiases, find_biases, find_pairs
+from tokenkit.pairing.covers import Writer, find_covers
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.families import FAMILIES
+from tokenkit.tokenization.spec import parse_spec
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    folders = {kind: build(root / kind.replace(" ", "-")) for kind, build in KINDS.items()}
+    return {kind: load_tokenizer(str(folder)) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    teacher = load_tokenizer(str(byte_level_bpe(root / "teacher", 330)))
+    return teacher, load_tokenizer(str(sentencepiece_bpe(root / "student", 380)))
+
+
+def cover_by_definition(tokenizer, token_id):
+    """Return {continuation: token}: what the tokenizer writes across the end of this token."""
+    text = tokenizer.token_bytes[token_id]
+    others = {
+        other for i, other in enumerate(tokenizer.token_bytes) if other and not tokenizer.is_special_V[i]
+    }
+    tries = [(text[cut:], other) for cut in range(len(text)) for other in others]
+    longer = sorted({other[len(end) :] for end, other in tries if other.startswith(end) and other != end})
+    last = Writer(tokenizer).last_tokens([text + continuation for continuation in longer])
+    return {
+        continuation: token
+        for continuation, token in zip(longer, last, strict=True)
+        if token >= 0 and len(tokenizer.token_bytes[token]) > len(continuation)
+        and (text + continuation).endswith(tokenizer.token_bytes[token])
+    }  # fmt: skip
+
+
+def cover(tokenizer, covers, token_id):
+    here = slice(covers.offset_V[token_id], covers.offset_V[token_id + 1])
+    pairs = zip(covers.token_E[here].tolist(), covers.inside_E[here].tolist(), strict=True)
+    entries = [(tokenizer.token_bytes[token][inside:], token) for token, inside in pairs]
+    assert len(dict(entries)) == len(entries), "one continuation twice"
+    return dict(entries)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_covers_are_what_the_tokenizer_writes(small, kind):
+    tokenizer = small[kind]
+    covers = find_covers(tokenizer)
+    for token_id, text in enumerate(tokenizer.token_bytes):
+        expected = {}
+        if text and not tokenizer.is_special_V[token_id] and not text.isspace():
+            expected = cover_by_definition(tokenizer, token_id)
+        assert cover(tokenizer, covers, token_id) == expected, text
+
+
+@st.composite
+def merge_documents(draw):
+    """A byte-level BPE over a, b, 1 with random merges, in or out of order, and pieces that nothing makes."""
+    vocab = dict.fromkeys("ab1")
+    merges = []
+    for _ in range(draw(st.integers(1, 9))):
+        left, right = (draw(st.sampled_from(sorted(vocab))) for _ in "xy")
+        if left + right not in vocab or draw(st.booleans()):
+            merges.append((left, right))
+            vocab[left + right] = None
+    merges = draw(st.permutations(merges)) if draw(st.booleans()) else merges
+    pieces = draw(st.lists(st.text("ab1", min_size=2, max_size=4), max_size=3))
+    strings = list(dict.fromkeys([*vocab, *pieces]))
+    model = {"type": "BPE", "vocab": {string: i for i, string in enumerate(strings)}, "merges": merges}
+    model |= {"ignore_merges": draw(st.booleans())}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    digits = {"type": "Digits", "individual_digits": draw(st.booleans())}
+    before = draw(st.sampled_from([whole, {"type": "Sequence", "pretokenizers": [digits, whole]}]))
+    return {"model": model, "pre_tokenizer": before, "normalizer": None, "decoder": None}
+
+
+@settings(max_examples=150, deadline=None)
+@given(merge_documents())
+def test_covers_hold_for_any_merges(document):
+    tokenizer = Tokenizer(parse_spec("any"), {**document, "added_tokens": []}, FAMILIES["GPT2"])
+    covers = find_covers(tokenizer)
+    for token_id, text in enumerate(tokenizer.token_bytes):
+        assert cover(tokenizer, covers, token_id) == cover_by_definition(tokenizer, token_id), text
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-sub8000", "tinystories-spm", "llama2"])
+def test_covers_of_real_tokenizers_on_a_sample(shared_data, name):
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+    covers = find_covers(tokenizer)
+    chosen = np.random.default_rng(0).choice(tokenizer.vocab_size, 12, replace=False)
+    for token_id in chosen.tolist():
+        text = tokenizer.token_bytes[token_id]
+        if text and not text.isspace() and not tokenizer.is_special_V[token_id]:
+            assert cover(tokenizer, covers, token_id) == cover_by_definition(tokenizer, token_id), text
+
+
+def probabilities(tokenizer, seed):
+    numbers = np.random.default_rng(seed).random(tokenizer.vocab_size)
+    return numbers / numbers.sum()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_biases_are_the_mass_that_one_end_alone_rules_out(pair, swapped):
+    teacher, student = pair[::-1] if swapped else pair
+    teacher_p, student_p = probabilities(teacher, 0), probabilities(student, 1)
+    biases = find_biases(teacher, student, teacher_p, student_p)
+    covers = {
+        tokenizer: {i: cover_by_definition(tokenizer, i) for i in np.unique(ids).tolist()}
+        for tokenizer, ids in ((teacher, biases.teacher_P), (student, biases.student_P))
+    }
+    for i in range(len(biases.teacher_P)):
+        a, b = int(biases.teacher_P[i]), int(biases.student_P[i])
+        if teacher.token_bytes[a].isspace() or student.token_bytes[b].isspace():
+            assert (biases.teacher_bias_P[i], biases.student_bias_P[i]) == (1, 1)
+            continue
+        ours, theirs = covers[teacher][a], covers[student][b]
+        expected = sum(teacher_p[token] for c, token in ours.items() if c not in theirs)
+        assert biases.teacher_bias_P[i] == pytest.approx(expected, abs=1e-12)
+        expected = sum(student_p[token] for c, token in theirs.items() if c not in ours)
+        assert biases.student_bias_P[i] == pytest.approx(expected, abs=1e-12)
+
+
+def test_pairs_are_all_text_tokens_of_which_one_ends_with_the_other(pair):
+    teacher, student = pair
+    expected = [
+        (a, b)
+        for a, x in enumerate(teacher.token_bytes)
+        for b, y in enumerate(student.token_bytes)
+        if x and y and (x.endswith(y) or y.endswith(x))
+        and not (teacher.is_special_V[a] or student.is_special_V[b])
+    ]  # fmt: skip
+    assert list(zip(*(ids.tolist() for ids in find_pairs(teacher, student)), strict=True)) == expected
+
+
+def test_a_tokenizer_and_itself_have_no_bias_but_at_whitespace(pair):
+    teacher, _ = pair
+    p = probabilities(teacher, 0)
+    biases = find_biases(teacher, teacher, p, p)
+    same = biases.teacher_P == biases.student_P
+    blank = np.array([teacher.token_bytes[i].isspace() for i in biases.teacher_P.tolist()])
+    assert not biases.teacher_bias_P[same & ~blank].any()
+    assert (biases.student_bias_P[same & blank] == 1).all()
+
+
+def test_a_pair_closes_a_chunk_when_both_biases_are_small():
+    ids = np.array([0, 0, 2], np.int32), np.array([1, 3, 0], np.int32)
+    biases = PairBiases(*ids, np.array([0.05, 0.0, 0.1]), np.array([0.0, 0.2, 0.1]), (3, 4))
+    teacher, student = np.array([0, 0, 2, 1, 2]), np.array([1, 3, 0, 1, 3])
+    assert biases.closes(teacher, student, 0.1).tolist() == [True, False, True, False, False]
+
+
+def test_probabilities_of_another_vocabulary_are_refused(pair):
+    teacher, student = pair
+    with pytest.raises(ValueError, match=r"student_probability_V must hold one number per token \(380\)"):
+        find_biases(teacher, student, probabilities(teacher, 0), np.ones(3))
