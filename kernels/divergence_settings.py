@@ -1,12 +1,12 @@
 """What a call of `linear_divergence` asks for: its options, and the mode they lead to.
 
-An operation of torch takes tensors and words, so options become tensors in a list and JSON; inside the
-operation they become a `Problem`. Dimensions: N rows, V columns, P pairs.
+An operation of torch takes tensors, numbers and words, so options become lists of them; inside the operation
+they become a `Problem`. Dimensions: N rows, V columns, P pairs.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
@@ -18,7 +18,7 @@ from tokenkit.kernels.divergence_passes import CPU_CHUNK_BYTES
 from tokenkit.kernels.divergence_rows import Problem, Side
 from tokenkit.kernels.outcomes import Outcomes, match_outcomes
 from tokenkit.kernels.row_chunks import Rows
-from tokenkit.kernels.vocabulary_parallel import shard_of, shard_words, vocab_size
+from tokenkit.kernels.vocabulary_parallel import shard_of, shard_words
 from tokenkit.structs import Head
 
 DEFAULT_WORKSPACE_BYTES = 5 * 2**28  # 1.25 GiB: 1024 rows of 2 × 152k float32 logits
@@ -56,31 +56,71 @@ DEFAULTS: Options = {
 
 
 class Settings(NamedTuple):
-    """What an operation is told besides tensors. Travels as JSON: an operator's schema knows no records."""
+    """What an operation is told besides tensors; of pairs, the student's comes first."""
 
     mode: str
     kind: str
+    groups: tuple[str, str]
+    """Names of the groups that share the heads; "": none."""
+    constants: tuple[str, ...]
+    """Names of the tensors that no gradient flows to."""
+    needs: tuple[bool, ...]
+    """Whether a gradient is wanted of student, weight, bias, teacher."""
     rest_as_outcome: bool
     skew: float
     tail_mass: float
-    temperatures: tuple[float, float]
-    student: tuple[float, float | None, int, str, int]
-    """Scale, softcap, vocabulary, name of the shard's group, first id."""
-    teacher: tuple[float, float | None, int, str, int]
-    outcomes: tuple[int, tuple[int, int], bool] | None
-    """`pairs`, `unpaired`, `repeats`; None: to be matched."""
-    row_stretches: tuple[tuple[int, int] | None, tuple[int, int] | None]
-    """Rows of both heads where they are stretches."""
-    constants: tuple[str, ...]
-    """Names of the tensors that no gradient flows to."""
-    needs: tuple[bool, bool, bool, bool]
     workspace_bytes: int
+    temperatures: tuple[float, float]
+    scales: tuple[float, float]
+    softcaps: tuple[float, float]
+    """0: none."""
+    vocab_sizes: tuple[float, float]
+    """0: every row."""
+    starts: tuple[float, float]
+    """First ids of the shards."""
+    outcomes: tuple[float, ...]
+    """`pairs`, `unpaired`, `repeats`, and the stretches of rows, -1 where they are tensors; or nothing."""
+
+
+Packed = tuple[list[float], str]
+"""Settings as an operation of torch takes them, and a compiler can make them."""
+
+
+def pack(settings: Settings) -> Packed:
+    """Write settings as numbers and words."""
+    words = [settings.mode, settings.kind, *settings.groups, ",".join(settings.constants)]
+    numbers = [*settings.needs, settings.rest_as_outcome, settings.skew, settings.tail_mass]
+    numbers += [settings.workspace_bytes, *settings.temperatures, *settings.scales, *settings.softcaps]
+    numbers += [*settings.vocab_sizes, *settings.starts, *settings.outcomes]
+    return [float(number) for number in numbers], "\n".join(words)
+
+
+def unpack(numbers: Sequence[float], words: str) -> Settings:
+    """Read what `pack` wrote."""
+    return _unpack(tuple(numbers), words)
 
 
 @lru_cache(maxsize=256)
-def read(words: str) -> Settings:
-    """Return the settings that `words_of` wrote."""
-    return Settings(**json.loads(words))
+def _unpack(numbers: tuple[float, ...], words: str) -> Settings:
+    mode, kind, student_group, teacher_group, constants = words.split("\n")
+    pairs = [(numbers[i], numbers[i + 1]) for i in range(8, 18, 2)]
+    return Settings(
+        mode=mode,
+        kind=kind,
+        groups=(student_group, teacher_group),
+        constants=tuple(constants.split(",")),
+        needs=tuple(map(bool, numbers[:4])),
+        rest_as_outcome=bool(numbers[4]),
+        skew=numbers[5],
+        tail_mass=numbers[6],
+        workspace_bytes=int(numbers[7]),
+        temperatures=pairs[0],
+        scales=pairs[1],
+        softcaps=pairs[2],
+        vocab_sizes=pairs[3],
+        starts=pairs[4],
+        outcomes=numbers[18:],
+    )
 
 
 def problem_of(
@@ -89,11 +129,15 @@ def problem_of(
     """Put together what an operation was given, and check what needs the data of the indices."""
     student_ND, weight_VD, bias_V, teacher_NE = inputs
     heads = [
-        Head(weight, bias, softcap, scale, size, shard_of(group, start))
-        for weight, bias, (scale, softcap, size, group, start) in (
-            (weight_VD, bias_V, settings.student),
-            (tensors["weight"], tensors.get("bias"), settings.teacher),
+        Head(
+            weight,
+            bias,
+            settings.softcaps[i] or None,
+            settings.scales[i],
+            int(settings.vocab_sizes[i]) or None,
+            shard_of(settings.groups[i], int(settings.starts[i])),
         )
+        for i, (weight, bias) in enumerate(((weight_VD, bias_V), (tensors["weight"], tensors.get("bias"))))
     ]
     whole = settings.rest_as_outcome or settings.kind in WHOLE_KINDS
     outcomes = _given_outcomes(tensors, settings)
@@ -143,15 +187,18 @@ def _side(
 
 
 def _given_outcomes(tensors: dict[str, Tensor], settings: Settings) -> Outcomes | None:
-    if settings.outcomes is None:
+    if not settings.outcomes:
         return None
-    pairs, unpaired, repeats = settings.outcomes
-    rows = [
-        tensors[name] if stretch is None else slice(*stretch)
-        for name, stretch in zip(("student_rows", "teacher_rows"), settings.row_stretches, strict=True)
-    ]
-    shares = tensors.get("student_share"), tensors.get("teacher_share")
-    return Outcomes(rows[0], rows[1], pairs, *shares, (unpaired[0], unpaired[1]), repeats)
+    pairs, *unpaired, repeats, start, stop, teacher_start, teacher_stop = map(int, settings.outcomes)
+    return Outcomes(
+        student_rows=tensors["student_rows"] if start < 0 else slice(start, stop),
+        teacher_rows=tensors["teacher_rows"] if teacher_start < 0 else slice(teacher_start, teacher_stop),
+        pairs=pairs,
+        student_share_P=tensors.get("student_share"),
+        teacher_share_P=tensors.get("teacher_share"),
+        unpaired=(unpaired[0], unpaired[1]),
+        repeats=bool(repeats),
+    )
 
 
 def mode_of(
@@ -172,62 +219,52 @@ def mode_of(
     return "weighted" if fits or not needs[1] else "recompute"
 
 
-def words_of(
+def prepare(
     kind: str, heads: tuple[Head, Head], settled: dict[str, Any], mode: str, needs: tuple[bool, ...]
-) -> tuple[list[Tensor], str]:
-    """Return an operation's constant tensors and its settings."""
+) -> tuple[list[Tensor], list[float], str]:
+    """Return what an operation takes beside what may need gradients: tensors, numbers and words."""
     student_head, teacher_head = heads
-    whole = settled["rest_as_outcome"] or kind in WHOLE_KINDS
     outcomes = settled["outcomes"]
-    if (
-        outcomes is None
-        and not torch.compiler.is_compiling()
-        and (whole or settled["student_index"] is not None)
-    ):
-        indices = {name: settled[name] for name in ("teacher_index", "student_index")}
-        outcomes = match_outcomes(*heads, **indices, whole=whole and settled["teacher_index"] is not None)
+    indices = {name: settled[name] for name in ("teacher_index", "student_index")}
+    whole = settled["rest_as_outcome"] or kind in WHOLE_KINDS
+    matches_here = whole or indices["student_index"] is not None
+    if outcomes is None and matches_here and not torch.compiler.is_compiling():
+        outcomes = match_outcomes(*heads, **indices, whole=whole and indices["teacher_index"] is not None)
     tensors = {
         "weight": teacher_head.weight_VD,
         "bias": teacher_head.bias_V,
         "row_weight": settled["row_weight_N"],
-        "teacher_index": settled["teacher_index"],
-        "student_index": settled["student_index"],
     }
-    stretches: list[tuple[int, int] | None] = [None, None]
-    if outcomes is not None:
-        rows = outcomes[:2]
-        stretches = [(x.start, x.stop) if isinstance(x, slice) else None for x in rows]
-        tensors |= {"teacher_index": None, "student_index": None}
-        tensors |= {
-            name: None if isinstance(x, slice) else x
-            for name, x in zip(("student_rows", "teacher_rows"), rows, strict=True)
-        }
+    stretches = []
+    if outcomes is None:
+        tensors |= indices
+    else:
         tensors |= {"student_share": outcomes.student_share_P, "teacher_share": outcomes.teacher_share_P}
+        for name, rows in (("student_rows", outcomes.student_rows), ("teacher_rows", outcomes.teacher_rows)):
+            if isinstance(rows, slice):
+                stretches += [rows.start, rows.stop]
+            else:
+                tensors[name] = rows
+                stretches += [-1, -1]
     tensors = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
-    T = settled["temperature"]
+    temperature, shards = settled["temperature"], [shard_words(head) for head in heads]
     settings = Settings(
         mode=mode,
         kind=kind,
+        groups=(shards[0][0], shards[1][0]),
+        constants=tuple(tensors),
+        needs=needs,
         rest_as_outcome=settled["rest_as_outcome"],
         skew=0.5 if kind == "js" else settled["skew"],
         tail_mass=settled["alpha"],
-        temperatures=(T, T * settled["teacher_temperature"]),
-        student=(
-            student_head.scale,
-            student_head.softcap,
-            vocab_size(student_head),
-            *shard_words(student_head),
-        ),
-        teacher=(
-            teacher_head.scale,
-            teacher_head.softcap,
-            vocab_size(teacher_head),
-            *shard_words(teacher_head),
-        ),
-        outcomes=None if outcomes is None else (outcomes.pairs, outcomes.unpaired, outcomes.repeats),
-        row_stretches=(stretches[0], stretches[1]),
-        constants=tuple(tensors),
-        needs=(needs[0], needs[1], needs[2], needs[3]),
         workspace_bytes=settled["workspace_bytes"],
+        temperatures=(temperature, temperature * settled["teacher_temperature"]),
+        scales=(student_head.scale, teacher_head.scale),
+        softcaps=(student_head.softcap or 0, teacher_head.softcap or 0),
+        vocab_sizes=(student_head.vocab_size or 0, teacher_head.vocab_size or 0),
+        starts=(shards[0][1], shards[1][1]),
+        outcomes=()
+        if outcomes is None
+        else (outcomes.pairs, *outcomes.unpaired, outcomes.repeats, *stretches),
     )
-    return list(tensors.values()), json.dumps(settings._asdict())
+    return list(tensors.values()), *pack(settings)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tokenkit.kernels.divergence_checks import check_finite, check_numbers, check_sides
 from tokenkit.kernels.divergence_passes import Gradients, Needs, by_chunks, by_tiles
 from tokenkit.kernels.divergence_rows import RowState
-from tokenkit.kernels.divergence_settings import DEFAULTS, Options, mode_of, problem_of, read, words_of
+from tokenkit.kernels.divergence_settings import DEFAULTS, Options, mode_of, prepare, problem_of, unpack
 from tokenkit.kernels.divergence_terms import KINDS
 from tokenkit.kernels.outcomes import Outcomes, match_outcomes
 from tokenkit.structs import Head
@@ -42,8 +42,8 @@ __all__ = ["KINDS", "Outcomes", "linear_divergence", "match_outcomes"]
 @torch.library.custom_op(
     "tokenkit::linear_divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, str words)"
-    " -> Tensor[]",
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, "
+    "float[] numbers, str words) -> Tensor[]",
 )
 def _divergence(
     student: Tensor,
@@ -51,9 +51,9 @@ def _divergence(
     bias: Tensor | None,
     teacher: Tensor,
     constants: Sequence[Tensor],
-    words: str,
+    *packed: Any,
 ) -> list[Tensor]:
-    settings = read(words)
+    settings = unpack(*packed)
     tensors = dict(zip(settings.constants, constants, strict=True))
     with torch.autocast(student.device.type, enabled=False):  # it would round float32 operands
         problem = problem_of((student, weight, bias, teacher), tensors, settings)
@@ -88,9 +88,9 @@ def _in_order(gradients: Gradients, student: Tensor, weight: Tensor, bias: Tenso
 
 @_divergence.register_fake
 def _(
-    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, constants: Any, words: str
+    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, constants: Any, *packed: Any
 ) -> Any:
-    settings = read(words)
+    settings = unpack(*packed)
     dtype = torch.promote_types(student.dtype, torch.float32)
     N, needs = student.shape[0], Needs(*settings.needs)
     value = student.new_empty(() if settings.mode == "weighted" else N, dtype=dtype)
@@ -111,11 +111,11 @@ def _(
     "tokenkit::linear_divergence_backward",
     mutates_args=(),
     schema="(Tensor upstream, Tensor state, Tensor student, Tensor weight, Tensor? bias, Tensor teacher, "
-    "Tensor[] constants, str words) -> Tensor[]",
+    "Tensor[] constants, float[] numbers, str words) -> Tensor[]",
 )
 def _divergence_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
-    student, weight, bias, teacher, constants, words = inputs
-    settings = read(words)
+    student, weight, bias, teacher, constants, *packed = inputs
+    settings = unpack(*packed)
     tensors = dict(zip(settings.constants, constants, strict=True))
     with torch.autocast(student.device.type, enabled=False):
         problem = problem_of((student, weight, bias, teacher), tensors, settings)
@@ -128,8 +128,8 @@ def _divergence_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> list[
 
 @_divergence_backward.register_fake
 def _(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
-    student, weight, bias, teacher, _, words = inputs
-    needs = read(words).needs
+    student, weight, bias, teacher, _, *packed = inputs
+    needs = unpack(*packed).needs
     return [
         torch.empty_like(x)
         if need and x is not None
@@ -140,24 +140,24 @@ def _(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)  # zeros of the size of dW, for outputs that nobody differentiates
-    student, weight, bias, teacher, constants, ctx.words = inputs
+    student, weight, bias, teacher, constants, *ctx.packed = inputs
     ctx.dtypes = student.dtype, teacher.dtype
     ctx.lists = len(constants)
-    if read(ctx.words).mode == "recompute":
+    if unpack(*ctx.packed).mode == "recompute":
         ctx.save_for_backward(output[1], student, weight, bias, teacher, *constants)
     else:
         ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
-    upstream, settings = upstreams[0], read(ctx.words)
+    upstream, settings = upstreams[0], unpack(*ctx.packed)
     none = [None] * ctx.lists
     if upstream is None:
-        return None, None, None, None, none, None
+        return None, None, None, None, none, None, None
     if settings.mode == "recompute":
         state, student, weight, bias, teacher, *constants = ctx.saved_tensors
         found = _divergence_backward(
-            upstream.contiguous(), state, student, weight, bias, teacher, constants, ctx.words
+            upstream.contiguous(), state, student, weight, bias, teacher, constants, *ctx.packed
         )
     else:
         student_ND, weight_VD, bias_V, teacher_NE = ctx.saved_tensors
@@ -168,7 +168,7 @@ def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
             (upstream * bias_V).to(bias_V.dtype) if settings.needs[2] else bias_V,
             (factor * teacher_NE).to(ctx.dtypes[1]) if settings.needs[3] else teacher_NE,
         ]
-    return *(x if need else None for x, need in zip(found, settings.needs, strict=True)), none, None
+    return *(x if need else None for x, need in zip(found, settings.needs, strict=True)), none, None, None
 
 
 _divergence.register_autograd(_gradients, setup_context=_keep)
@@ -228,14 +228,14 @@ def linear_divergence(
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
     )
-    constants, words = words_of(
+    packed = prepare(
         kind,
         (student_head, teacher_head),
         settled,
         mode_of(inputs, len(teacher_head.weight_VD), needs, settled),
         needs,
     )
-    value = _divergence(*inputs, constants, words)[0]
+    value = _divergence(*inputs, *packed)[0]
     if row_weight_N is None or value.ndim == 0:
         return value
     return (row_weight_N.detach() * value).sum()

@@ -1,7 +1,5 @@
 """What linear_divergence refuses, and which mode it chooses."""
 
-import json
-
 import pytest
 import torch
 
@@ -83,11 +81,17 @@ def test_skew_of_0_and_1_are_the_limits():
 
 
 def test_settings_survive_their_journey():
-    words = divergence_settings.words_of(
-        "kl", (HEAD, HEAD), dict(divergence_settings.DEFAULTS), "value", (False,) * 4
-    )[1]
-    assert json.loads(words)["kind"] == "kl"
-    assert divergence_settings.read(words) is divergence_settings.read(words)
+    settled = dict(divergence_settings.DEFAULTS) | {"teacher_index": torch.arange(5), "skew": 0.3}
+    needs = (True, False, True, False)
+    head = Head(HEAD.weight_VD, softcap=2.0, vocab_size=5)
+    tensors, numbers, words = divergence_settings.prepare("abs", (HEAD, head), settled, "rows", needs)
+    settings = divergence_settings.unpack(numbers, words)
+    assert divergence_settings.pack(settings) == (numbers, words)
+    assert settings.constants == ("weight", "student_rows", "teacher_rows")
+    assert len(tensors) == 3
+    assert settings.softcaps == (0, 2)
+    assert settings.vocab_sizes == (0, 5)
+    assert (settings.mode, settings.needs, settings.skew) == ("rows", needs, 0.3)
 
 
 def test_modes_are_chosen_by_gradients_weights_and_budget():
