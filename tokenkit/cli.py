@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:  # installed for the losses alone, with t
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
     "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
+    "pair-stats": ("tokenkit.pair_stats:main", "measure the tokenization biases of a pair of tokenizers"),
     "mined-mapping": ("tokenkit.mined_mapping:main", "find the nearest teacher token of every student token"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""

@@ -1,0 +1,123 @@
+"""`tokenkit pair-stats`: the tokenization biases of every pair of tokens, for losses that look at them.
+
+tokenkit pair-stats --teacher-tokenizer-name llama3 --target-tokenizer-name gpt2
+    --data.dataset-name stories.txt --output pair
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenkit.cli import run
+from tokenkit.config import parse_command_line
+from tokenkit.config.errors import ConfigError
+from tokenkit.data.options import DataOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStatsConfig:
+    """Measure how far the ends of two tokenizations differ in what may follow, for every pair of tokens."""
+
+    teacher_tokenizer_name: str
+    """Tokenizer spec of the teacher (a path, a hub name, or `byte`)."""
+
+    target_tokenizer_name: str
+    """Tokenizer spec that the student ends with."""
+
+    output: str
+    """Folder for the matrices, the counts and summary.json. A count that was interrupted goes on there."""
+
+    teacher_subsample_percent: float = 100.0
+    """Share of the documents in which the teacher's tokens are counted."""
+
+    student_subsample_percent: float = 100.0
+    """Share of the documents in which the student's tokens are counted."""
+
+    additive_smoothing_constant: float = 1e-9
+    """Added to each token's count, as a share of all tokens: no token has probability 0."""
+
+    seed: int = 0
+    """Chooses the documents of a share."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        for name in ("teacher_subsample_percent", "student_subsample_percent"):
+            if not 0 < getattr(self, name) <= 100:
+                raise ConfigError(f"{name} must lie in (0, 100], got {getattr(self, name)}")
+        constant = self.additive_smoothing_constant
+        if not (constant >= 0 and math.isfinite(constant)):
+            raise ConfigError(f"additive_smoothing_constant must be at least 0 and finite, got {constant}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(lambda: measure(parse_command_line(PairStatsConfig, argv, program="tokenkit pair-stats")))
+
+
+def measure(config: PairStatsConfig) -> None:
+    """Count, compare and write.
+
+    Raises:
+        ValueError, FileNotFoundError: tokenizers or data that cannot be read or have nothing in common.
+        FileExistsError: the output holds statistics.
+    """
+    from tqdm import tqdm
+
+    from tokenkit.data.token_counts import Counted, count_tokens
+    from tokenkit.pairing.bias import find_biases
+    from tokenkit.pairing.bias_files import check_vacant, save_biases
+    from tokenkit.tokenization.byteify import load_tokenizer
+
+    folder = Path(config.output).expanduser()
+    check_vacant(folder)
+    teacher = load_tokenizer(config.teacher_tokenizer_name)
+    student = load_tokenizer(config.target_tokenizer_name)
+    sides = {
+        "teacher": Counted(teacher, config.teacher_subsample_percent),
+        "student": Counted(student, config.student_subsample_percent),
+    }
+    quiet = not sys.stderr.isatty()
+    began = time.perf_counter()
+    with tqdm(unit="document", disable=quiet) as bar:
+        counts = count_tokens(config.data, sides, folder, seed=config.seed, progress=bar.update)
+    counted = time.perf_counter()
+    smoothing = config.additive_smoothing_constant
+    teacher_p, student_p = (
+        (count_V / count_V.sum() + smoothing) / (1 + smoothing * len(count_V)) for count_V in counts.values()
+    )
+    with tqdm(unit="token", disable=quiet) as bar:
+        biases = find_biases(teacher, student, teacher_p, student_p, progress=bar.update)
+    seconds = time.perf_counter() - counted
+    pairs = len(biases.teacher_P)
+    figures = {
+        "pairs": pairs,
+        "seconds_counting": round(counted - began, 1),
+        "seconds_comparing": round(seconds, 1),
+        "pairs_per_second": round(pairs / seconds),
+        "share_unbiased_at_0.1": float(
+            ((biases.teacher_bias_P <= 0.1) & (biases.student_bias_P <= 0.1)).mean()
+        ),
+    }
+    about = {
+        "teacher": {"tokenizer": config.teacher_tokenizer_name, "fingerprint": teacher.fingerprint()},
+        "student": {"tokenizer": config.target_tokenizer_name, "fingerprint": student.fingerprint()},
+        "teacher_tokens_counted": int(counts["teacher"].sum()),
+        "student_tokens_counted": int(counts["student"].sum()),
+        "additive_smoothing_constant": smoothing,
+        **figures,
+    }
+    save_biases(folder, biases, (counts["teacher"], counts["student"]), about)
+    print(
+        f"{pairs} pairs in {seconds:.0f} s, {figures['share_unbiased_at_0.1']:.1%} of them unbiased: {folder}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
