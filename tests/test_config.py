@@ -329,7 +329,7 @@ def test_a_field_without_its_feature_says_so_when_set(leaf):
 def test_the_features_that_are_not_here_yet():
     alone = {leaf.name for leaf in LATER_FIELDS if "." not in leaf.name}
     assert alone == set(
-        """use_chat_template expand_input_ids do_cost_analysis tokenizer_pair_data_path
+        """expand_input_ids do_cost_analysis tokenizer_pair_data_path
         tokenizer_pair_bias_threshold_side_path n_prefix_layers prefix_steps prefix_lr prefix_trainable
         n_model_parallel""".split()
     )
@@ -339,6 +339,12 @@ def test_the_features_that_are_not_here_yet():
 def test_every_rule_for_later_fields_concerns_some_field():
     rules = {key for leaf in LATER_FIELDS for key in LATER if leaf.name == key or leaf.name.startswith(key)}
     assert rules == set(LATER)
+
+
+def test_a_mode_that_writes_a_template_needs_it():
+    assert read({"use_chat_template": False}).text.use_chat_template is False
+    message = refusal({"use_chat_template": False, "chat_template_mode": "surround_instruct"})
+    assert "choose direct_encode, or leave use_chat_template" in message
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_only_assistant_turns_are_trained_and_special_tokens_pair(word_tokenizer
     assert chunks.teacher_BS[0, 0] == -1  # the BOS that only this side writes
 
 
+def test_without_a_template_the_answers_alone_are_trained(word_tokenizer, byte_tokenizer):
+    batch = AlignedCollator(word_tokenizer, byte_tokenizer, use_chat_template=False)([CHAT])
+    teacher = spelled(byte_tokenizer, batch.teacher, 0, batch.teacher.trained_BT[0])
+    end = byte_tokenizer.token_bytes[byte_tokenizer.eos_id]
+    assert teacher == b"on the mat\nthe dog" + end
+
+
 def test_ignored_special_tokens_are_in_no_chunk(word_tokenizer, byte_tokenizer):
     batch = AlignedCollator(word_tokenizer, byte_tokenizer, special_tokens_mode="ignore")([CHAT])
     for side, chunk_BT, tokenizer in (
@@ -172,7 +179,9 @@ def test_reasons_never_quote_the_text(word_tokenizer, monkeypatch):
 
 def test_a_batch_without_a_trained_token_says_why(word_tokenizer, byte_tokenizer):
     collator = AlignedCollator(word_tokenizer, byte_tokenizer, max_length_student=3)
-    with pytest.raises(ValueError, match=r"none of the 1 rows .* behind max_length_student \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"none of the 1 rows .* behind the first 3 student tokens \(max_length_new"
+    ):
         collator([CHAT])
     with pytest.raises(ValueError, match="rows left out so far: 1 no field text"):
         collator([{"no": 1}])

@@ -197,6 +197,29 @@ def test_a_completion_is_trained_and_its_prompt_is_not():
     assert tokens.trained.sum() == len("o three") + 1
 
 
+def test_without_a_template_a_conversation_is_one_text_whose_answers_are_trained(tokenizers):
+    pair = (load_tokenizer("byte:target=Gemma2"), tokenizers["sentencepiece"])  # the second has no template
+    options = {"mode": "direct_encode", "use_chat_template": False}
+    tokens, _ = encode(TALK, pair, **options)
+    text = bytes(tokens.ids[~tokens.special].tolist()).decode()
+    assert text == "Be terse.\n1 + 1?\n2\nThanks, </s> naïve\nBye"
+    trained = [s for (s, _), t in zip(spelled(pair[0], tokens), tokens.trained, strict=True) if t]
+    assert trained == ["2", "\n", "B", "y", "e", "<eos>"]
+    (tokens,) = encode(TALK, pair[:1], **options, loss_mask_mode="all")
+    assert tokens.trained.all()
+
+
+def test_the_end_of_a_text_is_trained_if_its_last_message_is():
+    asked = Document(messages=(Message("assistant", "a"), Message("user", "b")))
+    (tokens,) = encode(asked, families("Gemma2"), mode="direct_encode", use_chat_template=False)
+    assert tokens.trained.tolist() == [False, True, True, False, False]  # BOS, a, line break, b, EOS
+
+
+def test_surrounding_a_text_needs_the_template():
+    with pytest.raises(ValueError, match="choose a direct mode"):
+        encode(TALK, families("Gemma2"), use_chat_template=False)
+
+
 def test_a_completion_that_starts_inside_a_token_is_trained_from_the_next(tokenizers):
     tokenizer = tokenizers["byte-level"]
     whole = tokenizer.encode("the cat").ids.tolist()
@@ -339,14 +362,16 @@ mixed_documents = st.one_of(
     documents=st.lists(mixed_documents, min_size=2, max_size=4),
     mode=st.sampled_from(ChatTemplateMode.__args__),
     loss_mask_mode=st.sampled_from([None, "all"]),
+    use_chat_template=st.booleans(),
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_document_does_not_depend_on_those_beside_it(
-    changing, byte_families, documents, mode, loss_mask_mode
+    changing, byte_families, documents, mode, loss_mask_mode, use_chat_template
 ):
     """Texts that one side would change, prompts and conversations, at all places in one batch."""
     pair = (changing, byte_families["Llama2"])
-    options = {"mode": mode, "loss_mask_mode": loss_mask_mode}
+    use_chat_template |= mode == "surround_instruct"
+    options = {"mode": mode, "loss_mask_mode": loss_mask_mode, "use_chat_template": use_chat_template}
     together = encode_documents(documents, pair, **options)
     for document, sides in zip(documents, together, strict=True):
         for tokens, alone in zip(sides, encode(document, pair, **options), strict=True):

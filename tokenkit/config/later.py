@@ -7,7 +7,6 @@ from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import leaves
 
 LATER = {
-    "use_chat_template": "conversations written without a template",
     "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
     "tokenizer_pair_data_path": "`tokenkit pair-stats`",

@@ -124,7 +124,8 @@ class Text:
     """Student tokens of a document; the rest is cut off."""
 
     use_chat_template: bool = True
-    """Write conversations with each tokenizer's own template pieces."""
+    """Write conversations with each tokenizer's own template pieces. false: as one plain text, a line or more
+    for each message; no tokenizer needs a template then. Not with chat_template_mode surround_instruct."""
 
     chat_template_mode: ChatTemplateMode = "direct_encode"
     """What is done with a row of plain text. surround_instruct: it becomes the answer to an empty turn;
@@ -137,6 +138,11 @@ class Text:
     def __post_init__(self) -> None:
         at_least("max_length_teacher", self.max_length_teacher, 2)
         at_least("max_length_new", self.max_length_new, 2)
+        if not self.use_chat_template and self.chat_template_mode == "surround_instruct":
+            raise ConfigError(
+                "chat_template_mode surround_instruct writes a template, and use_chat_template is false: "
+                "choose direct_encode, or leave use_chat_template as it is"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

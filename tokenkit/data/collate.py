@@ -46,6 +46,8 @@ class AlignedCollator:
     """The chunks that the losses look at: `unconstrained`, `space`."""
     chat_template_mode: str = "direct_encode"
     """How plain text becomes a document; see `tokenization.chat.encode_flat`."""
+    use_chat_template: bool = True
+    """False: conversations are written without a template; see `tokenization.chat.encode_flat`."""
     loss_mask_mode: str | None = None
     """Which tokens are trained; see `tokenization.chat.encode_flat`."""
     special_tokens_mode: SpecialTokensMode = "identity"
@@ -118,8 +120,9 @@ class AlignedCollator:
         """Return the message for a batch of so many rows without a trained token."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
         return (
-            f"none of the {rows} rows has a token to train on: the answers may lie behind max_length_student "
-            f"({self.max_length_student}), or be masked (loss_mask_mode={self.loss_mask_mode!r}); "
+            f"none of the {rows} rows has a token to train on: the answers may lie behind the first "
+            f"{self.max_length_student} student tokens (max_length_new of a run, max_length_student of a "
+            f"collator), or be masked (loss_mask_mode={self.loss_mask_mode!r}); "
             f"rows left out so far: {reasons or 'none'}"
         )
 
@@ -155,7 +158,11 @@ class AlignedCollator:
         if self.teacher_tokenizer is not None:
             tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
         return encode_flat(
-            documents, tokenizers, mode=self.chat_template_mode, loss_mask_mode=self.loss_mask_mode
+            documents,
+            tokenizers,
+            mode=self.chat_template_mode,
+            loss_mask_mode=self.loss_mask_mode,
+            use_chat_template=self.use_chat_template,
         )
 
     def _align(self, student: FlatTokens, teacher: FlatTokens) -> dict[ChunkKind, Alignment]:

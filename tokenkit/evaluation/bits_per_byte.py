@@ -56,6 +56,7 @@ class HeldoutOptions:
     batch_size: int = 8
     chat_template_mode: str = "direct_encode"
     loss_mask_mode: str | None = None
+    use_chat_template: bool = True
 
 
 def heldout_batches(
@@ -99,6 +100,7 @@ def _encode(
                 (student, teacher),
                 mode=options.chat_template_mode,
                 loss_mask_mode=options.loss_mask_mode,
+                use_chat_template=options.use_chat_template,
             )
         except ValueError as error:
             errors.append(error)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,9 @@ class Script(NamedTuple):
     plan: Plan
     texts: list[str]
     trained: tuple[bool, ...]
-    prompt: str = ""
-    """The beginning of a plain text that is not trained."""
+    """Of each text; of the last part, where a text has parts."""
+    parts: tuple[tuple[str, bool], ...] = ()
+    """A plain text in pieces of which some are not trained; nothing: the text is of one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class Segments:
     """A gap behind a trained text: its tokens that close that text are trained."""
     offset_B: Ints
     """[B + 1] document b is segments offset[b] to offset[b + 1], end exclusive."""
-    prompt_S: Ints | None
-    """Bytes at the beginning of a trained text that are not; None: nowhere."""
+    parts: tuple[Ints, Bools] | None
+    """Where texts are of several parts: the `_key` of each part's beginning, rising, and if it is trained."""
 
 
 def segments(
@@ -62,10 +63,16 @@ def segments(
         tuple(plan.texts for plan in plans),
         tuple(plan_B),
         tuple(chain.from_iterable([script.trained for script in scripts])),
-        tuple([not (script.plan.roles or script.prompt) for script in scripts]),
-        tuple([len(script.prompt.encode()) for script in scripts]),
+        tuple([not (script.plan.roles or script.parts) for script in scripts]),
+        tuple([_part_starts(script.parts) for script in scripts]),
         trains_all,
     )
+
+
+def _part_starts(parts: tuple[tuple[str, bool], ...]) -> tuple[tuple[int, bool], ...]:
+    """Return the byte at which each part begins, and whether it is trained."""
+    ends = accumulate(len(text.encode()) for text, _ in parts)
+    return tuple((start, trained) for start, (_, trained) in zip((0, *ends), parts, strict=False))
 
 
 @functools.lru_cache(maxsize=64)  # batches of plain text have one order
@@ -74,7 +81,7 @@ def _segments(
     plan_B: tuple[int, ...],
     trained_K: tuple[bool, ...],
     trains_gaps_B: tuple[bool, ...],
-    prompt_B: tuple[int, ...],
+    parts_B: tuple[tuple[tuple[int, bool], ...], ...],
     trains_all: bool,
 ) -> Segments:
     gap_offset = offsets([texts + 1 for texts in texts_of_plan])
@@ -90,10 +97,21 @@ def _segments(
     closes_trained_S = np.zeros(len(row_S), bool)
     closes_trained_S[1:] = trained_S[:-1]
     trained_S |= trains_all | (~is_text_S & np.repeat(trains_gaps_B, size_B))
-    prompt_S = None
-    if any(prompt_B) and not trains_all:
-        prompt_S = np.repeat(np.array(prompt_B, np.int64), size_B) * is_text_S
-    return Segments(row_S, trained_S, closes_trained_S, offset_B, prompt_S)
+    parts = None
+    if any(parts_B) and not trains_all:
+        by_segment: list[tuple[tuple[int, bool], ...]] = [((0, trained),) for trained in trained_S.tolist()]
+        for first, own in zip(offset_B.tolist(), parts_B, strict=False):
+            if own:
+                by_segment[first + 1] = own  # a document with parts has one text
+        starts = [(s, start) for s, own in enumerate(by_segment) for start, _ in own]
+        keys = np.array([_key(s, start) for s, start in starts], np.int64)
+        parts = keys, np.array([trained for own in by_segment for _, trained in own], bool)
+    return Segments(row_S, trained_S, closes_trained_S, offset_B, parts)
+
+
+def _key(segment: Any, byte: Any) -> Any:
+    """Return a number that sorts the bytes of all segments: ints, or arrays of them."""
+    return (segment << 40) + byte  # a text of 2**40 bytes fits in no memory
 
 
 def assemble(order: Segments, gaps: Sequence[Gap], texts: EncodedTexts) -> FlatTokens:
@@ -126,8 +144,11 @@ def assemble(order: Segments, gaps: Sequence[Gap], texts: EncodedTexts) -> FlatT
     if not order.trained_S.all():
         closes = np.concatenate([gap.closes for gap in gaps])[from_N[template]]
         trained_N[template] |= closes & np.repeat(order.closes_trained_S, length_S)[template]
-    if order.prompt_S is not None:
+    if order.parts is not None:
         own_start_N = np.append(0, own_end_N[:-1])
         own_start_N[offset_S[:-1][length_S > 0]] = 0
-        trained_N &= special_N | (own_start_N >= np.repeat(order.prompt_S, length_S))
+        keys, is_trained = order.parts
+        key_N = _key(np.repeat(np.arange(len(length_S)), length_S), np.maximum(own_start_N, 0))
+        in_part_N = is_trained[np.searchsorted(keys, key_N, side="right") - 1]
+        trained_N = np.where(special_N, trained_N, in_part_N)
     return FlatTokens(ids_N, ends_N, special_N, trained_N, offset_S[order.offset_B])

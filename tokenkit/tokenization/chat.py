@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Literal, get_args
 
 import numpy as np
@@ -49,6 +49,7 @@ def encode_flat(
     *,
     mode: str = "surround_instruct",
     loss_mask_mode: str | None = None,
+    use_chat_template: bool = True,
 ) -> tuple[FlatTokens, ...]:
     """Encode documents with one or two tokenizers, along one axis per document.
 
@@ -60,6 +61,8 @@ def encode_flat(
             `_no_force_eos` or both behind it, without these.
             Conversations are written with the template in every mode; a prompt and its completion
             are one plain text in the direct modes.
+        use_chat_template: False: a conversation is one plain text too, its messages a line or more each, and
+            no tokenizer needs a template. Not with `surround_instruct`.
         loss_mask_mode: None or `assistant`: the text and end of each assistant turn, the completion of a
             prompt, or all of a plain text. `all`: every token.
 
@@ -69,9 +72,9 @@ def encode_flat(
     Raises:
         ValueError: an unknown mode, or a document that cannot be written (the reason is short).
     """
-    _check_modes(mode, loss_mask_mode)
+    _check_modes(mode, loss_mask_mode, use_chat_template)
     pair = tuple(tokenizers)
-    scripts = [_script(document, pair, mode) for document in documents]
+    scripts = [_script(document, pair, mode, use_chat_template) for document in documents]
     plans = list({script.plan: None for script in scripts})
     gaps = [layouts(plan, pair) for plan in plans]
     number_of = {plan: number for number, plan in enumerate(plans)}
@@ -94,13 +97,20 @@ def encode_documents(
     *,
     mode: str = "surround_instruct",
     loss_mask_mode: str | None = None,
+    use_chat_template: bool = True,
 ) -> list[tuple[Tokens, ...]]:
     """Encode documents one by one: for each, one `Tokens` per tokenizer. Otherwise as `encode_flat`."""
-    sides = encode_flat(documents, tokenizers, mode=mode, loss_mask_mode=loss_mask_mode)
+    sides = encode_flat(
+        documents,
+        tokenizers,
+        mode=mode,
+        loss_mask_mode=loss_mask_mode,
+        use_chat_template=use_chat_template,
+    )
     return list(zip(*map(split, sides), strict=True))
 
 
-def _check_modes(mode: str, loss_mask_mode: str | None) -> None:
+def _check_modes(mode: str, loss_mask_mode: str | None, use_chat_template: bool) -> None:
     if mode not in get_args(ChatTemplateMode):
         raise ValueError(
             f"chat_template_mode is one of {', '.join(get_args(ChatTemplateMode))}: got {mode!r}"
@@ -109,13 +119,23 @@ def _check_modes(mode: str, loss_mask_mode: str | None) -> None:
         raise ValueError(
             f"loss_mask_mode is one of {', '.join(get_args(LossMaskMode))}: got {loss_mask_mode!r}"
         )
+    if mode == "surround_instruct" and not use_chat_template:
+        raise ValueError(
+            "chat_template_mode surround_instruct writes a template, and use_chat_template is false: "
+            "choose a direct mode"
+        )
 
 
-def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str) -> Script:
-    if mode != "surround_instruct" and (document.text is not None or document.is_pair):
-        contents = [m.content for m in document.messages or ()]
-        text = document.text if document.text is not None else "".join(contents)
-        return Script(_plain_plan(mode), [text], (True,), contents[0] if contents else "")
+def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str, use_template: bool) -> Script:
+    if document.text is not None and mode != "surround_instruct":
+        return Script(_plain_plan(mode), [document.text], (True,))
+    if mode != "surround_instruct" and (document.is_pair or not use_template):
+        said = document.messages or ()
+        end = "" if document.is_pair else "\n"
+        contents = [message.content + end for message in said[:-1]] + [said[-1].content]
+        trained = [message.is_trained for message in said]
+        parts = tuple(zip(contents, trained, strict=True))
+        return Script(_plain_plan(mode), ["".join(contents)], (trained[-1],), parts)
     surrounded = (Message("user", ""), Message("assistant", document.text or ""))
     roles, trims = _shared_rules(tokenizers)
     messages = _writable(document.messages or surrounded, roles)
@@ -184,9 +204,19 @@ def _encode_texts(
         own = [next(remaining) for _ in script.texts]
         if not any(own):
             raise ValueError("empty document")
-        prompt = canonical_text(script.prompt, *tokenizers) if script.prompt else ""
-        result.append(script._replace(texts=own, prompt=prompt))
+        result.append(script._replace(texts=own, parts=_canonical_parts(script.parts, tokenizers)))
     return result, encoded
+
+
+def _canonical_parts(
+    parts: tuple[tuple[str, bool], ...], tokenizers: Sequence[Tokenizer]
+) -> tuple[tuple[str, bool], ...]:
+    """Return the parts of the canonical text: each ends where the canonical text up to it does."""
+    wholes = [canonical_text(text, *tokenizers) for text in accumulate(text for text, _ in parts)]
+    begins = [0, *map(len, wholes)]
+    return tuple(
+        (whole[begin:], trained) for whole, begin, (_, trained) in zip(wholes, begins, parts, strict=False)
+    )
 
 
 def _encode_by_place(

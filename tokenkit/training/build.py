@@ -175,6 +175,7 @@ def build_collator(
         chunk_kinds=sorted({kind for active in losses if (kind := active.chunks) is not None}),
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
+        use_chat_template=config.text.use_chat_template,
         special_tokens_mode=config.target.special_tokens_mode,
         space_mask_mode=config.objective.alm.space_mask_mode,
     )
@@ -191,6 +192,7 @@ def build_heldout(
         max_length_teacher=config.text.max_length_teacher,
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
+        use_chat_template=config.text.use_chat_template,
     )
     return heldout_batches(documents, tokenizers.target, tokenizers.teacher, options)
 
