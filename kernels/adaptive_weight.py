@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tokenkit.kernels.launch import on_device, runs_triton
 
-BLOCK_V = 4096
+BLOCK_V = 2048
+WARPS = 8
 
 Reduce = Callable[[Tensor], Tensor]
 """Add up over the processes that share the vocabulary."""
@@ -108,7 +109,7 @@ def _below(pair: Pair, tau_N: Tensor, first_N: Tensor, *, with_gaps: bool) -> Te
             _below_kernel[(N,)](
                 pair.z_NV, pair.other_NV, pair.lse_N, pair.other_lse_N, tau_N, first_N, sums_5N,
                 pair.z_NV.stride(0), pair.other_NV.stride(0), N, V, pair.alpha, pair.other_alpha,
-                WITH_GAPS=with_gaps, BLOCK_V=BLOCK_V,
+                WITH_GAPS=with_gaps, BLOCK_V=BLOCK_V, num_warps=WARPS,
             )  # fmt: skip
         return sums_5N
     for n in range(N):

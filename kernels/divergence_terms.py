@@ -117,7 +117,7 @@ def _log1p_below(x):
 
 
 @triton.jit
-def _forward_term_triton(x, a, difference, SMALL: tl.constexpr):
+def _forward_term_triton(x, a, difference):
     t = -tl.minimum(tl.maximum(x, -SMALL), SMALL)
     tail = 1.0 + t / 6 * (1.0 + t / 7 * (1.0 + t / 8 * (1.0 + t / 9)))
     phi = t * t / 2 * (1.0 + t / 3 * (1.0 + t / 4 * (1.0 + t / 5 * tail)))
@@ -125,7 +125,7 @@ def _forward_term_triton(x, a, difference, SMALL: tl.constexpr):
 
 
 @triton.jit
-def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr, SMALL: tl.constexpr):
+def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr):
     """What `terms` returns, of one block."""
     d = log_q - log_p
     p = tl.exp(log_p)
@@ -140,14 +140,14 @@ def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr, SMALL: tl.const
             value = tl.abs(gap)
             e = tl.where(gap > 0, p, tl.where(gap < 0, -p, 0.0))
         elif KIND == "kl":
-            value = _forward_term_triton(d, q, gap, SMALL)
+            value = _forward_term_triton(d, q, gap)
             e = gap
         elif KIND == "rkl":
-            value = _forward_term_triton(-d, p, -gap, SMALL)
+            value = _forward_term_triton(-d, p, -gap)
             e = -p * d
         elif KIND == "akl":
-            value = weight * _forward_term_triton(d, q, gap, SMALL)
-            value += (1.0 - weight) * _forward_term_triton(-d, p, -gap, SMALL)
+            value = weight * _forward_term_triton(d, q, gap)
+            value += (1.0 - weight) * _forward_term_triton(-d, p, -gap)
             e = weight * gap - (1.0 - weight) * p * d
         else:
             larger = 1.0 - skew
@@ -160,16 +160,16 @@ def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr, SMALL: tl.const
             ratio = tl.where(d >= 0, rise, -rise) / (1.0 + below)
             if KIND == "skl":
                 x = log_u + tl.maximum(-d, 0.0)
-                value = _forward_term_triton(-x, q, (1.0 - skew) * gap, SMALL)
+                value = _forward_term_triton(-x, q, (1.0 - skew) * gap)
                 e = (1.0 - skew) * (1.0 - skew) * p * ratio
             else:
                 x = log_u + tl.maximum(d, 0.0)
                 if KIND == "srkl":
-                    value = _forward_term_triton(-x, p, (skew - 1.0) * gap, SMALL)
+                    value = _forward_term_triton(-x, p, (skew - 1.0) * gap)
                     e = -p * (x + skew * (1.0 - skew) * ratio)
                 else:
                     other = log_u + tl.maximum(-d, 0.0)
-                    value = _forward_term_triton(-x, p, gap * -0.5, SMALL)
-                    value = 0.5 * (value + _forward_term_triton(-other, q, gap * 0.5, SMALL))
+                    value = _forward_term_triton(-x, p, gap * -0.5)
+                    value = 0.5 * (value + _forward_term_triton(-other, q, gap * 0.5))
                     e = -0.5 * p * x
     return value, e

@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenkit.kernels.divergence_terms import SMALL, gradients, terms, terms_triton
+from tokenkit.kernels.divergence_terms import gradients, terms, terms_triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
 BLOCK_V = 2048  # columns of a row that one program holds
+SUM_WARPS = 8  # of a program of _divergence_sums_kernel: 8 columns in each thread
 GROUP_BYTES = 2**20  # of one operand of torch's lines: its temporaries stay in the cache
 
 
@@ -116,7 +117,7 @@ def _divergence_sums_kernel(
     z_ptr, other_ptr, lse_ptr, other_lse_ptr, weight_ptr, sums_ptr,
     stride, other_stride, N, V,
     alpha, other_alpha, skew,
-    KIND: tl.constexpr, MIRROR: tl.constexpr, SMALL: tl.constexpr, BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, MIRROR: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row: the divergence, Σ e (of the teacher too where MIRROR names its kind), Σ p, Σ q."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
@@ -133,11 +134,11 @@ def _divergence_sums_kernel(
         mask = offs_v < V
         log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - lse
         log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha - other_lse
-        term, e = terms_triton(log_p, log_q, skew, weight, KIND, SMALL)
+        term, e = terms_triton(log_p, log_q, skew, weight, KIND)
         value += tl.sum(tl.where(mask, term, 0.0), axis=0)
         centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
         if MIRROR is not None:
-            _, e = terms_triton(log_q, log_p, skew, 1.0 - weight, MIRROR, SMALL)
+            _, e = terms_triton(log_q, log_p, skew, 1.0 - weight, MIRROR)
             other_centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
         mass += tl.sum(tl.where(mask, tl.exp(log_p), 0.0), axis=0)
         other_mass += tl.sum(tl.where(mask, tl.exp(log_q), 0.0), axis=0)
@@ -153,7 +154,7 @@ def _gradient_kernel(
     z_ptr, other_ptr, rows_ptr, share_ptr, dz_ptr,
     stride, other_stride, dz_stride, N, V,
     alpha, other_alpha, skew, cap,
-    KIND: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SHARE: tl.constexpr, SMALL: tl.constexpr,
+    KIND: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SHARE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block: dz. `rows_ptr` is `GradientRows`, one row of numbers after the other."""
@@ -165,7 +166,7 @@ def _gradient_kernel(
     log_p = z * alpha - tl.load(rows_ptr + n)
     log_q = other * other_alpha - tl.load(rows_ptr + N + n)
     centre = tl.load(rows_ptr + 2 * N + n)
-    _, e = terms_triton(log_p, log_q, skew, tl.load(rows_ptr + 3 * N + n), KIND, SMALL)
+    _, e = terms_triton(log_p, log_q, skew, tl.load(rows_ptr + 3 * N + n), KIND)
     if HAS_SHARE:
         share = tl.exp(tl.load(share_ptr + offs_v, mask=mask, other=0.0))
         e -= tl.exp(log_p) * (centre * share - tl.load(rows_ptr + 5 * N + n))
@@ -282,7 +283,7 @@ def divergence_sums(
                 z_NV, other_NV, lse[0], lse[1], weight_N, sums_5N,
                 z_NV.stride(0), other_NV.stride(0), N, V,
                 measure.alpha, measure.other_alpha, measure.skew,
-                KIND=measure.kind, MIRROR=mirror, SMALL=SMALL, BLOCK_V=BLOCK_V,
+                KIND=measure.kind, MIRROR=mirror, BLOCK_V=BLOCK_V, num_warps=SUM_WARPS,
             )  # fmt: skip
         return RowSums(*sums_5N.unbind())
     for rows in _groups(z_NV):
@@ -325,7 +326,7 @@ def gradient(
                 z_NV.stride(0), other_NV.stride(0), dz_NV.stride(0), N, V,
                 measure.alpha, measure.other_alpha, measure.skew, measure.cap or 1.0,
                 KIND=measure.kind, HAS_CAP=measure.cap is not None, HAS_SHARE=share_V is not None,
-                SMALL=SMALL, BLOCK_V=BLOCK_V,
+                BLOCK_V=BLOCK_V,
             )  # fmt: skip
         return
     share_V = None if share_V is None else share_V.exp()
