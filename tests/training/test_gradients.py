@@ -56,7 +56,8 @@ def first_step(world, config):
     parts = build(config, world)
     set_gradient_sync(parts.run.model, False)  # as a step that was left in the middle would leave it
     sums = accumulate(passes_of(parts, world))
-    grads = [whole(parameter.grad).flatten() for parameter in trained_parameters(parts.run.model)]
+    parameters = trained_parameters(parts.run.model)
+    grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
     return {"gradient": torch.cat(grads), "weights": sums.weight_J, "norms": sums.norm_J}
 
 
@@ -177,6 +178,18 @@ def test_processes_make_no_difference(config_of, alone, world_size, accumulation
             assert torch.equal(other["weights"], got[0]["weights"]), f"{way}: ranks hold other weights"
             close(other["gradient"], one["gradient"])
             torch.testing.assert_close(other["norms"], one["norms"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("way", "losses"),
+    [(None, ["alm_latents"]), ("gradmag", ["clm", "alm_latents"])],
+    ids=["alone", "gradmag"],
+)
+def test_a_loss_that_reads_inside_a_layer_finds_its_weights_gathered(config_of, way, losses):
+    """FSDP2 gathers a layer for the backward when a gradient arrives at its end, and here none would."""
+    config = config_of(way, losses=losses, latents_to_align="qkv", gradient_accumulation_steps=1)
+    (sharded,) = run_ranks(first_step, 1, config)
+    close(sharded["gradient"], first_step(SINGLE, config)["gradient"])
 
 
 NEED_FILES = ("alm_unbiased", "baseline_mined")  # they run the kernels of alm_space and alm_side_path

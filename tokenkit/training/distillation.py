@@ -122,7 +122,10 @@ class Distillation(nn.Module):
             )
             for active in self.losses
         }
-        return {name: _connected(name, term, states) for name, term in terms.items()}
+        inside = {active.name for active in self.losses if active.loss.states(active.options)}
+        return {
+            name: _connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
+        }
 
     def _make_parts(self) -> nn.ModuleDict:
         """Build what the losses train, from the widths of both models; in float32, as all that is trained."""
@@ -208,19 +211,21 @@ def _with_frozen_head(states: HiddenStates) -> HiddenStates:
     return replace(states, head=replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V))
 
 
-def _connected(name: str, term: LossTerm, states: HiddenStates) -> LossTerm:
-    """Give a total that depends on no parameter (nothing to compare in this batch) a gradient of zero.
+def _connected(name: str, term: LossTerm, states: HiddenStates, *, reads_layers: bool) -> LossTerm:
+    """Give some totals a gradient of zero to the last hidden states.
 
-    Every rank must take part in the backward of every loss.
+    Those that depend on no parameter (nothing to compare in this batch): every rank must take part in the
+    backward of every loss. Those that read what lies inside the layers: FSDP2 gathers a layer's weights
+    for the backward when a gradient arrives at the layer's end.
 
     Raises:
-        ValueError: the total is not 0: it would have a gradient, were the head not left out.
+        ValueError: a total without a graph is not 0: it would have a gradient, were the head not left out.
     """
-    if term.total.requires_grad or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (term.total.requires_grad and not reads_layers):
         return term
-    if bool((term.total != 0).any()):
+    if not term.total.requires_grad and bool((term.total != 0).any()):
         raise ValueError(
             f"loss {name} sends no gradient to the student's layers: losses cannot be compared there, use "
             "gradmag, gradclip:MAX or pcgrad as multitask_aggregation_fn"
         )
-    return LossTerm(term.total + 0 * states.hidden_BTD.sum(), term.count)
+    return LossTerm(term.total + 0 * states.hidden_BTD[:1, :1].sum(), term.count)
