@@ -6,10 +6,14 @@ tokenkit align --student gpt2 --teacher Qwen/Qwen2.5-0.5B --file stories.txt --o
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from tokenkit.cli import run
+from tokenkit.config import parse_command_line
+from tokenkit.config.errors import ConfigError, at_least, blaming_data
 
 if TYPE_CHECKING:
     from tokenkit.pairing.align import Alignment
@@ -42,25 +46,21 @@ class AlignOptions:
     limit: int = 1000
     """Most documents of a file that are read."""
 
+    def __post_init__(self) -> None:
+        at_least("limit", self.limit, 1)
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if it worked, 2 with one line on stderr if the input is wrong."""
-    import tyro
 
-    options = tyro.cli(AlignOptions, args=argv, prog="tokenkit align")
-    try:
-        show(options)
-    except (ValueError, OSError) as error:
-        print(f"tokenkit align: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(lambda: show(parse_command_line(AlignOptions, argv, program="tokenkit align")))
 
 
 def show(options: AlignOptions) -> None:
     """Print the picture and the numbers, and write them where that was asked for.
 
     Raises:
-        ValueError, FileNotFoundError: wrong options, tokenizers or data.
+        ConfigError, ValueError: wrong options.
+        DataError, FileNotFoundError: tokenizers or data that cannot be read.
         FileExistsError: the output exists.
     """
     from rich.console import Console
@@ -68,10 +68,13 @@ def show(options: AlignOptions) -> None:
 
     from tokenkit.pairing.view import print_cells, save_png, statistics, to_html
     from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.spec import parse_spec
 
     documents = _documents(options)
     targets = _targets(options.output)
-    pair = load_tokenizer(options.student), load_tokenizer(options.teacher)
+    specs = parse_spec(options.student), parse_spec(options.teacher)
+    with blaming_data():
+        pair = load_tokenizer(specs[0]), load_tokenizer(specs[1])
     student, teacher, alignment = _aligned(documents, pair, options)
     row = _first_row(pair, student, teacher, alignment)
     numbers = list(statistics(student, teacher, alignment).rows())
@@ -97,12 +100,11 @@ def _documents(options: AlignOptions) -> list[Document]:
     from tokenkit.tokenization.documents import Document
 
     if (options.text is None) == (options.file is None):
-        raise ValueError("give --text or --file, one of them")
-    if options.limit < 1:
-        raise ValueError(f"--limit must be at least 1: got {options.limit}")
+        raise ConfigError("give --text or --file, one of them")
     if options.text is not None:
         return [Document(text=options.text)]
-    return read_documents(SourceOptions(path=options.file, streaming=True), options.limit)
+    with blaming_data():
+        return read_documents(SourceOptions(path=options.file, streaming=True), options.limit)
 
 
 def _targets(output: str | None) -> tuple[Path, Path] | None:
@@ -153,4 +155,4 @@ def _first_row(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

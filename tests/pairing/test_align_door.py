@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from tokenkit.align import SHOWN_TOKENS, main
+from tokenkit.config import EXIT_CONFIG, EXIT_DATA
 
 PAIR = ["--student", "byte", "--teacher", "byte:target=Llama3"]
 
@@ -23,7 +24,7 @@ def test_pictures_are_written_only_when_asked_and_never_twice(tmp_path, monkeypa
     assert main([*PAIR, "--text", "the cat", "--output", "new/pictures"]) == 0
     written = {path.name: path.read_bytes() for path in (tmp_path / "new/pictures").iterdir()}
     assert sorted(written) == ["alignment.html", "alignment.png"]
-    assert main([*PAIR, "--text", "another", "--output", "new/pictures"]) == 2
+    assert main([*PAIR, "--text", "another", "--output", "new/pictures"]) == EXIT_DATA
     assert "exists: give --output another folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "new/pictures").iterdir()} == written
 
@@ -53,22 +54,24 @@ def test_templates_can_be_shown(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (PAIR, "give --text or --file"),
-        ([*PAIR, "--text", "a", "--file", "b"], "give --text or --file"),
-        ([*PAIR, "--text", "  "], "empty document"),
-        ([*PAIR, "--file", "/nowhere.txt"], "/nowhere.txt does not exist"),
-        ([*PAIR, "--text", "a", "--limit", "0"], "--limit must be at least 1"),
-        ([*PAIR, "--text", "a", "--chat-template-mode", "x"], "chat_template_mode"),
-        (["--student", "./no/such", "--teacher", "byte", "--text", "a"], "no/such"),
+        (PAIR, EXIT_CONFIG, "give --text or --file"),
+        ([*PAIR, "--text", "a", "--file", "b"], EXIT_CONFIG, "give --text or --file"),
+        ([*PAIR, "--text", "  "], EXIT_CONFIG, "empty document"),
+        ([*PAIR, "--file", "/nowhere.txt"], EXIT_DATA, "/nowhere.txt does not exist"),
+        ([*PAIR, "--text", "a", "--limit", "0"], EXIT_CONFIG, "limit must be at least 1"),
+        ([*PAIR, "--text", "a", "--chat-template-mode", "x"], EXIT_CONFIG, "chat_template_mode"),
+        ([*PAIR, "--text", "a", "--chunk", "space"], EXIT_CONFIG, "did you mean chunks?"),
+        (["--student", "./no/such", "--teacher", "byte", "--text", "a"], EXIT_DATA, "no/such"),
+        (["--student", "byte:target=Lama", "--teacher", "byte", "--text", "a"], EXIT_CONFIG, "Lama"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(capsys, options, message):
-    assert main(options) == 2
+def test_wrong_input_is_one_line_and_the_exit_code_of_its_kind(capsys, options, code, message):
+    assert main(options) == code
     captured = capsys.readouterr()
     assert message in captured.err
-    assert captured.err.startswith("tokenkit align: ")
+    assert captured.err.startswith("tokenkit: ")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 
