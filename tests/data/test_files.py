@@ -67,6 +67,16 @@ def test_json_files_hold_a_list_or_one_object_per_line(tmp_path, content):
     assert texts(path) == ["a", "b"]
 
 
+@pytest.mark.parametrize("content", ["{", "[", "{\n{", "", '{"text": "a"'])
+def test_a_json_file_without_an_object_is_no_json(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"a\.json is not JSON, nor does it hold a JSON object on some line: "
+    ):
+        rows(path)
+
+
 def test_csv_rows_are_mappings_and_ragged_rows_are_bad(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('\ufefftext,label\n"two\nlines, one field",1\nshort\nmore,2,3\n', encoding="utf-8")

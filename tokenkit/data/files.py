@@ -209,10 +209,13 @@ def _json_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow]:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        if text.lstrip().startswith("{"):
-            yield from _jsonl_rows(path, limits)
+        rows = list(_jsonl_rows(path, limits))
+        if any(not isinstance(row, BadRow) for row in rows):
+            yield from rows
             return
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(
+            f"{path} is not JSON, nor does it hold a JSON object on some line: {error}; mend or replace it"
+        ) from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     for item in value if isinstance(value, list) else [value]:
