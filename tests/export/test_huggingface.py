@@ -45,6 +45,7 @@ def test_a_reload_gives_the_same_logits_and_ids(architecture, old_and_new, tmp_p
     assert not list(folder.glob("*.bin"))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_adapters_are_merged(architecture, old_and_new, tmp_path):
     student = transferred(architecture, old_and_new)

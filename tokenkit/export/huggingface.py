@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
     from peft import get_peft_model
 
     (peft_config,) = student.model.peft_config.values()
-    wrapped = get_peft_model(model, peft_config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about a name that peft uses
+        wrapped = get_peft_model(model, peft_config).eval()
     _load(wrapped, state)
     apart_T = _sample_logp(wrapped, tokenizer)
     merged = wrapped.merge_and_unload()
