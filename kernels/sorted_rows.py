@@ -16,13 +16,12 @@ from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
 from tokenkit.kernels.launch import runs_triton
-from tokenkit.kernels.products import write_product
 from tokenkit.kernels.row_chunks import (
     add_hidden_gradient,
     add_weight_gradient,
     chunks,
-    operand,
     write_products,
+    write_weight_gradient,
 )
 from tokenkit.kernels.vocabulary_parallel import check_cover, local_rows, reduce_max, reduce_sum
 from tokenkit.structs import Head
@@ -243,17 +242,15 @@ def run_backward(student: Side, factor_N: Tensor, tables: list[Tensor], options:
     columns = min(options.workspace_bytes, tile_bytes) // (max(N, 1) * student.dtype.itemsize)
     fewest, most = COLUMNS
     columns = min(max(columns // fewest * fewest, fewest), most)
-    operand_ND = operand(student.hidden_ND, student.dtype)
     for start in range(0, student.V if N else 0, columns):
         part = slice(start, min(start + columns, student.V))
         z_NV = student.logits(slice(0, N), part)
         dz_NV = gradients.room(z_NV)
         tile.dlogits(z_NV, row, sign_NB, student.cap, dz_NV)
-        dz_NV = operand(dz_NV, student.dtype)
         if "x" in gradients.sums:
             add_hidden_gradient(dz_NV, head.weight_VD, part, gradients.sums["x"])
         if dweight_VD is not None:
-            write_product(dweight_VD, part, dz_NV.T, operand_ND)
+            write_weight_gradient(dz_NV, student.hidden_ND, part, dweight_VD)
         if dbias_V is not None:
             dbias_V[part] = dz_NV.sum(0, dtype=student.dtype).to(dbias_V.dtype)
     results = {"w": dweight_VD, "b": dbias_V}

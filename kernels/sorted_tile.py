@@ -30,7 +30,7 @@ from tokenkit.kernels.launch import on_device, runs_triton
 OCTAVE = 23  # log2 of the step of a float32's bits from one power of two to the next
 COARSE_OCTAVES, FINE_OCTAVES = 16, 8
 FRACTION = 17  # lower bits of a code: the place inside a bin; 2^(23 − 17) = 64 bins in a coarse octave
-BINS = (COARSE_OCTAVES + 4 * FINE_OCTAVES << OCTAVE - FRACTION) + 1  # the last: p at the bound itself
+BINS = COARSE_OCTAVES + 4 * FINE_OCTAVES << OCTAVE - FRACTION  # 3072
 COUNT = 40  # a packed number is count · 2^40 + Σ fraction; 2^18 ids · 2^17 stay far below 2^39
 FINE_FRACTION = 40  # float64: fractions in steps of 2^-40 of a bin, in a plane of their own
 
@@ -47,6 +47,7 @@ _COUNT = tl.constexpr(COUNT)
 _ONE_COUNT = tl.constexpr(1 << COUNT)
 _HALF_COUNT = tl.constexpr(1 << COUNT - 1)
 _ONE_BIN = tl.constexpr(1 << FRACTION)
+_LAST = tl.constexpr((BINS << FRACTION) - 1)
 
 
 class Softmax(NamedTuple):
@@ -77,7 +78,8 @@ class RowFactors(NamedTuple):
 def _code(p, foot):
     """Number a probability: bin · 2^FRACTION + fraction."""
     code = (p + foot).to(tl.int32, bitcast=True) - foot.to(tl.int32, bitcast=True)
-    return code + 3 * tl.maximum(code - _FINE_FROM, 0)
+    # p at the bound itself belongs to the last bin
+    return tl.minimum(code + 3 * tl.maximum(code - _FINE_FROM, 0), _LAST)
 
 
 @triton.jit
@@ -143,14 +145,15 @@ def _merge_kernel(
     fraction = ((packed + _HALF_COUNT) & (_ONE_COUNT - 1)) - _HALF_COUNT
     count = ((packed - fraction) >> _COUNT).to(tl.int32)
     above = tl.cumsum(count, axis=0, reverse=True) - count
-    excess = above.to(tl.float32) + fraction.to(tl.float32) / _ONE_BIN
+    # half a step more for each: a probability on an edge counts as just above it, so it has a sign
+    excess = above.to(tl.float32) + (fraction.to(tl.float32) + 0.5 * count.to(tl.float32)) / _ONE_BIN
     sign = tl.where(excess > 0, 1.0, 0.0) - tl.where(excess < 0, 1.0, 0.0)
     tl.store(value_ptr + n, tl.sum(tl.where(mask, tl.abs(excess) * width, 0.0), axis=0))
     tl.store(sign_ptr + n * BINS + offs_b, sign.to(tl.int8), mask=mask)
 
     packed = tl.load(own_ptr + n * BINS + offs_b, mask=mask, other=0)
     count = (packed >> _COUNT).to(tl.float32)
-    fraction = (packed & (_ONE_COUNT - 1)).to(tl.float32) / _ONE_BIN
+    fraction = ((packed & (_ONE_COUNT - 1)).to(tl.float32) + 0.5 * count) / _ONE_BIN
     mass = count * (edge - foot) + fraction * width
     tl.store(mean_ptr + n, tl.sum(tl.where(mask, sign * mass, 0.0), axis=0))
 
@@ -334,16 +337,21 @@ def _codes(p_NV: Tensor, foot_N: Tensor, out: Tensor) -> Tensor:
     """Write bin · 2^FRACTION + fraction to `out`, int32."""
     torch.add(p_NV, foot_N[:, None], out=out.view(torch.float32))
     out.sub_(foot_N.view(torch.int32)[:, None])
-    return out.add_(out.sub(COARSE_OCTAVES << OCTAVE).clamp_min_(0), alpha=3)
+    out.add_(out.sub(COARSE_OCTAVES << OCTAVE).clamp_min_(0), alpha=3)
+    return out.clamp_max_((BINS << FRACTION) - 1)  # p at the bound itself belongs to the last bin
 
 
 def _unpack(bins: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return count (int64) and Σ fraction (in bins, of `dtype`) of a histogram."""
+    """Return count (int64) and Σ fraction (in bins, of `dtype`) of a histogram.
+
+    Half a step more for each: a probability on an edge counts as just above it, so its bin has a sign.
+    """
     if len(bins) == 2:
-        return bins[0], bins[1].to(dtype) * 2.0**-FINE_FRACTION
+        return bins[0], (bins[1].to(dtype) + 0.5 * bins[0]) * 2.0**-FINE_FRACTION
     half = 1 << COUNT - 1
     count_NB = (bins[0] + half) >> COUNT
-    return count_NB, (bins[0] - (count_NB << COUNT)).to(dtype).mul_(2.0**-FRACTION)
+    fraction_NB = (bins[0] - (count_NB << COUNT)).to(dtype)
+    return count_NB, fraction_NB.add_(count_NB, alpha=0.5).mul_(2.0**-FRACTION)
 
 
 def _planes(z_NV: Tensor) -> int:

@@ -1,0 +1,73 @@
+"""sorted_distance inside torch.compile, and torch's own checks of its operations."""
+
+import pytest
+import torch
+
+from tokenkit.kernels import sorted_distance as module
+from tokenkit.kernels.sorted_distance import sorted_distance
+from tokenkit.kernels.sorted_rows import Options
+from tokenkit.structs import Head
+
+
+def inputs(N=5):
+    torch.manual_seed(0)
+    student, weight, bias = torch.randn(N, 8), torch.randn(40, 8), torch.randn(40)
+    for x in (student, weight, bias):
+        x.requires_grad_()
+    return student, weight, bias, torch.randn(N, 6), torch.randn(50, 6), torch.arange(N) % 3 != 1
+
+
+def loss(student, weight, bias, teacher, teacher_weight, scored_N, *, exact, weighted):
+    """Rows chosen by a mask, as the loss chooses them: their number is not known to the compiler."""
+    rows = scored_N.nonzero()[:, 0]
+    value = sorted_distance(
+        student[rows] * 2,
+        Head(weight, bias, softcap=5.0),
+        teacher[rows],
+        Head(teacher_weight, vocab_size=48),
+        temperature=1.3,
+        exact=exact,
+        row_weight_N=torch.ones_like(rows, dtype=torch.float32) if weighted else None,
+    )
+    return (value * 2).sum()
+
+
+MODES = {"tables": (False, False), "formed": (False, True), "replay": (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [("tables", "inductor"), ("formed", "aot_eager"), ("replay", "aot_eager")],
+)
+def test_a_compiled_loss_equals_eager_for_any_number_of_rows(mode, backend):
+    exact, weighted = MODES[mode]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for N in (5, 8):
+        tensors = inputs(N)
+        with (
+            torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+            torch.compiler.config.patch(force_disable_caches=True),  # they outlive a change of the fake
+        ):
+            value = compiled(*tensors, exact=exact, weighted=weighted)
+        expected = loss(*tensors, exact=exact, weighted=weighted)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+        found, wanted = (torch.autograd.grad(x, tensors[:3]) for x in (value, expected))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_operation_passes_the_checks_of_torch(mode):
+    exact, weighted = MODES[mode]
+    student, weight, bias, teacher, teacher_weight, _ = inputs(3)
+    head, teacher_head = Head(weight, bias, softcap=5.0), Head(teacher_weight)
+    numbers, words = module._pack(Options(mode, exact, "xwb", 1.0, 0), head, teacher_head)
+    row_weight_N = torch.rand(3) if weighted else None
+    arguments = (student, weight, bias, [teacher, teacher_weight], row_weight_N, numbers, words)
+    torch.library.opcheck(module._operation, arguments)
+    if mode == "tables":
+        tables = [x.detach() for x in module._operation(*arguments)[1:]]
+        detached = [x.detach() for x in (student, weight, bias)]
+        arguments = (*detached, torch.rand(3), tables, numbers, words)
+        torch.library.opcheck(module._backward_operation, arguments)
