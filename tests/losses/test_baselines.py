@@ -114,8 +114,13 @@ CASES = [
     ("baseline_mined", mined_by_hand, {}, {}),
     ("baseline_mined", mined_by_hand, *[{"temperature": 2.0, "teacher_temperature": 0.5}] * 2),
     *[("alm_side_path", side_path_by_hand, *[{"distance_fn": name}] * 2) for name in DISTANCES],
-    ("baseline_gold", gold_by_hand, {}, {}),
-    ("baseline_gold", gold_by_hand, *[{"matched_weight": 0.5, "temperature": 2.0}] * 2),
+    ("baseline_gold", gold_by_hand, {"exact": True}, {}),
+    (
+        "baseline_gold",
+        gold_by_hand,
+        {"exact": True, "matched_weight": 0.5, "temperature": 2.0},
+        {"matched_weight": 0.5, "temperature": 2.0},
+    ),
     ("baseline_xtoken", xtoken_by_hand, {}, {}),
     ("baseline_xtoken", xtoken_by_hand, *[{"temperature": 2.0, "teacher_temperature": 0.5}] * 2),
 ]
@@ -136,10 +141,8 @@ def test_matches_the_definition(name, by_hand, options, hand_options):
         total.backward()
         results.append((int(count), total.detach(), student.hidden_BTD.grad, student.head.weight_VD.grad))
     assert results[0][0] == results[1][0] > 4
-    # sorting is exact only away from ties of histogram bins; GOLD has no exact mode
-    tolerance = 1e-3 if name == "baseline_gold" else 1e-9
     for value, truth in zip(results[0][1:], results[1][1:], strict=True):
-        torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11)
 
 
 def test_uld_without_sorting_is_within_its_bound():

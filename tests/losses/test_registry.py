@@ -82,7 +82,7 @@ def test_every_loss_is_zero_and_pulls_nothing_where_there_is_nothing_to_compare(
 def test_swapped_models_are_named(name):
     batch = make_batch()
     student, teacher = make_states(batch)
-    with pytest.raises((ValueError, RuntimeError), match=r"swapped|size|shape"):
+    with pytest.raises((ValueError, RuntimeError), match=r"swapped|size|shape|of the other model"):
         run_loss(name, batch, teacher, student)
 
 

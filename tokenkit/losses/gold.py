@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
+from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import (
@@ -36,6 +37,7 @@ from tokenkit.losses.rows import (
     chunk_starts,
     need_head,
     need_teacher,
+    paired_outcomes,
     summed_divergence,
     take,
 )
@@ -57,6 +59,8 @@ class GoldOptions:
     """T: divides the logits of both models."""
     teacher_temperature: float = 1.0
     """Multiplies T for the teacher, in the matched part."""
+    exact: bool = False
+    """Sort the unmatched part, instead of adding up histograms; see `tokenkit.kernels.sorted_distance`."""
     chunks: ChunkKind = "unconstrained"
     """Which of the batch's chunks."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
@@ -81,6 +85,7 @@ class GoldPrepared:
     """int64 scalar: chunks."""
     rows: RowPairs
     teacher_NE: Tensor
+    outcomes: Outcomes
     unmatched_N: Tensor
     """q_U: the teacher's probability of a token without a partner."""
 
@@ -108,7 +113,8 @@ def prepare(
         assert said.subset_logp_N is not None
         unmatched_N = said.subset_logp_N.exp()
     count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    return GoldPrepared(count, rows, teacher_NE, unmatched_N)
+    outcomes = paired_outcomes(options.student_index, options.teacher_index, context, whole=True)
+    return GoldPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
 
 
 def function(
@@ -131,8 +137,7 @@ def function(
         prepared.teacher_NE,
         teacher_head,
         "js",
-        student_index=student_index,
-        teacher_index=teacher_index,
+        outcomes=prepared.outcomes,
         rest_as_outcome=True,
         temperature=options.temperature,
         teacher_temperature=options.teacher_temperature,
@@ -149,6 +154,7 @@ def function(
             prepared.teacher_NE,
             _rest(teacher_head, teacher_index),
             temperature=options.temperature,
+            exact=options.exact,
             workspace_bytes=options.workspace_bytes,
             row_weight_N=prepared.unmatched_N,
         )

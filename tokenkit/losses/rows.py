@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
-from tokenkit.kernels.linear_divergence import linear_divergence
+from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.losses.score import in_dtype, scored_tokens
-from tokenkit.structs import Batch, ChunkKind, Chunks, Head, HiddenStates, Side
+from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
 
 
 class RowPairs(NamedTuple):
@@ -161,6 +161,25 @@ def check_pairs(student_index: Tensor, teacher_index: Tensor) -> None:
             "student_index and teacher_index must hold one id for each pair: got "
             f"{len(student_index)} and {len(teacher_index)}"
         )
+
+
+def paired_outcomes(
+    student_index: Tensor, teacher_index: Tensor, context: Context, *, whole: bool
+) -> Outcomes:
+    """Find the columns of a divergence over pairs, in the first half: it waits for the device once.
+
+    Args:
+        student_index: int64 [P] student ids.
+        teacher_index: int64 [P] their partners.
+        context: with both heads, whose vocabularies must hold the ids.
+        whole: probabilities are those under the full vocabularies.
+    """
+    head, teacher_head = context.student_head, context.teacher_head
+    if head is None or teacher_head is None:
+        raise ValueError("this loss must know both vocabularies: give both heads in its Context")
+    device = head.weight_VD.device
+    indices = {"student_index": student_index.to(device), "teacher_index": teacher_index.to(device)}
+    return match_outcomes(head, teacher_head, **indices, whole=whole)
 
 
 def summed_divergence(

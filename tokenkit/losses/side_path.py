@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
+from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import (
     RowPairs,
@@ -33,6 +34,7 @@ from tokenkit.losses.rows import (
     chunk_ends,
     need_head,
     need_teacher,
+    paired_outcomes,
     summed_divergence,
     take,
 )
@@ -79,6 +81,7 @@ class SidePathPrepared:
     """int64 scalar: chunks."""
     rows: RowPairs
     teacher_NE: Tensor
+    outcomes: Outcomes
 
 
 @torch.no_grad()
@@ -89,7 +92,9 @@ def prepare(
     teacher = need_teacher(teacher, "alm_side_path")
     rows = chunk_ends(batch, options.chunks)
     count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    return SidePathPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N))
+    is_whole = not options.distance_fn.endswith("_subset")
+    outcomes = paired_outcomes(options.student_index, options.teacher_index, context, whole=is_whole)
+    return SidePathPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N), outcomes)
 
 
 def function(
@@ -108,8 +113,7 @@ def function(
         prepared.teacher_NE,
         need_head(context.teacher_head, prepared.teacher_NE.dtype),
         kind,
-        student_index=options.student_index.to(student_ND.device),
-        teacher_index=options.teacher_index.to(student_ND.device),
+        outcomes=prepared.outcomes,
         rest_as_outcome=rest_as_outcome,
         workspace_bytes=options.workspace_bytes,
     )
