@@ -272,6 +272,27 @@ def test_a_special_token_closes_its_space_chunk_and_the_tail_stays_open():
     assert kinds(student, student) == ([0, 0, 1, 1], [0, 0, 1, 1])
 
 
+def unbiased(student, teacher, pairs, mode="identity"):
+    def closes(teacher_C, student_C):
+        return np.array([pair in pairs for pair in zip(teacher_C.tolist(), student_C.tolist(), strict=True)])
+
+    found = align_kinds(flatten([student]), flatten([teacher]), ["unbiased"], RULES, RULES, mode, closes)
+    return found["unbiased"].student_N.tolist(), found["unbiased"].teacher_M.tolist()
+
+
+def test_unbiased_chunks_join_until_the_pair_of_last_tokens_is_unbiased():
+    student = tokens([3, 7, 8, 12], ids=[0, 1, 2, 3])
+    teacher = tokens([3, 7, 8, 12], ids=[0, 3, 0, 2])
+    assert unbiased(student, teacher, {(3, 1), (2, 3)}) == ([0, 0, 1, 1], [0, 0, 1, 1])
+    assert unbiased(student, teacher, {(1, 3), (0, 0)}) == ([0, 1, 1, 1], [0, 1, 1, 1])
+
+
+def test_a_special_token_closes_its_unbiased_chunk_and_the_word_before_it_when_ignored():
+    student = tokens([3, 4, 7, 8], ids=[0, 4, 0, 2], special=[0, 1, 0, 0])
+    assert unbiased(student, student, set()) == ([0, 0, 1, 1], [0, 0, 1, 1])
+    assert unbiased(student, student, set(), "ignore") == ([0, -1, 2, 2], [0, -1, 2, 2])
+
+
 def test_the_next_document_is_not_the_next_token():
     one, two = tokens([3], ids=[0]), tokens([4], ids=[1])
     alignment = align(flatten([one, two]), flatten([one, two]))
@@ -316,7 +337,9 @@ def test_dropped_chunks_leave_the_other_ids_alone():
     assert dropped.student_N.tolist() == dropped.teacher_M.tolist() == [0, -1, 2]
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("unbiased", "identity"), ("space", "drop")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("unbiased", "identity"), ("space", "drop"), ("words", "identity")]
+)
 def test_unknown_kinds_and_modes_are_an_error(kind, mode):
-    with pytest.raises(ValueError, match=r"unbiased|special_tokens_mode"):
+    with pytest.raises(ValueError, match=r"pair-stats|special_tokens_mode must|chunk kind must be"):
         kinds(tokens([1]), tokens([1]), mode, kind)

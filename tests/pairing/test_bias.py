@@ -162,7 +162,7 @@ def test_a_pair_closes_a_chunk_when_both_biases_are_small():
     ids = np.array([0, 0, 2], np.int32), np.array([1, 3, 0], np.int32)
     biases = PairBiases(*ids, np.array([0.05, 0.0, 0.1]), np.array([0.0, 0.2, 0.1]), (3, 4))
     teacher, student = np.array([0, 0, 2, 1, 2]), np.array([1, 3, 0, 1, 3])
-    assert biases.closes(teacher, student, 0.1).tolist() == [True, False, True, False, False]
+    assert biases.rule(0.1)(teacher, student).tolist() == [True, False, True, False, False]
 
 
 def test_probabilities_of_another_vocabulary_are_refused(pair):

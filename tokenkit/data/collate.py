@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenkit.pairing.align import Alignment, SideRules, SpecialTokensMode, align_kinds
+from tokenkit.pairing.align import Alignment, PairRule, SideRules, SpecialTokensMode, align_kinds
 from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.chat import encode_flat
@@ -43,7 +43,9 @@ class AlignedCollator:
     max_length_teacher: int = 512
     """Tokens; what is behind them is cut off."""
     chunk_kinds: Iterable[ChunkKind] = ("unconstrained",)
-    """The chunks that the losses look at: `unconstrained`, `space`."""
+    """The chunks that the losses look at: `unconstrained`, `space`, `unbiased`."""
+    unbiased: PairRule | None = None
+    """Which pairs of last tokens close an `unbiased` chunk; see `pairing.bias.PairBiases.rule`."""
     chat_template_mode: str = "direct_encode"
     """How plain text becomes a document; see `tokenization.chat.encode_flat`."""
     use_chat_template: bool = True
@@ -166,7 +168,9 @@ class AlignedCollator:
         )
 
     def _align(self, student: FlatTokens, teacher: FlatTokens) -> dict[ChunkKind, Alignment]:
-        return align_kinds(student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode)
+        return align_kinds(
+            student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode, self.unbiased
+        )
 
     def _side(self, number: int, rows: Rows) -> Side:
         return Side(

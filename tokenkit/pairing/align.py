@@ -19,7 +19,7 @@ Dimensions: B documents, N student tokens, M teacher tokens, C chunks, V and W t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -31,6 +31,8 @@ from tokenkit.tokenization.flat import Bools, FlatTokens, Ints, flatten
 
 ChunkIds = NDArray[np.int32]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
+PairRule = Callable[[ChunkIds, ChunkIds], Bools]
+"""(teacher ids [C], student ids [C]) -> bool [C]: whether this pair of last tokens closes a chunk."""
 
 
 class Alignment(NamedTuple):
@@ -207,6 +209,7 @@ def align_kinds(
     student_rules: SideRules,
     teacher_rules: SideRules,
     special_tokens_mode: SpecialTokensMode = "identity",
+    unbiased: PairRule | None = None,
 ) -> dict[ChunkKind, Alignment]:
     """Return the chunks of every kind that the losses ask for.
 
@@ -216,14 +219,16 @@ def align_kinds(
         student: the batch, student side.
         teacher: the same documents, teacher side.
         kinds: `unconstrained`, the smallest chunks; `space`, joined until the next token on both sides
-            begins with whitespace or the chunk ends in a special token.
+            begins with whitespace or the chunk ends in a special token; `unbiased`, joined until `unbiased`
+            says so of the last tokens, or the chunk ends in a special token.
         student_rules: of the student's tokenizer.
         teacher_rules: of the teacher's tokenizer.
         special_tokens_mode: `identity` keeps paired special tokens as chunks; `ignore` drops them;
             `ignore_pad` drops only padding tokens that a template wrote.
+        unbiased: which pairs of last tokens close an `unbiased` chunk; `pairing.bias.PairBiases.rule`.
 
     Raises:
-        ValueError: if a kind is unknown or cannot be built here.
+        ValueError: if a kind is unknown, or `unbiased` chunks are asked for without their rule.
     """
     smallest = align(student, teacher)
     ignored = (
@@ -236,23 +241,37 @@ def align_kinds(
     for kind in kinds:
         if kind == "unconstrained":
             chunks = smallest
-        elif kind == "space":
-            closes_C = before_whitespace(
-                smallest, student, teacher, student_rules.space_V, teacher_rules.space_V
-            )
+        else:
+            closes_C = _closes(kind, smallest, (student, teacher), (student_rules, teacher_rules), unbiased)
             closes_C |= student.special_N[smallest.student_last_C]
             closes_C |= teacher.special_N[smallest.teacher_last_C]
             # dropping a special token must not take the word before it along
             closes_C[:-1] |= chunks_with(smallest, *ignored)[1:]
             chunks = join_chunks(smallest, closes_C)
-        else:
-            raise ValueError(
-                f"chunk kind {kind!r} cannot be built here: expected 'unconstrained' or 'space' "
-                "('unbiased' needs the statistics of the tokenizer pair: use join_chunks with them)"
-            )
         drop_C = chunks_with(chunks, unusable_N, unusable_M)
         result[kind] = drop_chunks(chunks, drop_C) if drop_C.any() else chunks
     return result
+
+
+def _closes(
+    kind: ChunkKind,
+    smallest: Alignment,
+    sides: tuple[FlatTokens, FlatTokens],
+    rules: tuple[SideRules, SideRules],
+    unbiased: PairRule | None,
+) -> Bools:
+    """Return for each of the smallest chunks [C] whether a chunk of this kind may end there."""
+    student, teacher = sides
+    if kind == "space":
+        return before_whitespace(smallest, student, teacher, rules[0].space_V, rules[1].space_V)
+    if kind != "unbiased":
+        raise ValueError(f"chunk kind must be unconstrained, space or unbiased: got {kind!r}")
+    if unbiased is None:
+        raise ValueError(
+            "'unbiased' chunks need the statistics of the tokenizer pair: make them with `tokenkit pair-stats` "
+            "and name their folder (tokenizer_pair_data_path; of a collator, unbiased)"
+        )
+    return unbiased(teacher.ids_N[smallest.teacher_last_C], student.ids_N[smallest.student_last_C])
 
 
 def _unknown(side: FlatTokens, rules: SideRules) -> Bools:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenkit.pairing.align import PairRule
 from tokenkit.pairing.covers import Covers, find_covers
 from tokenkit.tokenization.byteify import Tokenizer
 
@@ -46,17 +47,20 @@ class PairBiases:
     shape: tuple[int, int]
     """W, V."""
 
-    def closes(
-        self, teacher_N: NDArray[np.int64], student_N: NDArray[np.int64], threshold: float
-    ) -> NDArray[np.bool_]:
-        """Return for pairs of ids whether both biases are at most `threshold`; no pair at all: False."""
-        key_P = self.teacher_P.astype(np.int64) * self.shape[1] + self.student_P
-        key_N = np.asarray(teacher_N, np.int64) * self.shape[1] + student_N
-        place_N = np.searchsorted(key_P, key_N).clip(max=max(len(key_P) - 1, 0))
-        if not len(key_P):
-            return np.zeros(len(key_N), np.bool_)
+    def pairs_below(self, threshold: float) -> tuple[Ids, Ids]:
+        """Return teacher and student ids of the pairs whose biases are both at most `threshold`."""
         small_P = (self.teacher_bias_P <= threshold) & (self.student_bias_P <= threshold)
-        return (key_P[place_N] == key_N) & small_P[place_N]
+        return self.teacher_P[small_P], self.student_P[small_P]
+
+    def rule(self, threshold: float) -> PairRule:
+        """Return what `align_kinds` asks: whether a pair exists whose biases are both at most `threshold`."""
+        teacher_P, student_P = self.pairs_below(threshold)
+        key_P = teacher_P.astype(np.int64) * self.shape[1] + student_P
+
+        def closes(teacher_C: Ids, student_C: Ids) -> NDArray[np.bool_]:
+            return np.isin(teacher_C.astype(np.int64) * self.shape[1] + student_C, key_P)
+
+        return closes
 
 
 def find_biases(
