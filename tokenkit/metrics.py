@@ -7,6 +7,7 @@ for are the strings "nan", "inf" and "-inf".
     loss, loss/<name>             nats, the mean over the step's count
     bits_per_byte/<model>         on held-out text
     grad_norm, learning_rate, tokens_per_second
+    rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
 """
 
 from __future__ import annotations

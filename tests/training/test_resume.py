@@ -59,6 +59,34 @@ def test_a_killed_run_resumes_to_the_same_bits(make_config, tmp_path, world_size
         assert torch.equal(tensor, weights[1][name]), name
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_left_out_are_counted_through_a_resume(make_config, workspace, tmp_path, world_size):
+    lines = (workspace / "data.jsonl").read_text().splitlines()[:30]
+    talk = json.dumps({"messages": [{"role": "user", "content": "no template writes this"}]})
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("\n".join([*lines, *[talk] * 12, *['{"text": 5}'] * 3]) + "\n")
+    changes = {"data.dataset_name": data, "data.num_workers": 1, "data.heldout.fraction": 0, "steps": 6}
+    for name, resume, die_at in (("whole", "false", None), ("broken", "true", 5), ("broken", "true", None)):
+        config = make_config(**changes, output_dir=tmp_path / name, resume=resume)
+        wait_ranks(start_ranks(run_in_rank, world_size, config, die_at, always_shard=False))
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    counts = [line["rows_left_out"] for line in curve(tmp_path / "whole") if "rows_left_out" in line]
+    assert len(counts) == 3, "one with each checkpoint"
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] <= 15
+
+
+def test_a_resume_from_step_zero_evaluates_it_once(make_config, tmp_path):
+    changes = {"eval_at_step_zero": "true", "save_at_step_zero": "true", "steps": 2}
+    whole, broken = (make_config(**changes, output_dir=tmp_path / name) for name in ("whole", "broken"))
+    assert run_ranks(run_in_rank, 1, whole, None) == [ExitCode.DONE]
+    assert KILLED in wait_ranks(start_ranks(run_in_rank, 1, broken, 1))
+    resumed = make_config(**changes, output_dir=tmp_path / "broken", resume="true")
+    assert run_ranks(run_in_rank, 1, resumed, None) == [ExitCode.DONE]
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    assert [line["step"] for line in curve(tmp_path / "broken") if "heldout_bytes" in line] == [0, 2]
+
+
 def stop_after_two(world, config):
     """Train, but ask this process to stop once step 2 was reported."""
     loop.start = lambda **_: world

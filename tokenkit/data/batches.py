@@ -21,6 +21,8 @@ class _Step(NamedTuple):
     micro_batches: list[Batch]
     state: dict[str, Any]
     """Of the mix, behind the last document of the step."""
+    untokenized: Counter[str]
+    """Rows that this rank could not tokenize so far."""
 
 
 class Batches:
@@ -65,6 +67,7 @@ class Batches:
         self._rank, self._world = rank, world
         self._prefetch = prefetch
         self._consumed = mix.state_dict()
+        self._untokenized = Counter(collator.skipped)
         self._pending: deque[Future[_Step]] = deque()
         # one worker: steps must be read in order
         self._pool = ThreadPoolExecutor(1, "tokenkit-data") if prefetch else None
@@ -85,7 +88,7 @@ class Batches:
             while len(self._pending) <= self._prefetch:
                 self._pending.append(self._pool.submit(self._read_step))
             step = self._pending.popleft().result()
-        self._consumed = step.state
+        self._consumed, self._untokenized = step.state, step.untokenized
         return step.micro_batches
 
     def _read_step(self) -> _Step:
@@ -96,31 +99,47 @@ class Batches:
         batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
         if self._world == 1 and not any(map(has_trained_token, batches)):
             raise ValueError(self._collator.nothing_trained(len(mine)))
-        return _Step(batches, self._mix.state_dict())
+        return _Step(batches, self._mix.state_dict(), Counter(self._collator.skipped))
 
     @property
     def skipped(self) -> Counter[str]:
-        """Rows left out so far, by reason: no documents (of all ranks), or not tokenizable (of this rank)."""
-        wait(self._pending)  # a counter must not grow while it is copied
-        return self._mix.skipped + self._collator.skipped
+        """Rows that were no documents, by reason, up to the last step given out; the same on all ranks."""
+        return sum((Counter(source["skipped"]) for source in self._consumed["sources"]), Counter())
+
+    @property
+    def untokenized(self) -> Counter[str]:
+        """Documents that this rank could not tokenize, by reason, up to the last step given out."""
+        return Counter(self._untokenized)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state behind the last step given out; JSON."""
+        """Return the state behind the last step given out; JSON, and the same on all ranks."""
         return self._consumed
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; `Mix.load_state_dict` says what it raises."""
+    def load_state_dict(self, state: Mapping[str, Any], untokenized: Mapping[str, int] | None = None) -> None:
+        """Continue where `state_dict` was taken; `Mix.load_state_dict` says what it raises.
+
+        Args:
+            state: what `state_dict` returned.
+            untokenized: what this rank shall have counted so far.
+        """
         self._stop_reading()
         self._mix.load_state_dict(state)
         self._consumed = self._mix.state_dict()
+        self._count_from(untokenized or {})
 
     def close(self) -> None:
         """Stop the background thread; what it has read ahead is read again if the steps go on."""
         self._stop_reading()
         self._mix.load_state_dict(self._consumed)
+        self._count_from(self._untokenized)
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+    def _count_from(self, untokenized: Mapping[str, int]) -> None:
+        self._untokenized = Counter(untokenized)
+        self._collator.skipped.clear()
+        self._collator.skipped.update(untokenized)
 
     def _stop_reading(self) -> None:
         for future in self._pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tokenkit.parallel import (
     all_reduce_counts,
     barrier,
     broadcast_json,
+    gather_json,
     set_timeout,
     start,
     stop,
@@ -57,6 +59,8 @@ class Session:
     state: State
     identity: Identity
     reports: Reports
+    is_resumed: bool
+    """It goes on from a checkpoint."""
 
 
 def train(config: TrainConfig) -> int:
@@ -141,11 +145,14 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
     run = parts.run
     state = State(module=run.model, optimizer=run.optimizer)
     identity = Identity(config=to_dict(config), fingerprints=parts.tokenizers.fingerprints())
+    found = None
     if config.run.resume:
         found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
         if found is not None:
             run.step = state.step
-            parts.batches.load_state_dict(state.extra["data"])
+            # counted over all ranks: one of them goes on counting
+            untokenized = state.extra.get("untokenized", {}) if world.is_main else {}
+            parts.batches.load_state_dict(state.extra["data"], untokenized)
             run.loss_scale.value, run.loss_scale.good_steps = state.extra["loss_scale"]
             run.objective.load_state_dict(state.extra["objective"])
             _say(world, f"resuming after step {run.step} from {found}")
@@ -153,14 +160,14 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
         write_durably(folder / "config.yaml", to_yaml(config))
     set_timeout(world, COLLECTIVE_SECONDS)
     reports = Reports.open(folder, config, run.step, is_main=world.is_main)
-    return Session(config, world, folder, parts, state, identity, reports)
+    return Session(config, world, folder, parts, state, identity, reports, is_resumed=found is not None)
 
 
 def _train(session: Session) -> tuple[ExitCode, str]:
     config, run, reports = session.config, session.parts.run, session.reports
     schedule, evaluation = config.schedule, config.evaluation
     try:
-        if run.step == 0:
+        if run.step == 0 and not session.is_resumed:  # a checkpoint of step 0 comes after its evaluation
             if evaluation.eval_at_step_zero:
                 _evaluate(session)
             if schedule.save_at_step_zero:
@@ -189,7 +196,7 @@ def _train(session: Session) -> tuple[ExitCode, str]:
                     )
     finally:
         reports.close()
-    _report_skipped(session)
+    _say_left_out(session)
     if session.world.is_main:
         draw_curves(session.folder)
     _export(session)
@@ -217,11 +224,14 @@ def _evaluate(session: Session) -> None:
 
 def _save(session: Session) -> None:
     run, state = session.parts.run, session.state
+    untokenized = _untokenized(session)
+    session.reports.left_out(run.step, session.parts.batches.skipped + untokenized)
     session.reports.sync()
     state.step = run.step
     scale = (run.loss_scale.value, run.loss_scale.good_steps)
     state.extra = {
         "data": session.parts.batches.state_dict(),
+        "untokenized": untokenized,
         "loss_scale": scale,
         "objective": run.objective.state_dict(),
     }
@@ -230,11 +240,16 @@ def _save(session: Session) -> None:
         checkpoint.save(root, state, session.identity, session.world)
 
 
-def _report_skipped(session: Session) -> None:
+def _untokenized(session: Session) -> Counter[str]:
+    """Count the documents that could not be tokenized, over all ranks; every rank calls it."""
+    return sum(map(Counter, gather_json(session.parts.batches.untokenized, session.world)), Counter())
+
+
+def _say_left_out(session: Session) -> None:
     """Say which rows were no documents, or could not be tokenized: counts and reasons, no text."""
-    skipped = session.parts.batches.skipped
-    if skipped:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common(5))
+    left_out = session.parts.batches.skipped + _untokenized(session)
+    if left_out:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
         _say(session.world, f"rows left out: {reasons}")
 
 

@@ -64,6 +64,11 @@ class Reports:
         self._write(step, {**values, "heldout_bytes": measured.num_bytes})
         self.since = time.perf_counter()
 
+    def left_out(self, step: int, rows: Mapping[str, int]) -> None:
+        """Write how many rows of the data were left out so far, where there are any."""
+        if rows:
+            self._write(step, {"rows_left_out": sum(rows.values())})
+
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint expects them there."""
         self.metrics.sync()
