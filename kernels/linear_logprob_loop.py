@@ -68,29 +68,29 @@ def backward(
 
     Args:
         parameters: hidden, weight, bias.
-        rows: lse of each part [P, N], the factor of exp(z − lse) in each part, dz at the target.
+        rows: the maximum m of each part [P, N], the factor of exp(z − m) in each part, dz at the target.
         kept: what a `cached` forward kept, and its shift; else ignored.
         plan: the call's plan, mode `cached` or `recompute`.
         gradients: float32 (float64) zeros [N, D]; like weight; like bias. Padding rows are not written.
     """
     hidden_ND, weight_VD, bias_V = parameters
-    lse_PN, factor_PN, dz_target_N = rows
+    max_PN, factor_PN, dz_target_N = rows
     dhidden_ND, dweight_VD, dbias_V = gradients
     operand_ND = operand(hidden_ND, plan)
     work = Work(hidden_ND, plan)
     N = len(hidden_ND)
     for i, tile in enumerate(plan.backward_tiles):
         weight_tile = operand(weight_VD[tile.rows], plan)
-        lse_N, factor_N = lse_PN[tile.part], factor_PN[tile.part]
+        max_N, factor_N = max_PN[tile.part], factor_PN[tile.part]
         if plan.mode == "cached":
             z_NV = kept[0][N * tile.start : N * tile.end].view(N, tile.end - tile.start)
-            factor_N = factor_N * torch.exp(kept[1][i] - lse_N)
+            factor_N = factor_N * torch.exp(kept[1][i] - max_N)
             dz_NV = work.tile("dz", tile, work.low)
         else:
             z_NV = product(operand_ND, weight_tile.T, work.tile("z", tile, plan.dtype))
             dz_NV = z_NV if z_NV.dtype == work.low else work.tile("dz", tile, work.low)
         if N:
-            dlogits(z_NV, _bias_tile(bias_V, tile), tile, plan, (lse_N, factor_N, dz_target_N), dz_NV)
+            dlogits(z_NV, _bias_tile(bias_V, tile), tile, plan, (max_N, factor_N, dz_target_N), dz_NV)
         dz_NV = operand(dz_NV, plan)
         if dhidden_ND is not None:
             add_product(dhidden_ND, dz_NV, weight_tile)

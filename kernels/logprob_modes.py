@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenkit.kernels import linear_logprob_fused as fused
 from tokenkit.kernels import linear_logprob_loop as loop
 from tokenkit.kernels.logprob_plan import Plan, Sums, kept_dtype
 from tokenkit.kernels.logprob_tile import rescale
@@ -33,7 +34,9 @@ def forward(
     elif plan.mode == "cached":
         kept = hidden_ND.new_empty(N * plan.rows, dtype=kept_dtype(hidden_ND))
         shift = hidden_ND.new_empty(len(plan.tiles), N, dtype=plan.dtype)
-    if N and plan.rows:
+    if N and plan.rows and fused.takes(*parameters[:2], plan):
+        fused.forward(parameters, plan, sums, kept)
+    elif N and plan.rows:
         loop.forward(parameters, plan, sums, kept, shift)
     if head.shard is not None:
         check_cover(head, hidden_ND.device)
@@ -58,17 +61,20 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias, None where `needs` says so."""
     hidden_ND, weight_VD, bias_V = parameters
+    N = len(hidden_ND)
     sums, kept, shift = saved
     rows = _row_gradients(upstream, sums, plan)
     if plan.mode == "frozen":
-        gradient_ND = _frozen_gradient(rows, weight_VD, sums, kept, plan)
+        gradient_ND = _frozen_gradient(rows, weight_VD, kept, plan)
         return reduce_sum(gradient_ND, head).to(hidden_ND.dtype), None, None
     dhidden_ND = torch.zeros_like(hidden_ND, dtype=plan.dtype) if needs[0] else None
     dweight_VD = torch.empty_like(weight_VD) if needs[1] else None
     dbias_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
     if dweight_VD is not None:
         dweight_VD[plan.rows :].zero_()  # padding: the tiles hold every other row
-    if plan.rows:
+    if N and plan.rows and fused.takes(hidden_ND, weight_VD, plan, backward=True):
+        fused.backward(parameters, rows, plan, (dhidden_ND, dweight_VD, dbias_V))
+    elif plan.rows:
         loop.backward(parameters, rows, (kept, shift), plan, (dhidden_ND, dweight_VD, dbias_V))
     if dhidden_ND is not None:
         dhidden_ND = reduce_sum(dhidden_ND, head).to(hidden_ND.dtype)
@@ -78,7 +84,10 @@ def backward(
 def _row_gradients(
     upstream: Sequence[Tensor | None], sums: Sums, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, α included: lse of each part, the factor of exp(z − lse) in each part, and dz at the target."""
+    """Return, α included: the maximum of each part, the factor of exp(z − maximum) in it, dz at the target.
+
+    The maximum and not lse, because z − maximum is exact where it counts, and lse is a rounded number.
+    """
     b_N, scored_N = upstream[1], plan.scored_N
     a_N, l_N = (torch.zeros_like(sums.z_target_N) if x is None else x for x in (upstream[0], upstream[2]))
     a_N = torch.where(scored_N, a_N, 0)
@@ -98,19 +107,19 @@ def _row_gradients(
         dz_target_N = dz_target_N + b_N * torch.where(inside_N, mass_PN[REST] * share_N, -p_N)
     if plan.cap is not None:
         dz_target_N = dz_target_N * (1 - (sums.z_target_N / plan.cap).square())
-    return lse_PN, factor_PN * plan.alpha, torch.where(scored_N, dz_target_N * plan.alpha, 0)
+    factor_PN = torch.where(sums.sum_PN > 0, factor_PN * plan.alpha / sums.sum_PN, 0)
+    return sums.max_PN, factor_PN, torch.where(scored_N, dz_target_N * plan.alpha, 0)
 
 
 def _frozen_gradient(
-    rows: tuple[Tensor, Tensor, Tensor], weight_VD: Tensor, sums: Sums, mean_PND: Tensor, plan: Plan
+    rows: tuple[Tensor, Tensor, Tensor], weight_VD: Tensor, mean_PND: Tensor, plan: Plan
 ) -> Tensor:
-    """dX = dz[target] W[target] + Σ_C factor_C / sum_C · Σ_{v in C, not the target} exp(z − m) W[v]."""
+    """dX = dz[target] W[target] + Σ_C factor_C · Σ_{v in C, not the target} exp(z − m) W[v]."""
     _, factor_PN, dz_target_N = rows
-    share_PN = torch.where(sums.sum_PN > 0, factor_PN / sums.sum_PN, 0)
     if not plan.rows:
         return torch.zeros_like(mean_PND[0])
     target_ND = weight_VD[plan.row_N.clamp_min(0)].to(plan.dtype)
     dhidden_ND = torch.where(plan.row_N >= 0, dz_target_N, 0)[:, None] * target_ND
     for part in range(len(mean_PND)):
-        dhidden_ND.addcmul_(share_PN[part, :, None], mean_PND[part])
+        dhidden_ND.addcmul_(factor_PN[part, :, None], mean_PND[part])
     return dhidden_ND

@@ -79,7 +79,7 @@ def _rescale_kernel(mean_ptr, shrink_ptr, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _dlogits_kernel(
-    z_ptr, bias_ptr, position_ptr, lse_ptr, factor_ptr, dz_target_ptr, dz_ptr,
+    z_ptr, bias_ptr, position_ptr, max_ptr, factor_ptr, dz_target_ptr, dz_ptr,
     start, V,
     alpha, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, CACHED: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -100,7 +100,7 @@ def _dlogits_kernel(
             tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0)
             z = cap * tanh
             factor = factor * (1.0 - tanh * tanh)
-        dz = tl.exp(z - tl.load(lse_ptr + n)) * factor
+        dz = tl.exp(z - tl.load(max_ptr + n)) * factor
     is_target = offs_v == tl.load(position_ptr + n) - start
     dz = tl.where(is_target, tl.load(dz_target_ptr + n), dz)
     tl.store(dz_ptr + n * V + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -190,18 +190,18 @@ def dlogits(
         bias_V: the tile's bias.
         tile: which rows of the head.
         plan: the call's plan.
-        row_N: lse of the tile's part, the factor of exp(z - lse) (in mode `cached`: of what was kept), and
-            the gradient at the target.
+        row_N: the maximum m of the tile's part, the factor of exp(z - m) (in mode `cached`: of what was
+            kept), and the gradient at the target.
         dz_NV: where to write; may be z_NV.
     """
-    lse_N, factor_N, dz_target_N = row_N
+    max_N, factor_N, dz_target_N = row_N
     if not runs_triton(z_NV):
         _dlogits_torch(z_NV, bias_V, tile, plan, row_N, dz_NV)
         return
     N, V = z_NV.shape
     with on_device(z_NV):
         _dlogits_kernel[(N, triton.cdiv(V, BLOCK_V))](
-            z_NV, bias_V, plan.position_N, lse_N, factor_N, dz_target_N, dz_NV,
+            z_NV, bias_V, plan.position_N, max_N, factor_N, dz_target_N, dz_NV,
             tile.start, V,
             plan.alpha, plan.cap or 1.0,
             HAS_BIAS=bias_V is not None, HAS_CAP=plan.cap is not None, CACHED=plan.mode == "cached",
@@ -217,12 +217,12 @@ def _dlogits_torch(
     row_N: tuple[Tensor, Tensor, Tensor],
     dz_NV: Tensor,
 ) -> None:
-    lse_N, factor_N, dz_target_N = row_N
+    max_N, factor_N, dz_target_N = row_N
     if plan.mode == "cached":
         torch.mul(z_NV, factor_N[:, None], out=dz_NV)
     else:
         slope_NV = _transform(z_NV, bias_V, plan, with_slope=True)
-        torch.mul(z_NV.sub_(lse_N[:, None]).exp_(), factor_N[:, None], out=dz_NV)
+        torch.mul(z_NV.sub_(max_N[:, None]).exp_(), factor_N[:, None], out=dz_NV)
         if slope_NV is not None:
             dz_NV.mul_(slope_NV)
     column_N1, inside_N1 = _target_column(plan, tile)

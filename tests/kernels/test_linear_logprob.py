@@ -17,7 +17,7 @@ from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.kernels.reference import linear_logprob as reference
 from tokenkit.structs import Head
 
-CACHED, RECOMPUTE = 1 << 30, 0
+CACHED, RECOMPUTE = 1 << 30, 1 << 14  # room for a tile: with none, other kernels run
 SHAPES = [
     (1, 1, 1),  # nothing to tile
     (7, 33, 16),  # odd everywhere: three tiles, the last one of a single column
