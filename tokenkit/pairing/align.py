@@ -268,8 +268,8 @@ def _closes(
         raise ValueError(f"chunk kind must be unconstrained, space or unbiased: got {kind!r}")
     if unbiased is None:
         raise ValueError(
-            "'unbiased' chunks need the statistics of the tokenizer pair: make them with `tokenkit pair-stats` "
-            "and name their folder (tokenizer_pair_data_path; of a collator, unbiased)"
+            "'unbiased' chunks need the statistics of the tokenizer pair: make them with `tokenkit "
+            "pair-stats` and name their folder (tokenizer_pair_data_path; of a collator, unbiased)"
         )
     return unbiased(teacher.ids_N[smallest.teacher_last_C], student.ids_N[smallest.student_last_C])
 
