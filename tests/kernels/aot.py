@@ -18,7 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tokenkit.kernels import alm_difference, chunk_likelihood, logprob_tile, sorted_tile
+from tests.kernels.aot_divergence import divergence_launches
+from tests.kernels.aot_fused import fused_launches
+from tokenkit.kernels import (
+    alm_difference,
+    chunk_likelihood,
+    logprob_tile,
+    sorted_tile,
+)
 
 ARCHITECTURES = (80, 90, 100)
 F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
@@ -41,8 +48,9 @@ class StubDriver:
         return 0
 
 
-def launches():
+def launches(architecture):
     """Yield (name, kernel, positional arguments, keyword arguments), as the launchers pass them."""
+    yield from fused_launches(architecture)
     fold, dlogits = logprob_tile._fold_kernel, logprob_tile._dlogits_kernel
     for name, flags in {
         "statistics": {},
@@ -78,6 +86,7 @@ def launches():
         yield f"difference {kind}", alm_difference._difference_kernel, (F32, F32, F32, F32, 16384), options
 
     yield from sorted_launches()
+    yield from divergence_launches()
 
 
 def sorted_launches():
@@ -103,14 +112,16 @@ def resources(compiled):
         command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
     registers, stack, local = (int(re.search(rf"{x}:(\d+)", text)[1]) for x in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "stack": stack, "local": local, "shared": compiled.metadata.shared}
+    tma = "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    shared = compiled.metadata.shared
+    return {"registers": registers, "stack": stack, "local": local, "shared": shared, "tma": tma}
 
 
 def main():
     records = []
     for architecture in ARCHITECTURES:
         driver.set_active(StubDriver(architecture))
-        for name, kernel, arguments, options in launches():
+        for name, kernel, arguments, options in launches(architecture):
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             records.append({"kernel": name, "sm": architecture, **resources(compiled)})
     json.dump(records, sys.stdout)
