@@ -38,7 +38,7 @@ BLOCK_V = 4096  # logits of one step of a program
 HISTOGRAM_BLOCK_V = 2048  # in pairs of a bin and an int64, more would not fit the registers
 BLOCK_B = 4096  # a power of two that holds every bin
 MERGE_WARPS = 16
-PIECE = 1 << 16  # numbers that a CPU turns at once: int32 and float32 of them stay in its second-level cache
+PIECE = 1 << 17  # numbers that a CPU turns at once: fewer, and the calls weigh more than the arithmetic
 MERGE_ROWS = 16  # histograms that a CPU merges at once, for the same reason
 
 _FINE_FROM = tl.constexpr(COARSE_OCTAVES << OCTAVE)
@@ -191,9 +191,10 @@ def row_statistics(z_NV: Tensor) -> tuple[Tensor, Tensor]:
         return max_N, sum_N
     torch.amax(z_NV, 1, out=max_N)
     work = _Work(z_NV)
-    for rows in _pieces(N, V):
-        p_NV = torch.sub(z_NV[rows], max_N[rows, None], out=work.floats(rows)).exp_()
-        torch.sum(p_NV, 1, out=sum_N[rows])
+    for rows in work.rows():
+        for columns in work.columns():
+            p_NV = torch.sub(z_NV[rows, columns], max_N[rows, None], out=work.float_NV).exp_()
+            sum_N[rows] += p_NV.sum(1)
     return max_N, sum_N
 
 
@@ -220,22 +221,21 @@ def histogram(z_NV: Tensor, softmax: Softmax, foot_N: Tensor) -> Tensor:
             _histogram_kernel[grid](z_NV, *softmax, foot_N, bins, V, BINS, BLOCK_V=HISTOGRAM_BLOCK_V)
         return bins
     work = _Work(z_NV)
-    for rows in _pieces(N, V):
-        p_NV = _probabilities(z_NV[rows], softmax, rows, work.floats(rows))
-        code_NV = _codes(p_NV, foot_N[rows], work.codes(rows))
-        fraction_NV = work.fractions(rows)
-        into = [bins[plane, rows].view(-1) for plane in range(len(bins))]
-        if len(bins) == 2:
-            bin_NV = (code_NV >> FRACTION) + _row_offset(p_NV)
-            edge_NV, width_NV = (x.flatten()[bin_NV] for x in edges(foot_N[rows], p_NV.dtype))
-            p_NV = (p_NV + foot_N[rows, None] - edge_NV) / width_NV
-            into[1].index_add_(0, bin_NV.view(-1), (p_NV * 2.0**FINE_FRACTION).round().long().view(-1))
-            fraction_NV.fill_(1)
-        else:
-            torch.bitwise_and(code_NV, (1 << FRACTION) - 1, out=work.integers(rows))
-            fraction_NV.copy_(work.integers(rows)).add_(1 << COUNT)
-            bin_NV = code_NV.bitwise_right_shift_(FRACTION).add_(_row_offset(p_NV))
-        into[0].index_add_(0, bin_NV.view(-1), fraction_NV.view(-1))
+    for rows in work.rows():
+        into = [plane[rows].view(-1) for plane in bins]
+        for columns in work.columns():
+            p_NV = work.probabilities(z_NV[rows, columns], softmax, rows)
+            code_NV = work.codes(p_NV, foot_N[rows])
+            bin_NV = torch.bitwise_right_shift(code_NV, FRACTION, out=work.spare_NV).add_(work.offset_N1)
+            if len(bins) == 2:
+                edge_NV, width_NV = (x.take(bin_NV.long()) for x in edges(foot_N[rows], p_NV.dtype))
+                fraction_NV = (p_NV + foot_N[rows, None] - edge_NV) / width_NV
+                steps_NV = (fraction_NV * 2.0**FINE_FRACTION).round().long()
+                into[1].index_add_(0, bin_NV.view(-1), steps_NV.view(-1))
+                work.packed_NV.fill_(1)
+            else:
+                work.packed_NV.copy_(code_NV.bitwise_and_((1 << FRACTION) - 1)).add_(1 << COUNT)
+            into[0].index_add_(0, bin_NV.view(-1), work.packed_NV.view(-1))
     return bins
 
 
@@ -309,14 +309,19 @@ def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, d
             )
         return
     work = _Work(z_NV)
-    for rows in _pieces(N, V):
-        p_NV = _probabilities(z_NV[rows], Softmax(row.max_N, row.inverse_N), rows, work.floats(rows))
-        bin_NV = _codes(p_NV, row.foot_N[rows], work.codes(rows)).bitwise_right_shift_(FRACTION)
-        bin_NV.add_(_row_offset(p_NV))
-        table_NB = (sign_NB[rows].to(p_NV.dtype) - row.mean_N[rows, None]).mul_(row.factor_N[rows, None])
-        slope_NV = None if cap is None else 1 - (z_NV[rows] / cap).square()
-        dz = torch.index_select(table_NB.view(-1), 0, bin_NV.view(-1)).view_as(p_NV).mul_(p_NV)
-        dz_NV[rows] = dz if slope_NV is None else dz.mul_(slope_NV)
+    softmax = Softmax(row.max_N, row.inverse_N)
+    for rows in work.rows():
+        table_NB = (sign_NB[rows].to(z_NV.dtype) - row.mean_N[rows, None]).mul_(row.factor_N[rows, None])
+        for columns in work.columns():
+            z = z_NV[rows, columns]
+            p_NV = work.probabilities(z, softmax, rows)
+            bin_NV = work.codes(p_NV, row.foot_N[rows]).bitwise_right_shift_(FRACTION).add_(work.offset_N1)
+            torch.index_select(table_NB.view(-1), 0, bin_NV.view(-1), out=work.other_NV.view(-1))
+            p_NV.mul_(work.other_NV)
+            if cap is not None:
+                torch.div(z, cap, out=work.other_NV).square_().neg_().add_(1)
+                p_NV.mul_(work.other_NV)
+            dz_NV[rows, columns] = p_NV
 
 
 def edges(foot_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -326,19 +331,6 @@ def edges(foot_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     code_B = torch.where(fine_B < 0, code_B, code_B - fine_B + (fine_B >> 2))
     edge_NB = (foot_N.view(torch.int32)[:, None] + code_B).view(torch.float32).to(dtype)
     return edge_NB[:, :-1].contiguous(), edge_NB.diff(dim=1)
-
-
-def _probabilities(z_NV: Tensor, softmax: Softmax, rows: slice, out: Tensor) -> Tensor:
-    torch.sub(z_NV, softmax.max_N[rows, None], out=out)
-    return out.exp_().mul_(softmax.inverse_N[rows, None])
-
-
-def _codes(p_NV: Tensor, foot_N: Tensor, out: Tensor) -> Tensor:
-    """Write bin · 2^FRACTION + fraction to `out`, int32."""
-    torch.add(p_NV, foot_N[:, None], out=out.view(torch.float32))
-    out.sub_(foot_N.view(torch.int32)[:, None])
-    out.add_(out.sub(COARSE_OCTAVES << OCTAVE).clamp_min_(0), alpha=3)
-    return out.clamp_max_((BINS << FRACTION) - 1)  # p at the bound itself belongs to the last bin
 
 
 def _unpack(bins: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -358,38 +350,46 @@ def _planes(z_NV: Tensor) -> int:
     return 2 if z_NV.dtype == torch.float64 else 1
 
 
-def _row_offset(p_NV: Tensor) -> Tensor:
-    return torch.arange(len(p_NV), dtype=torch.int32, device=p_NV.device)[:, None] * BINS
-
-
-def _pieces(N: int, V: int) -> Iterator[slice]:
-    step = max(PIECE // V, 1)
-    return (slice(start, min(start + step, N)) for start in range(0, N, step))
-
-
 class _Work:
-    """Buffers of one piece, reused: fresh memory costs a CPU more than the arithmetic."""
+    """How a CPU goes through z: whole rows while they fit a piece, else stretches of one row.
+
+    Buffers of a piece are reused, because fresh memory costs a CPU more than the arithmetic. `rows` and
+    `columns` make the views that fit what they yield.
+    """
 
     def __init__(self, z_NV: Tensor) -> None:
-        N, self.V = z_NV.shape
-        size = min(max(PIECE // self.V, 1), N) * self.V
+        self.N, self.V = z_NV.shape
+        self.step_N, self.step_V = min(max(PIECE // self.V, 1), self.N), min(PIECE, self.V)
         self.buffers = [
-            torch.empty(size, dtype=dtype, device=z_NV.device)
-            for dtype in (z_NV.dtype, torch.int32, torch.int32, torch.int64)
+            torch.empty(self.step_N * self.step_V, dtype=dtype, device=z_NV.device)
+            for dtype in (z_NV.dtype, z_NV.dtype, torch.int32, torch.int32, torch.int64)
         ]
+        self.offsets_N1 = torch.arange(self.step_N, dtype=torch.int32, device=z_NV.device)[:, None] * BINS
 
-    def floats(self, rows: slice) -> Tensor:
-        return self._view(0, rows)
+    def rows(self) -> Iterator[slice]:
+        for start in range(0, self.N, self.step_N):
+            rows = slice(start, min(start + self.step_N, self.N))
+            self.count = rows.stop - rows.start
+            self.offset_N1 = self.offsets_N1[: self.count]
+            yield rows
 
-    def codes(self, rows: slice) -> Tensor:
-        return self._view(1, rows)
+    def columns(self) -> Iterator[slice]:
+        for start in range(0, self.V, self.step_V):
+            columns = slice(start, min(start + self.step_V, self.V))
+            shape = self.count, columns.stop - columns.start
+            views = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self.buffers)
+            self.float_NV, self.other_NV, self.code_NV, self.spare_NV, self.packed_NV = views
+            yield columns
 
-    def integers(self, rows: slice) -> Tensor:
-        return self._view(2, rows)
+    def probabilities(self, z_NV: Tensor, softmax: Softmax, rows: slice) -> Tensor:
+        """Write p to `float_NV`."""
+        torch.sub(z_NV, softmax.max_N[rows, None], out=self.float_NV)
+        return self.float_NV.exp_().mul_(softmax.inverse_N[rows, None])
 
-    def fractions(self, rows: slice) -> Tensor:
-        return self._view(3, rows)
-
-    def _view(self, i: int, rows: slice) -> Tensor:
-        N = rows.stop - rows.start
-        return self.buffers[i][: N * self.V].view(N, self.V)
+    def codes(self, p_NV: Tensor, foot_N: Tensor) -> Tensor:
+        """Write bin · 2^FRACTION + fraction to `code_NV`, int32; `spare_NV` is overwritten."""
+        torch.add(p_NV, foot_N[:, None], out=self.code_NV.view(torch.float32))
+        self.code_NV.sub_(foot_N.view(torch.int32)[:, None])
+        fine_NV = torch.sub(self.code_NV, COARSE_OCTAVES << OCTAVE, out=self.spare_NV).clamp_min_(0)
+        self.code_NV.add_(fine_NV, alpha=3)
+        return self.code_NV.clamp_max_((BINS << FRACTION) - 1)  # p at the bound itself: the last bin

@@ -35,6 +35,7 @@ def loss(student, weight, bias, teacher, teacher_weight, scored_N, *, exact, wei
 MODES = {"tables": (False, False), "formed": (False, True), "replay": (True, False)}
 
 
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 @pytest.mark.parametrize(
     ("mode", "backend"),
     [("tables", "inductor"), ("formed", "aot_eager"), ("replay", "aot_eager")],
