@@ -244,7 +244,7 @@ def test_every_alias_stands_for_something_that_exists():
         ("losses", ["alm_unconstraind"], "did you mean alm_unconstrained?"),
         ("losses", [], "losses is empty"),
         ("losses", ["clm", "sft"], "names one loss twice"),
-        ("losses", ["alm"], "comes with the tokenizer-pair statistics"),
+        ("losses", ["alm"], "make one with `tokenkit pair-stats`"),
         ("loss_weights", [1, 2], "one value per loss (1: alm_unconstrained), got 2"),
         ("loss_weights", {"clm": 1}, "loss_weights names clm, but the losses of this run are"),
         ("loss_weights", [-1], "loss_weights must be at least 0"),
@@ -329,8 +329,7 @@ def test_a_field_without_its_feature_says_so_when_set(leaf):
 def test_the_features_that_are_not_here_yet():
     alone = {leaf.name for leaf in LATER_FIELDS if "." not in leaf.name}
     assert alone == set(
-        """expand_input_ids do_cost_analysis tokenizer_pair_data_path
-        tokenizer_pair_bias_threshold_side_path n_prefix_layers prefix_steps prefix_lr prefix_trainable
+        """expand_input_ids do_cost_analysis n_prefix_layers prefix_steps prefix_lr prefix_trainable
         n_model_parallel""".split()
     )
     assert {leaf.name.split(".")[0] for leaf in LATER_FIELDS} - alone == {"hypernet", "eval"}

@@ -24,9 +24,8 @@ def defaults(options):
 
 def test_losses_and_their_aliases():
     aliases = {alias: name for name, loss in LOSSES.items() for alias in loss.aliases}
-    assert {*names.LOSS_NAMES, *names.LATER_LOSSES} == set(LOSSES) | set(aliases)
+    assert set(names.LOSS_NAMES) == set(LOSSES) | set(aliases)
     assert aliases == names.LOSS_ALIASES
-    assert not set(names.LATER_LOSSES) & set(names.LOSS_NAMES)
 
 
 def test_losses_without_a_teacher():

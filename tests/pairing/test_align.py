@@ -341,7 +341,5 @@ def test_dropped_chunks_leave_the_other_ids_alone():
     ("kind", "mode"), [("unbiased", "identity"), ("space", "drop"), ("words", "identity")]
 )
 def test_unknown_kinds_and_modes_are_an_error(kind, mode):
-    with pytest.raises(
-        ValueError, match=r"statistics of the tokenizer pair|special_tokens_mode must|chunk kind must be"
-    ):
+    with pytest.raises(ValueError, match=r"of the tokenizer pair|special_tokens_mode must|chunk kind must"):
         kinds(tokens([1]), tokens([1]), mode, kind)

@@ -20,6 +20,7 @@ from tests.tiny import TEXT, tiny_model
 from tests.training.test_resume import curve, run_in_rank
 from tokenkit.config import ConfigError
 from tokenkit.metrics import ExitCode
+from tokenkit.pair_stats import main as pair_stats
 from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
 from tokenkit.structs import LossTerm
@@ -31,8 +32,8 @@ from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 NAMES = [
-    "alm_side_path", "alm_latents", "baseline_uld", "baseline_mined", "baseline_dskd", "baseline_gold",
-    "baseline_xtoken",
+    "alm_unbiased", "alm_side_path", "alm_latents", "baseline_uld", "baseline_mined", "baseline_dskd",
+    "baseline_gold", "baseline_xtoken",
 ]  # fmt: skip
 EVERY_LAYER = {"latents_to_align": "all_hidden_states", "latents_do_project": "true"}
 
@@ -42,7 +43,12 @@ def files(workspace, tmp_path_factory):
     """A mined mapping, a wider and deeper teacher, and documents that are all alike."""
     folder = tmp_path_factory.mktemp("losses")
     tokenizers = (load_tokenizer(str(workspace / name)) for name in ("target", "model"))
-    np.save(folder / "mapping.npy", mine_mapping(*tokenizers).teacher_V)
+    student, teacher = tokenizers
+    np.save(folder / "mapping.npy", mine_mapping(student, teacher).teacher_V)
+    flags = ["--teacher-tokenizer-name", str(workspace / "model"), "--output", str(folder / "pair")]
+    flags += ["--target-tokenizer-name", str(workspace / "target")]
+    (folder / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
+    assert pair_stats([*flags, "--data.dataset-name", str(folder / "text.txt")]) == 0
     shutil.copytree(workspace / "model", folder / "teacher")
     tiny_model(hidden_size=48, num_hidden_layers=3, seed=1).save_pretrained(folder / "teacher")
     with (folder / "alike.jsonl").open("w", encoding="utf-8") as file:
@@ -53,7 +59,8 @@ def files(workspace, tmp_path_factory):
 
 @pytest.fixture
 def config_of(make_config, files):
-    return partial(make_config, mined_mapping_path=files / "mapping.npy")
+    paths = {"mined_mapping_path": files / "mapping.npy", "tokenizer_pair_data_path": files / "pair"}
+    return partial(make_config, **paths)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["lora", "full, another teacher"])
@@ -84,9 +91,9 @@ def test_latents_of_layers_train_what_adapters_reach(config_of, align, chunks):
     assert min(train_step(parts.run, micro_batches).losses["alm_latents"] for _ in range(4)) < first
 
 
-@pytest.mark.parametrize("mode", ["mined", "exact_match"])
+@pytest.mark.parametrize("mode", ["mined", "exact_match", "bias_threshold"])
 @pytest.mark.parametrize("distance", ["kl", "reverse_kl", "kl_subset", "reverse_kl_subset", "log_abs", "abs"])
-def test_side_path_takes_both_mappings_and_every_distance(config_of, mode, distance):
+def test_side_path_takes_every_mapping_and_every_distance(config_of, mode, distance):
     settings = {"side_path_mapping_mode": mode, "side_path_distance_fn": distance}
     parts = build(config_of(losses=["alm_side_path"], **settings), SINGLE)
     report = train_step(parts.run, next(parts.batches))
@@ -183,16 +190,17 @@ def test_kd_rate_weighs_baselines_against_clm(config_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"losses": ["alm_unbiased"]},
-            r"alm_unbiased is accepted but its feature comes with the tokenizer-pair",
-        ),
+        ({"losses": ["alm_unbiased"]}, "tokenizer_pair_data_path is not set"),
         ({"losses": ["baseline_mined"]}, "mined_mapping_path is not set"),
         (
             {"losses": ["alm_side_path"], "side_path_mapping_mode": "mined"},
             "mined_mapping_path is not set",
         ),
-        ({"side_path_mapping_mode": "bias_threshold"}, "comes with `tokenkit pair-stats`"),
+        (
+            {"losses": ["alm_side_path"], "side_path_mapping_mode": "bias_threshold"},
+            "make one with `tokenkit pair-stats`",
+        ),
+        ({"tokenizer_pair_bias_threshold_side_path": 2}, r"must lie in \[0, 1\], got 2"),
         ({"baseline__kd_temp": 0}, r"baseline\.kd_temp must be positive, got 0"),
         ({"baseline__skew_lambda": 1.5}, r"baseline\.skew_lambda must lie in \[0, 1\], got 1.5"),
         ({"loss_workspace_mib": 0}, "loss_workspace_mib must be at least 1"),
@@ -201,6 +209,22 @@ def test_kd_rate_weighs_baselines_against_clm(config_of):
 def test_configurations_that_cannot_work_are_refused(make_config, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**changes)
+
+
+def test_unbiased_chunks_are_those_whose_ends_the_statistics_allow(config_of, files):
+    parts = build(config_of(losses=["alm_unbiased", "alm_unconstrained"]), SINGLE)
+    (batch,) = next(parts.batches)
+    joined, smallest = (batch.chunks[kind].student_BT for kind in ("unbiased", "unconstrained"))
+    assert joined.amax(1).sum() < smallest.amax(1).sum()
+    assert ((joined >= 0) == (smallest >= 0)).all()
+
+
+def test_statistics_of_another_pair_stop_the_run(config_of, files, tmp_path):
+    shutil.copytree(files / "pair", tmp_path / "pair")
+    path = tmp_path / "pair" / "summary.json"
+    path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(ValueError, match="holds the statistics of another teacher tokenizer"):
+        build(config_of(losses=["alm_unbiased"], tokenizer_pair_data_path=tmp_path / "pair"), SINGLE)
 
 
 def test_a_mapping_is_read_from_a_folder_a_file_or_a_tensor(tmp_path):

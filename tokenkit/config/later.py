@@ -9,8 +9,6 @@ from tokenkit.config.schema import leaves
 LATER = {
     "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
-    "tokenizer_pair_data_path": "`tokenkit pair-stats`",
-    "tokenizer_pair_bias_threshold_side_path": "`tokenkit pair-stats`",
     "hypernet.": "the embedding hypernetwork",
     "n_prefix_layers": "prefix layers",
     "prefix_": "prefix layers",

@@ -11,6 +11,8 @@ LossName = Literal[
     "alm_unconstrained",
     "alm_greedy",
     "alm_space",
+    "alm_unbiased",
+    "alm",
     "alm_side_path",
     "alm_latents",
     "baseline_uld",
@@ -26,11 +28,6 @@ LOSS_ALIASES = {
     "alm_greedy": "alm_unconstrained",
     "alm": "alm_unbiased",
     "baseline_minED": "baseline_mined",
-}
-
-LATER_LOSSES = {
-    "alm_unbiased": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
-    "alm": "the tokenizer-pair statistics (`tokenkit pair-stats`)",
 }
 
 LOSSES_WITHOUT_TEACHER = ("clm", "sft")

@@ -9,7 +9,6 @@ from tokenkit.config.errors import ConfigError, at_least, check_parts, nearest
 from tokenkit.config.names import (
     AGGREGATIONS,
     ALM_MODES,
-    LATER_LOSSES,
     LOSS_ALIASES,
     LOSS_NAMES,
     LOSSES_WITHOUT_TEACHER,
@@ -50,11 +49,11 @@ class Alm:
     """Tokens that count as beginning with whitespace: space, tab, newline, special, joined with `+`."""
 
     tokenizer_pair_bias_threshold: float = 0.1
-    """merge_by_space_prob joins chunks until the teacher's probability of whitespace exceeds this, in
-    (0, 1)."""
+    """merge_by_space_prob joins chunks until the teacher's probability of whitespace exceeds this, and
+    alm_unbiased until both tokenisation biases are at most this; in (0, 1)."""
 
     tokenizer_pair_data_path: str | None = None
-    """Folder of tokenizer-pair statistics, for alm_unbiased."""
+    """Folder that `tokenkit pair-stats` wrote, for alm_unbiased and side_path_mapping_mode bias_threshold."""
 
     def __post_init__(self) -> None:
         check_parts("alm_mode", self.alm_mode, ALM_MODES)
@@ -94,8 +93,8 @@ class SidePath:
     """Options of `alm_side_path`."""
 
     side_path_mapping_mode: Literal["exact_match", "bias_threshold", "mined"] = "exact_match"
-    """Which tokens of the two vocabularies are compared: those with the same bytes, or of mined_mapping_path;
-    bias_threshold comes with the tokenizer-pair statistics."""
+    """Which tokens of the two vocabularies are compared: those with the same bytes; with bias_threshold, of
+    these the ones with small tokenisation biases; or those of mined_mapping_path."""
 
     side_path_distance_fn: Literal["kl", "reverse_kl", "kl_subset", "reverse_kl_subset", "log_abs", "abs"] = (
         "kl_subset"
@@ -104,13 +103,13 @@ class SidePath:
     one outcome, *_subset over them alone; log_abs, abs of their probabilities."""
 
     tokenizer_pair_bias_threshold_side_path: float = 0.1
-    """Largest tokenisation bias of a pair, with `bias_threshold`."""
+    """Largest tokenisation bias of a pair, with bias_threshold; in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if self.side_path_mapping_mode == "bias_threshold":
+        if not 0 <= self.tokenizer_pair_bias_threshold_side_path <= 1:
             raise ConfigError(
-                "side_path_mapping_mode bias_threshold is accepted but its feature comes with `tokenkit "
-                "pair-stats`; use exact_match or mined"
+                "tokenizer_pair_bias_threshold_side_path must lie in [0, 1], got "
+                f"{self.tokenizer_pair_bias_threshold_side_path}"
             )
 
 
@@ -233,7 +232,7 @@ class Objective:
         weights = self.loss_weights or ()
         for weight in weights.values() if isinstance(weights, Mapping) else weights:
             at_least("loss_weights", weight, 0)
-        self._check_mapping(canonical)
+        self._check_files(canonical)
         if self.baseline.kd_rate is not None and self.loss_weights is not None:
             raise ConfigError(
                 "baseline.kd_rate and loss_weights both weigh the losses: keep the one that is meant"
@@ -251,15 +250,24 @@ class Objective:
             for given, name in names.items()
         }
 
-    def _check_mapping(self, canonical: list[str]) -> None:
-        needs = "baseline_mined" in canonical or (
-            "alm_side_path" in canonical and self.side_path.side_path_mapping_mode == "mined"
-        )
-        if needs and self.mined_mapping_path is None:
-            raise ConfigError(
-                "mined_mapping_path is not set, and the losses need it: make one with "
-                "`tokenkit mined-mapping`"
-            )
+    def _check_files(self, canonical: list[str]) -> None:
+        side_path = self.side_path.side_path_mapping_mode if "alm_side_path" in canonical else None
+        needed = {
+            "mined_mapping_path": ("mined-mapping", "baseline_mined" in canonical or side_path == "mined"),
+            "tokenizer_pair_data_path": (
+                "pair-stats",
+                "alm_unbiased" in canonical or side_path == "bias_threshold",
+            ),
+        }
+        paths = {
+            "mined_mapping_path": self.mined_mapping_path,
+            "tokenizer_pair_data_path": self.alm.tokenizer_pair_data_path,
+        }
+        for name, (door, is_needed) in needed.items():
+            if is_needed and paths[name] is None:
+                raise ConfigError(
+                    f"{name} is not set, and the losses need it: make one with `tokenkit {door}`"
+                )
 
     def weighing(self) -> dict[str, Any]:
         """The keyword arguments of `tokenkit.objective.ObjectiveOptions`."""
@@ -296,15 +304,10 @@ def check_loss(name: str) -> None:
     """Refuse a name that is no loss.
 
     Raises:
-        ConfigError: unknown, with the nearest name; or known but not here yet.
+        ConfigError: with the nearest name.
     """
     if name in LOSS_NAMES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return
-    if name in LATER_LOSSES:
-        raise ConfigError(
-            f"losses: {name} is accepted but its feature comes with {LATER_LOSSES[name]}; "
-            f"use one of {', '.join(LOSS_NAMES)}"
-        )
     near = nearest(name, LOSS_NAMES)
     raise ConfigError(
         f"losses: {name!r} is no loss{near}; expected one of {', '.join(LOSS_NAMES)}, or module:function"

@@ -37,7 +37,7 @@ from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.training.distillation import ActiveLoss, Distillation
-from tokenkit.training.losses import active_losses
+from tokenkit.training.losses import active_losses, read_biases
 from tokenkit.training.step import LossScale, Run
 
 
@@ -167,12 +167,18 @@ def build_collator(
     config: TrainConfig, tokenizers: Tokenizers, losses: Sequence[ActiveLoss]
 ) -> AlignedCollator:
     """Return the collator that makes the chunks which the losses ask for."""
+    kinds = sorted({kind for active in losses if (kind := active.chunks) is not None})
+    unbiased = None
+    if "unbiased" in kinds:
+        biases = read_biases(config, tokenizers.teacher, tokenizers.target)
+        unbiased = biases.rule(config.objective.alm.tokenizer_pair_bias_threshold)
     return AlignedCollator(
         tokenizers.target,
         tokenizers.teacher,
         max_length_student=config.text.max_length_new,
         max_length_teacher=config.text.max_length_teacher,
-        chunk_kinds=sorted({kind for active in losses if (kind := active.chunks) is not None}),
+        chunk_kinds=kinds,
+        unbiased=unbiased,
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
         use_chat_template=config.text.use_chat_template,

@@ -27,6 +27,8 @@ from tokenkit.losses import (
     XTokenOptions,
     resolve,
 )
+from tokenkit.pairing.bias import PairBiases
+from tokenkit.pairing.bias_files import load_biases
 from tokenkit.pairing.matching import matching_tokens, projection_entries
 from tokenkit.structs import ChunkKind
 from tokenkit.tokenization.byteify import Tokenizer
@@ -61,6 +63,20 @@ class _Source:
             "teacher_index": torch.from_numpy(pairs.teacher_P).to(self.device),
         }
 
+    def unbiased_pairs(self) -> dict[str, Any]:
+        """Of the tokens of the same bytes or role, those with small tokenisation biases."""
+        pairs = self.pairs()
+        threshold = self.config.objective.side_path.tokenizer_pair_bias_threshold_side_path
+        rule = read_biases(self.config, self.teacher, self.student).rule(threshold)
+        is_small_P = rule(pairs["teacher_index"].cpu().numpy(), pairs["student_index"].cpu().numpy())
+        if not is_small_P.any():
+            raise ValueError(
+                f"no pair of tokens has tokenisation biases of at most {threshold}: raise "
+                "tokenizer_pair_bias_threshold_side_path"
+            )
+        kept_P = torch.from_numpy(is_small_P).to(self.device)
+        return {name: index_P[kept_P] for name, index_P in pairs.items()}
+
     def mapping(self) -> Tensor:
         """The mined mapping, [V]."""
         path = self.config.objective.mined_mapping_path
@@ -85,6 +101,14 @@ def active_losses(
         make = _MAKERS.get(loss.options, lambda source, loss: loss.options())
         active.append(ActiveLoss(name, loss, make(source, loss)))
     return active
+
+
+def read_biases(config: TrainConfig, teacher: Tokenizer, student: Tokenizer) -> PairBiases:
+    """Read what `tokenkit pair-stats` wrote for this pair."""
+    path = config.objective.alm.tokenizer_pair_data_path
+    assert path is not None, "the configuration was checked"
+    with blaming_data():
+        return load_biases(Path(path).expanduser(), teacher, student)
 
 
 def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor:
@@ -132,8 +156,12 @@ def _alm(source: _Source, loss: Loss) -> AlmOptions:
 
 def _side_path(source: _Source, loss: Loss) -> SidePathOptions:
     options = source.config.objective.side_path
-    pairs = _mined_pairs(source) if options.side_path_mapping_mode == "mined" else source.pairs()
-    return SidePathOptions(**pairs, distance_fn=options.side_path_distance_fn, **source.workspace)
+    pairs = {
+        "exact_match": source.pairs,
+        "bias_threshold": source.unbiased_pairs,
+        "mined": lambda: _mined_pairs(source),
+    }[options.side_path_mapping_mode]
+    return SidePathOptions(**pairs(), distance_fn=options.side_path_distance_fn, **source.workspace)
 
 
 def _mined_pairs(source: _Source) -> dict[str, Any]:
