@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tokenkit.metrics import ExitCode
@@ -133,3 +134,14 @@ def test_another_configuration_is_refused_with_the_difference(make_config, tmp_p
                 export_to=tmp_path / "elsewhere",
             )
         )
+
+
+def test_another_base_model_in_the_same_place_is_refused(make_config, workspace, tmp_path):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    changes = {"student.pretrained_model_name_or_path": model, "steps": 2, "output_dir": tmp_path / "run"}
+    loop.train(make_config(**changes))
+    (weights,) = model.glob("*.safetensors")
+    moved = {name: tensor + 1e-3 for name, tensor in load_file(weights).items()}
+    save_file(moved, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"fingerprints\.student model: .* -> "):
+        loop.train(make_config(**changes, resume="true", export_to=tmp_path / "elsewhere"))

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from tokenkit import __version__, checkpoint
 from tokenkit.checkpoint import Identity, State
 from tokenkit.config import TrainConfig, to_dict, to_yaml
 from tokenkit.config.errors import blaming_data, exit_code
+from tokenkit.config.models import ModelSource
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves, write_outcome
 from tokenkit.models.causal_lm import DTYPES
+from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import (
     World,
     all_reduce_counts,
@@ -144,7 +147,8 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
     """Restore the newest checkpoint if asked to, and open the reports where it ends."""
     run = parts.run
     state = State(module=run.model, optimizer=run.optimizer)
-    identity = Identity(config=to_dict(config), fingerprints=parts.tokenizers.fingerprints())
+    fingerprints = parts.tokenizers.fingerprints() | _model_fingerprints(config, parts)
+    identity = Identity(config=to_dict(config), fingerprints=fingerprints)
     found = None
     if config.run.resume:
         found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
@@ -161,6 +165,18 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
     set_timeout(world, COLLECTIVE_SECONDS)
     reports = Reports.open(folder, config, run.step, is_main=world.is_main)
     return Session(config, world, folder, parts, state, identity, reports, is_resumed=found is not None)
+
+
+def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
+    sources: dict[str, tuple[ModelSource, Any]] = {"student model": (config.student, parts.student)}
+    if config.teacher is not None:
+        sources["teacher model"] = (config.teacher, parts.run.model.teacher)
+    return {
+        name: model_fingerprint(
+            source.pretrained_model_name_or_path, getattr(model.config, "_commit_hash", None)
+        )
+        for name, (source, model) in sources.items()
+    }
 
 
 def _train(session: Session) -> tuple[ExitCode, str]:
