@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tokenkit import cli, train
-from tokenkit.cli import DOORS, exit_code, main, run
+from tokenkit.cli import DOORS, EXIT_PIPE, exit_code, main, run
 from tokenkit.config import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError
 from tokenkit.config.errors import DataError, blaming_data
 
@@ -204,6 +204,33 @@ def test_an_error_names_its_rank_where_there_are_several(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "2")
     run(raising(ValueError("wrong")))
     assert capsys.readouterr().err == "tokenkit: rank 2: wrong\n"
+
+
+def test_an_error_that_every_rank_has_is_said_once(monkeypatch, capsys):
+    error = DataError("data set x is empty")
+    error.is_on_every_rank = True
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "tokenkit: data set x is empty\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(raising(error)) == EXIT_DATA
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("arguments", [["tokenkit.cli", "--help"], ["tokenkit.train", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False
+    )
+    os.close(write)
+    assert result.stderr == b""
+    assert result.returncode == EXIT_PIPE
+
+
+def test_another_pipe_that_breaks_is_an_error(capsys):
+    assert run(raising(BrokenPipeError(32, "Broken pipe", "the tracker"))) == EXIT_DATA
+    assert "the tracker: Broken pipe" in capsys.readouterr().err
 
 
 def test_an_error_may_carry_its_own_exit_code():

@@ -227,6 +227,19 @@ def test_where_one_rank_fails_all_raise_and_can_go_on():
     assert all(run_ranks(one_fails, 2))
 
 
+def fail(world, words):
+    with pytest.raises(ValueError, match="missing") as caught, parallel.together("read", world):
+        raise ValueError(words[world.rank])
+    return getattr(caught.value, parallel.ON_EVERY_RANK)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_on_every_rank"), [(["missing x"] * 2, True), (["missing x", "missing y"], False)]
+)
+def test_an_error_that_all_ranks_have_word_for_word_is_marked(words, is_on_every_rank):
+    assert run_ranks(fail, 2, words) == [is_on_every_rank] * 2
+
+
 def waits_for_a_rank_that_hangs(world):
     parallel.set_timeout(world, 1)
     if world.rank == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ DOORS = {
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
+STDOUT = 1
+EXIT_PIPE = 141  # what a shell calls the end of a process by SIGPIPE
+
 EXTRAS = {
     "wandb": "track",
     "tensorboard": "track",
@@ -37,6 +41,10 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Open the door that the first argument names, and return its exit code."""
+    return run(lambda: _open(argv))
+
+
+def _open(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -80,15 +88,20 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         debug: show the traceback of every error.
     """
     try:
-        result = door()
+        try:
+            result = door()
+        finally:
+            sys.stdout.flush()  # here, not at the interpreter's end, where nobody catches what it raises
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("tokenkit: interrupted", file=sys.stderr)
         return exit_code(KeyboardInterrupt())
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_PIPE
         code = exit_code(error)
-        if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
-            return code  # every rank reads the same configuration: one of them speaks
+        if _is_on_every_rank(error) and os.environ.get("RANK", "0") != "0":
+            return code  # one of them speaks
         if debug or code == 1:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if code != 1:
@@ -105,8 +118,23 @@ def one_line(error: BaseException) -> str:
         package = error.name.split(".")[0]
         text += f": pip install 'tokenkit[{EXTRAS.get(package, 'train')}]'"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    names_rank = world_size > 1 and not isinstance(error, ConfigError)
+    names_rank = world_size > 1 and not _is_on_every_rank(error)
     return f"rank {os.environ.get('RANK', '0')}: {text}" if names_rank else text
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has gone, as in `tokenkit --help | head`; then write nowhere."""
+    output = select.poll()
+    output.register(STDOUT, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return True
+
+
+def _is_on_every_rank(error: BaseException) -> bool:
+    """Whether all ranks have this error: they read the same configuration, or `parallel.together` says so."""
+    return isinstance(error, ConfigError) or bool(getattr(error, "is_on_every_rank", False))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 Backend = Literal["nccl", "gloo"]
 
 
+ON_EVERY_RANK = "is_on_every_rank"  # `tokenkit.cli` reads it, without importing torch
+
+
 class OtherRankError(RuntimeError):
     """Another rank failed: this rank stops with it instead of waiting for it in the next collective."""
 
@@ -286,7 +289,8 @@ def gather_json(value: Any, world: World) -> list[Any]:
 def together(what: str, world: World) -> Iterator[None]:
     """Run a block on every rank; where it fails on one, all ranks raise when it ends.
 
-    The failing rank raises its own error, the others `OtherRankError` with its words. The block must
+    The failing rank raises its own error, the others `OtherRankError` with its words. An error that every
+    rank has, word for word, gets the attribute `ON_EVERY_RANK`: one of them need say it. The block must
     hold no collective: the failing rank would not take part in it.
     """
     error: OSError | ValueError | TypeError | RuntimeError | None = None
@@ -296,6 +300,7 @@ def together(what: str, world: World) -> Iterator[None]:
         error = caught
     words = gather_json(None if error is None else f"{type(error).__name__}: {error}", world)
     if error is not None:
+        setattr(error, ON_EVERY_RANK, len(set(words)) == 1)
         raise error
     for rank, word in enumerate(words):
         if word is not None:
