@@ -30,6 +30,14 @@ from tokenkit.losses.alm import AlmOptions
 from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
 
 EAGER = "eager"
+A_TILE = 160 * 2**20
+"""Bytes: room for the backward's tile of z on a GPU."""
+
+
+def names(device: str) -> tuple[str, ...]:
+    """Return the contenders; on a CPU the loop over tiles runs whatever the budget."""
+    everywhere = (EAGER, "lean eager", "recompute", "cached", "frozen head")
+    return everywhere if device == "cpu" else (*everywhere, "fused", "fused frozen head")
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,17 @@ class Problem:
 
     def contenders(self) -> dict[str, Step]:
         """Return every contender; each starts without gradients."""
+        tile = 0 if self.hidden.device.type == "cpu" else A_TILE  # on a CPU: the narrowest
         steps = {
             EAGER: lambda: self.eager(),
             "lean eager": lambda: self.eager(lean=True),
-            "recompute": lambda: self.kernel(0),
+            "recompute": lambda: self.kernel(tile),
             "cached": lambda: self.kernel(1 << 36),
-            "frozen head": lambda: self.kernel(0, frozen=True),
+            "frozen head": lambda: self.kernel(tile, frozen=True),
+            "fused": lambda: self.kernel(0),
+            "fused frozen head": lambda: self.kernel(0, frozen=True),
         }
-        return {name: self._fresh(step) for name, step in steps.items()}
+        return {name: self._fresh(steps[name]) for name in names(self.hidden.device.type)}
 
     def _fresh(self, step: Step) -> Step:
         def run() -> None:
@@ -143,7 +154,7 @@ class Problem:
 def memory_mib(case: Case, device: str, dtype: str) -> dict[str, float]:
     """Return MiB above inputs and outputs, each contender in a process of its own."""
     found = {}
-    for name in (EAGER, "lean eager", "recompute", "cached", "frozen head"):
+    for name in names(device):
         command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of", name]
         command += [x for key, value in asdict(case).items() for x in (f"--{key}", str(value))]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -211,7 +222,7 @@ def problem() -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("name", [EAGER, "lean eager", "recompute", "cached", "frozen head"])
+@pytest.mark.parametrize("name", names("cuda" if torch.cuda.is_available() else "cpu"))
 def test_alm_step(benchmark, problem: Problem, name: str) -> None:
     benchmark.pedantic(problem.contenders()[name], rounds=3, warmup_rounds=1)
 

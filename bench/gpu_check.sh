@@ -23,11 +23,15 @@ elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
     exit 1
 fi
 
+heads=(linear_logprob linear_divergence sorted_distance) # one benchmark each, of the same options
+
 if [ -n "$dry" ]; then
     out=$(mktemp -d)
     trap 'rm -rf "$out"' EXIT
     "$python" -m tests.kernels.gpu_checks --dry-run
-    "$python" bench/linear_logprob.py --device cpu --tiny --repetitions 2 --save "$out"
+    for kernel in "${heads[@]}"; do
+        "$python" "bench/$kernel.py" --device cpu --tiny --repetitions 2 --save "$out"
+    done
     "$python" bench/alm_step.py --device cpu --tokens 128 --vocab 1000 --hidden 32 --repetitions 2 \
         --save "$out/alm_step.json"
     "$python" bench/chunk_likelihood.py --repetitions 2 --save "$out/chunk_likelihood.json"
@@ -43,10 +47,14 @@ else
     "$python" -m tests.kernels.gpu_checks
 fi
 out="bench/results/$("$python" -c 'import sys; sys.path.insert(0, "bench"); from harness import folder_name; print(folder_name("cuda"))')"
-"$python" bench/linear_logprob.py --save "$out"
+for kernel in "${heads[@]}"; do
+    "$python" "bench/$kernel.py" --save "$out"
+done
 "$python" bench/alm_step.py --tokens 8192 --hidden 4096 --repetitions 30 --save "$out/alm_step.json"
 "$python" bench/chunk_likelihood.py --repetitions 30 --save "$out/chunk_likelihood.json"
 if [ -n "${MODEL:-}" ]; then
     "$python" bench/linear_logprob.py --model "$MODEL" --save "$out"
 fi
-"$python" bench/linear_logprob.py --grid --save "$out"
+for kernel in "${heads[@]}"; do
+    "$python" "bench/$kernel.py" --grid --save "$out"
+done
