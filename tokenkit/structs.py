@@ -170,6 +170,7 @@ class Context:
 
     teacher_head: Head | None = None
     student_head: Head | None = None
+    """In the teacher's half."""
     student_embedded_BTD: Tensor | None = None
     """The student's input embeddings, in the teacher's half, where a loss asked for "embedded"."""
     modules: nn.Module | None = None

@@ -29,7 +29,8 @@ def batches(draw):
             row[torch.tensor(holes)] = -1
             rows.append(row)
         chunk = torch.stack(rows)
-        trained = torch.tensor(draw(st.lists(st.booleans(), min_size=2 * length, max_size=2 * length)))
+        mostly = st.sampled_from([True, True, True, False])
+        trained = torch.tensor(draw(st.lists(mostly, min_size=2 * length, max_size=2 * length)))
         sides.append(
             Side(torch.zeros(2, length, dtype=torch.long), torch.full((2,), length), trained.view(2, length))
         )
@@ -78,6 +79,14 @@ def test_starts_are_the_rows_before_chunks_that_are_scored_throughout(batch, one
     ]
     rows = chunk_starts(batch, "unconstrained", one_to_one=one_to_one)
     assert [x.tolist() for x in rows] == list(flat(batch, found))
+
+
+def test_a_chunk_with_several_tokens_on_either_side_is_not_one_to_one():
+    ids = torch.tensor([[0, 1, 1, 2, 3]]), torch.tensor([[0, 1, 2, 2, 3]])
+    sides = [Side(x, torch.tensor([5]), torch.ones(1, 5, dtype=torch.bool)) for x in ids]
+    batch = Batch(*sides, {"unconstrained": Chunks(*ids)})
+    rows = chunk_starts(batch, "unconstrained", one_to_one=True)
+    assert [x.tolist() for x in rows] == [[3], [3]]
 
 
 def test_a_leading_bos_is_an_end_but_no_start():

@@ -1,6 +1,7 @@
 """Tokens that mean the same: by bytes, by role, and through the other tokenizer."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,24 @@ def test_pairs_are_equal_bytes_or_equal_roles_and_no_id_comes_twice(pair):
 def test_swapping_the_tokenizers_swaps_the_pairs(pair):
     there, back = matching_tokens(*pair), matching_tokens(*pair[::-1])
     assert set(zip(*there, strict=True)) == {(s, t) for t, s in zip(*back, strict=True)}
+
+
+def test_a_special_token_is_not_text_that_reads_like_it():
+    def tokenizer(token_bytes, special, roles):
+        mask_V = np.array([raw in special for raw in token_bytes])
+        return SimpleNamespace(token_bytes=token_bytes, is_special_V=mask_V, special_ids=roles)
+
+    student = tokenizer([b"<s>", b"a", b"</s>"], [b"<s>", b"</s>"], {"bos": 0, "eos": 2})
+    teacher = tokenizer([b"a", b"<s>", b"<|end|>", b"a"], [b"<|end|>"], {"eos": 2})
+    pairs = matching_tokens(student, teacher)
+    assert [ids.tolist() for ids in pairs] == [[1, 2], [0, 2]]
+
+
+def test_vocabularies_with_nothing_in_common_are_named():
+    nothing = SimpleNamespace(token_bytes=[b"a"], is_special_V=np.array([False]), special_ids={})
+    other = SimpleNamespace(token_bytes=[b"b"], is_special_V=np.array([False]), special_ids={})
+    with pytest.raises(ValueError, match="share no token"):
+        matching_tokens(nothing, other)
 
 
 def test_equal_tokenizers_match_everywhere(pair):

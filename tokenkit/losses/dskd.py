@@ -237,7 +237,7 @@ def _modules(context: Context) -> Projections:
 
 def _scaled(state: Tensor) -> Tensor:
     """Divide by the standard deviation of the whole tensor, or by 1 where nothing varies."""
-    std = state.float().std(correction=0) if state.dtype != torch.float64 else state.std(correction=0)
+    std = state.to(torch.promote_types(state.dtype, torch.float32)).std(correction=0)
     return state / std.where(std > 0, 1).to(state.dtype)
 
 

@@ -115,7 +115,7 @@ class Distillation(nn.Module):
 
     def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
         # read here: what the teacher's half read is freed under FSDP2
-        context = Context(teacher_head=self._head(self.teacher.head(), states), student_head=states.head)
+        context = Context(teacher_head=self._head(self.teacher.head(), states))
         terms = {
             active.name: active.loss.function(
                 states, prepared[active.name], batch, active.options, self._with_parts(context, active)
