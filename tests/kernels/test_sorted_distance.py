@@ -297,12 +297,13 @@ def test_every_id_is_in_one_bin_and_the_bins_hold_all_the_mass(scale, executor, 
 
 @EXECUTED
 def test_a_probability_on_an_edge_has_its_sign(exact, executor, device):
-    """p = (1/2, 3/8, 1/8) is on three edges, the first of them the bound of the row."""
-    p, q = (torch.tensor(x, device=device).log()[:, None] for x in ([0.5, 0.375, 0.125], [0.45, 0.3, 0.25]))
+    """p = (1/2, 1/4, 1/8, 1/8) is on three edges, the first of them the bound of the row."""
+    q = torch.tensor([0.45, 0.22, 0.17, 0.16], device=device).log()[:, None]
     one = torch.ones(1, 1, device=device)
-    p = (p - p.max()).requires_grad_()  # so that exp gives 1 and Σ exp 2
+    p = -0.6931471805599453 * torch.tensor([[0.0], [1], [2], [2]], device=device)
+    p.requires_grad_()
     sorted_distance(one, Head(p), one, Head(q), exact=exact).sum().backward()
-    expected = torch.tensor([0.5 * 0.25, 0.375 * 0.25, 0.125 * -1.75], device=device)
+    expected = torch.tensor([0.5 * 0.5, 0.25 * 0.5, 0.125 * -1.5, 0.125 * -1.5], device=device)
     torch.testing.assert_close(p.grad[:, 0], expected)
 
 
