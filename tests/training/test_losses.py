@@ -142,7 +142,9 @@ def test_processes_and_micro_batches_agree_with_one(config_of, files, mode):
         "teacher__pretrained_model_name_or_path": files / "teacher",
         "train_model_mode": mode,
         "batch_size": 8,
-        **EVERY_LAYER,
+        "latents_do_project": "true",
+        "latents_to_align": "all_hidden_states" if mode == "full" else "qkv",
+        "gradient_checkpointing": str(mode == "lora").lower(),
     }
     expected = torch.tensor(three_steps(SINGLE, config_of(**settings)))
     for result in run_ranks(three_steps, 2, config_of(**settings, gradient_accumulation_steps=2)):
