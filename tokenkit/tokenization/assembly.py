@@ -64,7 +64,7 @@ def segments(
         tuple(plan_B),
         tuple(chain.from_iterable([script.trained for script in scripts])),
         tuple([not (script.plan.roles or script.parts) for script in scripts]),
-        tuple([_part_starts(script.parts) for script in scripts]),
+        tuple([_part_starts(script.parts) if script.parts else () for script in scripts]),
         trains_all,
     )
 

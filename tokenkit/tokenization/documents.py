@@ -56,9 +56,11 @@ class Document:
         """
         if (self.text is None) == (self.messages is None):
             raise ValueError("a document has either text or messages")
-        said = [self.text or ""] if self.messages is None else [m.content for m in self.messages]
-        if not any(content.strip() for content in said):
-            raise ValueError("empty document")
+        said = (self.text or "",) if self.messages is None else [m.content for m in self.messages]
+        for content in said:
+            if content and not content.isspace():
+                return
+        raise ValueError("empty document")
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
@@ -72,6 +74,8 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
     Raises:
         ValueError: with a short reason that does not quote the row.
     """
+    if type(row) is dict and len(row) == 1 and type(row.get("text")) is str:
+        return Document(text=row["text"])  # by far the most common row
     if not isinstance(row, Mapping):
         raise ValueError(f"a row is a mapping of fields: got {type(row).__name__}")
     for field in ("messages", "conversations"):
