@@ -108,6 +108,17 @@ def test_logits_of_80_neither_overflow_nor_lose_the_subset(mode, device):
 
 
 @MODES
+def test_blocks_that_reach_behind_the_end_add_nothing_to_logits_of_minus_200(mode, device):
+    """There z is 0, and exp(0 + 200) is no number: times the zeros behind the end it would be NaN."""
+    hidden, weight, bias, target, mask, upstream = make(17, 49, 16, device)
+    inputs = (hidden, weight, bias - 200, target, mask, upstream)
+    truth = run(definition.linear_logprob, torch.float64, inputs)
+    found = run(linear_logprob, torch.float32, inputs, workspace_bytes=0, **mode)
+    for name, value in found.items():
+        torch.testing.assert_close(value.to(truth[name].dtype), truth[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@MODES
 @pytest.mark.parametrize("most", [1, 1 << 20], ids=["one stretch", "stretches"])
 def test_stretches_join_to_the_same(mode, most, device, monkeypatch):
     monkeypatch.setattr(module, "PARTIAL_BYTES", most)
