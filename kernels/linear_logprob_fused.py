@@ -146,7 +146,8 @@ def backward(
     N, D = hidden_ND.shape
     cut = blocks("gradient", hidden_ND)
     chunk = min(cut.chunk, max(triton.next_power_of_2(D), 16))
-    numbers_5N = torch.cat([rows[0], rows[1], rows[2][None]])
+    max_PN = rows[0].where(rows[0] > -torch.inf, 0)  # of a part without ids, whose factor is 0
+    numbers_5N = torch.cat([max_PN, rows[1], rows[2][None]])
     for owns_tokens, out in ((True, dhidden_ND), (False, dweight_VD)):
         if out is None and (owns_tokens or dbias_V is None):
             continue

@@ -11,13 +11,20 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tokenkit.kernels import logprob_plan
+from tokenkit.kernels import launch, logprob_plan
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.structs import Head, Shard
 
 N, V, D, PADDED = 9, 53, 8, 56
 CUTS = {2: (0, 20, PADDED), 4: (0, 7, 7, 50, PADDED)}
-MODES = {"statistics": None, "recompute": 1 << 12, "cached": 1 << 30, "frozen": 1 << 20}
+MODES = {
+    "statistics": 1 << 20,
+    "recompute": 1 << 12,
+    "cached": 1 << 30,
+    "frozen": 1 << 20,
+    "recompute without workspace": 0,
+    "frozen without workspace": 0,
+}
 NAMES = ("logp", "subset_logp", "is_top1", "lse", "dhidden", "dweight", "dbias")
 
 
@@ -41,13 +48,13 @@ def inputs(dtype, subset):
 def call(mode, dtype, subset, shard=None, rows=slice(None)):
     """Return results and gradients of one process, those of the rows alone that it holds."""
     hidden, weight, bias, target, mask, upstream = inputs(dtype, subset)
-    trains = mode in ("recompute", "cached")
+    launch.INTERPRET = MODES[mode] == 0 and not torch.cuda.is_available()  # else there is no interpreter
+    trains = not mode.startswith(("statistics", "frozen"))
     hidden.requires_grad_(mode != "statistics")
     weight, bias = (x[rows].clone().requires_grad_(trains) for x in (weight, bias))
-    head = Head(weight, bias, 6.0 if mode == "recompute" else None, 1.3, V, shard)
+    head = Head(weight, bias, 6.0 if mode.startswith("recompute") else None, 1.3, V, shard)
     logprob_plan.COLUMNS = (8, 8)
-    options = {} if MODES[mode] is None else {"workspace_bytes": MODES[mode]}
-    result = linear_logprob(hidden, head, target, subset_V=mask, temperature=0.8, **options)
+    result = linear_logprob(hidden, head, target, subset_V=mask, temperature=0.8, workspace_bytes=MODES[mode])
     if mode != "statistics":
         terms = (result.logp_N, result.subset_logp_N, result.lse_N)
         sum((u * x).sum() for u, x in zip(upstream, terms, strict=True) if x is not None).backward()
@@ -60,6 +67,7 @@ CASES = [
     for mode in MODES
     for dtype in (torch.float32, torch.float64)
     for subset in ("none", "some", "few", "all")
+    if MODES[mode] or dtype == torch.float32  # float64 has the loop alone
 ]
 
 
@@ -71,7 +79,26 @@ def every_case(world):
     found = [
         call(mode, getattr(torch, dtype), subset, shard, slice(start, end)) for mode, dtype, subset in CASES
     ]
-    return found, refusals(start, end)
+    return found, refusals(start, end), compiled(start, end)
+
+
+def compiled(start, end):
+    """Differences of a graph from eager, in the value and in two gradients."""
+    launch.INTERPRET = False
+    hidden, weight, _, target, mask, _ = inputs(torch.float32, "some")
+    hidden.requires_grad_()
+    weight = weight[start:end].clone().requires_grad_()
+    head = Head(weight, vocab_size=V, shard=Shard(dist.group.WORLD, start))
+
+    def loss(hidden, head):
+        result = linear_logprob(hidden, head, target, subset_V=mask)
+        return (result.logp_N + result.subset_logp_N).sum()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(hidden, head)
+        found.append([value, *torch.autograd.grad(value, (hidden, weight))])
+    return [(one - other).abs().sum().item() for one, other in zip(*found, strict=True)]
 
 
 def refusals(start, end):
@@ -95,9 +122,10 @@ def ranks(request):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_pieces_are_the_whole(ranks, case, monkeypatch):
     monkeypatch.setattr(logprob_plan, "COLUMNS", logprob_plan.COLUMNS)  # put back what `call` sets
+    monkeypatch.setattr(launch, "INTERPRET", launch.INTERPRET)
     mode, dtype, subset = case
     whole = call(mode, getattr(torch, dtype), subset)
-    pieces = [found[CASES.index(case)] for found, _ in ranks]
+    pieces = [found[CASES.index(case)] for found, *_ in ranks]
     tolerance = {"rtol": 2e-5, "atol": 2e-6} if dtype == "float32" else {"rtol": 1e-12, "atol": 1e-12}
     for name, value in whole.items():
         if name in ("dweight", "dbias"):
@@ -110,7 +138,12 @@ def test_pieces_are_the_whole(ranks, case, monkeypatch):
 
 
 def test_a_shard_that_does_not_fit_is_refused_everywhere(ranks):
-    for _, words in ranks:
+    for _, words, _ in ranks:
         assert "vocab_size must be the number of ids of the whole head" in words[0]
         assert f"must hold each of the {V + 5} ids once: got {PADDED} rows" in words[1]
         assert "start must be an id of at least 0: got -1" in words[2]
+
+
+def test_a_graph_of_pieces_equals_eager(ranks):
+    for *_, differences in ranks:
+        assert max(differences) < 1e-5
