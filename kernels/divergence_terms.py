@@ -49,12 +49,18 @@ def terms(
     if kind == "log_abs":
         return d.abs(), -d.sign()
     p, q = log_p.exp(), log_q.exp()
-    if kind in ("skl", "srkl", "js"):
+    if kind in ("skl", "srkl"):
         return _mixed_terms(d, p, q, kind, skew)
-    rise = torch.expm1(-d.abs())
-    gap = torch.where(d >= 0, q * rise, -p * rise)
+    if kind == "js":
+        # r = (p − q)/(p + q), and p = m (1 + r); a probability below 1e-7 of the other is lost in m anyway
+        limit = 1 - torch.finfo(d.dtype).eps
+        r = d.mul_(-0.5).tanh_().clamp_(-limit, limit)
+        e = torch.log1p(r).mul_(p).mul_(0.5)
+        return r.neg_().log1p_().mul_(q).mul_(0.5).add_(e), e
     if kind == "abs":
-        return gap.abs(), p * gap.sign()
+        gap = torch.where(d >= 0, q, p) * torch.expm1(-d.abs())
+        return gap.abs(), p * -d.sign()
+    gap = p - q  # read where d is large, and as e
     if kind == "kl":
         return _forward_term(d, q, gap), gap
     if kind == "rkl":
@@ -78,7 +84,8 @@ def gradients(
 def _forward_term(x: Tensor, a: Tensor, difference: Tensor) -> Tensor:
     """Return a φ(−x), x = log a/b, where difference = b − a, as φ(−x) = expm1(−x) + x near 0."""
     near = x.clamp(-SMALL.value, SMALL.value)
-    return torch.where(near == x, (torch.expm1(-near) + near) * a, a * x + difference)
+    is_near = near == x
+    return torch.where(is_near, (-near).expm1_().add_(near).mul_(a), (a * x).add_(difference))
 
 
 def _mixed_terms(d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float) -> tuple[Tensor, Tensor]:
@@ -93,11 +100,7 @@ def _mixed_terms(d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float) -> tup
         x = log_u + (-d).clamp_min(0)  # log m/q
         return _forward_term(-x, q, (1 - skew) * gap), (1 - skew) ** 2 * p * ratio
     x = log_u + d.clamp_min(0)  # log m/p
-    if kind == "srkl":
-        return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio)
-    other = log_u + (-d).clamp_min(0)
-    value = _forward_term(-x, p, -gap / 2) + _forward_term(-other, q, gap / 2)
-    return value / 2, -p * x / 2
+    return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio)
 
 
 @triton.jit

@@ -37,15 +37,15 @@ def index_set(name, V, W):
     return pairs | {"rest_as_outcome": name == "rest"}
 
 
-def make(N, V, W, device="cpu", *, sizes=(8, 6), scale=1.0, padding=3, bias=True):
+def make(N, V, W, device="cpu", *, padding=3, bias=True):
     """Return student, weight, bias, teacher, teacher's weight and bias, and unequal upstream gradients."""
-    D, E = sizes
+    D, E = 8, 6
     return (
         torch.randn(N, D, device=device),
-        scale * torch.randn(V + padding, D, device=device) / D**0.5,
+        torch.randn(V + padding, D, device=device) / D**0.5,
         torch.randn(V + padding, device=device) if bias else None,
         torch.randn(N, E, device=device),
-        scale * torch.randn(W + padding, E, device=device) / E**0.5,
+        torch.randn(W + padding, E, device=device) / E**0.5,
         torch.randn(W + padding, device=device) if bias else None,
         torch.rand(N, device=device) + 0.1,
     )

@@ -13,6 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tests.kernels.gpu_divergence import (  # noqa: F401
+    check_divergence_memory,
+    check_divergences_do_not_wait_for_the_device,
+    check_divergences_match_float64,
+    check_divergences_repeat_bit_for_bit,
+)
 from tests.losses.example import make_batch, make_states
 from tokenkit.kernels.alm_difference import DIFFERENCES
 from tokenkit.kernels.linear_logprob import IGNORE, LinearLogprob, linear_logprob

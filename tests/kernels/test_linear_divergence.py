@@ -1,6 +1,14 @@
 """linear_divergence against its float64 definition, in every mode, through torch's and Triton's epilogues.
 
-Faults tried, each caught by a test here: FAULTS
+Faults tried, each caught by a test here, or in test_linear_divergence_ranks.py: a mask dropped, or off by
+one, in the sums; the wrong maximum, or no rescaling when it rises; the softcap's slope dropped (pairs,
+rest, Triton); padding rows counted; upstream gradients ignored (rows, recompute, weighted, rest); the
+temperature dropped; shares of repeated ids dropped from the log-sum-exp or from dz; κ of the wrong sign; dW
+of repeated rows written instead of added; a 16-bit dW added up over chunks; the teacher's kind not
+mirrored; the rest's pull left out of Σ e; the map shifted inside its tile; pairs and rest cut one column
+off; the bias of another tile; φ replaced by its definition; the head of akl at the wrong end of its ties.
+Ranks: maximum, sums or dX not added up; the teacher's rest counted by every rank; ties of other ranks
+forgotten.
 """
 
 import numpy as np
@@ -257,8 +265,8 @@ def test_of_equally_likely_outcomes_the_first_are_the_head(executor, device):
 
 
 def test_a_16_bit_head_is_summed_in_float32():
-    """64 chunks of one row each: dW is as exact as one product, rounded once."""
-    student, weight, _, teacher, teacher_weight, _, upstream = make(64, 41, 41, padding=0, bias=False)
+    """Hundreds of chunks of a row each: dW is as exact as one product, rounded once."""
+    student, weight, _, teacher, teacher_weight, _, upstream = make(300, 41, 41, padding=0, bias=False)
     inputs = [x.bfloat16() for x in (student, weight, teacher, teacher_weight)]
     found = []
     for dtype in (torch.bfloat16, torch.float64):
@@ -268,7 +276,7 @@ def test_a_16_bit_head_is_summed_in_float32():
         extra = {"workspace_bytes": 4 * weight.numel()} if dtype == torch.bfloat16 else {}
         function(s, Head(w), t, Head(u), row_weight_N=upstream.to(dtype), **extra).backward()
         found.append(w.grad.double())
-    assert (found[0] - found[1]).abs().max() / found[1].abs().max() < 2**-8
+    assert (found[0] - found[1]).abs().max() / found[1].abs().max() < 1.1 * 2**-9
 
 
 def test_nothing_of_the_size_of_all_logits_is_allocated(monkeypatch):

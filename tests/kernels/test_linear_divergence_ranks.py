@@ -21,16 +21,19 @@ def cases():
     yield "kl", "identity", "weighted", False
     yield "js", "map", "recompute", False
     yield "skl", "pairs", "recompute", False
+    yield "akl", "ties", "recompute", True
 
 
 def one(case, shard=None, rows=slice(None)):
     """Return value and gradients of a case; `rows`: which rows of the head are here."""
     kind, outcomes, mode, divided = case
     torch.manual_seed(3)
-    size = V if outcomes == "identity" else W
+    size = V if outcomes in ("identity", "ties") else W
     inputs = make(N, V, size, padding=5)
     student, weight, bias, teacher, teacher_weight, teacher_bias, upstream = (x.double() for x in inputs)
-    options = index_set(outcomes, V, size)
+    if outcomes == "ties":  # every teacher token is as likely as the others
+        teacher_weight, teacher_bias = 0 * teacher_weight, 0 * teacher_bias
+    options = index_set(outcomes if outcomes != "ties" else "identity", V, size)
     weight, bias = weight[rows].clone(), bias[rows].clone()
     if divided:
         teacher_weight, teacher_bias = teacher_weight[rows], teacher_bias[rows]
