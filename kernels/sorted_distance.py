@@ -18,10 +18,11 @@ counted alike) and memory above `workspace_bytes` and O(N·D):
 
     mode        when                                    GEMMs            memory
     values      no gradient is wanted                   2                none
-    formed      row weights are known, or the head      3, 4 with dW     float32 dW: that of 16-bit heads must
-                is frozen (each row's dX is scaled)                      fit `workspace_bytes`
+    formed      the head is frozen (a row's dX is       3                none
+                scaled later); or row weights are       4                none: a second, float32 dW fits
+                known, and a second dW fits                              `workspace_bytes`
     tables      otherwise                               5                3 KB a row: the sign of every bin
-    replay      exact and neither known nor frozen      6                float32 dW
+    replay      exact, neither weights nor frozen       6                a second, float32 dW
 
 Source: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for
 LLMs", arXiv:2402.12030.
@@ -224,7 +225,7 @@ def sorted_distance(
         temperature: divides the logits of both, after the softcap; > 0.
         exact: sort, instead of counting in bins. Needs whole heads.
         row_weight_N: number of each row, no gradient to it: the result is Σ_n row_weight[n] value[n], and
-            its gradients are formed in the forward.
+            its gradients are formed in the forward where a second dW fits `workspace_bytes`.
         workspace_bytes: bound on what is allocated beside results and O(N·D), one row at least.
 
     Returns:
@@ -273,7 +274,7 @@ def _mode(needs: str, exact: bool, weighted: bool, weight_VD: Tensor, workspace_
         return "values"
     if exact:
         return "formed" if weighted or needs == "x" else "replay"
-    sums_bytes = 4 * weight_VD.numel() if weight_VD.dtype.itemsize == 2 and "w" in needs else 0
+    sums_bytes = max(weight_VD.dtype.itemsize, 4) * weight_VD.numel() if "w" in needs else 0
     return "formed" if needs == "x" or (weighted and sums_bytes <= workspace_bytes) else "tables"
 
 

@@ -411,7 +411,9 @@ def test_modes_are_chosen_by_gradients_weights_and_budget(device):
     cases = {
         ("", False, True, full, 0): "values",
         ("x", False, False, full, 0): "formed",
-        ("xw", False, True, full, 0): "formed",
+        ("xw", False, True, full, 4 * 800): "formed",
+        ("xw", False, True, full, 4 * 800 - 1): "tables",
+        ("xb", False, True, full, 0): "formed",
         ("xw", False, True, half, 4 * 800): "formed",
         ("xw", False, True, half, 4 * 800 - 1): "tables",
         ("xw", False, False, full, 1 << 40): "tables",
