@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.divergence_rows import RowState
+from tokenkit.kernels.divergence_rows import Problem, RowState
 from tokenkit.kernels.divergence_terms import KINDS
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.vocabulary_parallel import check_cover, check_head
@@ -31,8 +31,11 @@ def check_numbers(kind: str, settled: dict[str, Any]) -> None:
     has_pairs = settled["student_index"] is not None or settled["outcomes"] is not None
     if settled["rest_as_outcome"] and not has_pairs:
         raise ValueError("rest_as_outcome needs pairs: give student_index and teacher_index, or outcomes")
-    if settled["outcomes"] is not None and settled["teacher_index"] is not None:
+    indices = (settled["teacher_index"], settled["student_index"])
+    if settled["outcomes"] is not None and indices != (None, None):
         raise ValueError("outcomes are made of teacher_index and student_index: give one or the other")
+    if settled["workspace_bytes"] < 0:
+        raise ValueError(f"workspace_bytes must be at least 0: got {settled['workspace_bytes']}")
 
 
 def check_sides(
@@ -56,15 +59,21 @@ def check_sides(
         raise ValueError(
             "teacher_head must be frozen, and its weight or bias requires a gradient: detach them"
         )
-    row_weight_N = settled["row_weight_N"]
-    if row_weight_N is not None and row_weight_N.shape != student_ND.shape[:1]:
-        raise ValueError(
-            f"row_weight_N must hold one number per row of student_ND ({len(student_ND)}): "
-            f"got shape {tuple(row_weight_N.shape)}"
-        )
+    if settled["row_weight_N"] is not None:
+        _check_row_weight(settled["row_weight_N"], student_ND)
     if not torch.compiler.is_compiling():
         for head in (student_head, teacher_head):
             check_cover(head, student_ND.device)
+
+
+def _check_row_weight(row_weight_N: Tensor, student_ND: Tensor) -> None:
+    if row_weight_N.shape != student_ND.shape[:1] or row_weight_N.device != student_ND.device:
+        raise ValueError(
+            f"row_weight_N must hold one number per row of student_ND ({len(student_ND)}), on "
+            f"{student_ND.device}: got shape {tuple(row_weight_N.shape)} on {row_weight_N.device}"
+        )
+    if row_weight_N.requires_grad:
+        raise ValueError("row_weight_N must not require a gradient, none is formed: detach it")
 
 
 def _check_side(name: str, hidden: Tensor, head: Head) -> None:
@@ -80,10 +89,12 @@ def _check_side(name: str, hidden: Tensor, head: Head) -> None:
             f"linear_divergence takes plain tensors, and got a DTensor for the {name}: call it inside the "
             "forward of the sharded module that owns the head"
         )
+    if not hidden.is_floating_point():
+        raise ValueError(f"{hidden_name} must be floating point: got {hidden.dtype}")
     for part, tensor in (("weight_VD", weight), ("bias_V", head.bias_V)):
         if tensor is None:
             continue
-        if part == "weight_VD" and hidden.dtype != tensor.dtype:
+        if hidden.dtype != tensor.dtype:
             raise ValueError(
                 f"{hidden_name} is {hidden.dtype} but {name}_head.{part} is {tensor.dtype}: "
                 "cast the head once, when the model is loaded"
@@ -107,13 +118,32 @@ def check_rest(outcomes: Outcomes, kind: str) -> None:
             )
 
 
-def check_finite(state: RowState) -> None:
-    """Name the hidden states of which a NaN or an infinity came."""
-    for name, lse_N in (("student_ND", state.lse_N), ("teacher_NE", state.teacher_lse_N)):
+def check_finite(state: RowState, problem: Problem) -> None:
+    """Name the row that a NaN or an infinity spoils; a softcap hides it, so hidden states are read again."""
+    sides = (
+        ("student_ND", state.lse_N, problem.student),
+        ("teacher_NE", state.teacher_lse_N, problem.teacher),
+    )
+    for name, lse_N, side in sides:
         is_finite_N = torch.isfinite(lse_N)
+        if side.cap is not None:
+            is_finite_N = is_finite_N & torch.isfinite(side.hidden_ND).all(1)
         words = f"{name} and its head must be finite"
         if lse_N.is_cuda:
             torch._assert_async(is_finite_N.all(), words)
         elif not bool(is_finite_N.all()):
             row = int(torch.nonzero(~is_finite_N)[0])
-            raise ValueError(f"{words}: the log-sum-exp of row {row} is {lse_N[row].item()}")
+            found = "it holds NaN or infinity"
+            if torch.isfinite(side.hidden_ND[row]).all():
+                found = f"its log-sum-exp is {lse_N[row].item()}"
+            raise ValueError(f"{words}: in row {row} {found}")
+
+
+def check_hidden(name: str, hidden_ND: Tensor) -> None:
+    """Name the row of hidden states that holds NaN or infinity."""
+    is_finite_N = torch.isfinite(hidden_ND).all(1)
+    words = f"{name} must be finite"
+    if is_finite_N.is_cuda:
+        torch._assert_async(is_finite_N.all(), words)
+    elif not bool(is_finite_N.all()):
+        raise ValueError(f"{words}: row {int(torch.nonzero(~is_finite_N)[0])} holds NaN or infinity")

@@ -198,6 +198,7 @@ def _given_outcomes(tensors: dict[str, Tensor], settings: Settings) -> Outcomes 
         teacher_share_P=tensors.get("teacher_share"),
         unpaired=(unpaired[0], unpaired[1]),
         repeats=bool(repeats),
+        whole=settings.rest_as_outcome or settings.kind in WHOLE_KINDS,
     )
 
 
@@ -230,6 +231,11 @@ def prepare(
     matches_here = whole or indices["student_index"] is not None
     if outcomes is None and matches_here and not torch.compiler.is_compiling():
         outcomes = match_outcomes(*heads, **indices, whole=whole and indices["teacher_index"] is not None)
+    elif outcomes is not None and outcomes.whole is not None and outcomes.whole != whole:
+        raise ValueError(
+            f"outcomes must be matched with whole={whole} where kind is {kind!r} and rest_as_outcome is "
+            f"{settled['rest_as_outcome']}: got whole={outcomes.whole}"
+        )
     tensors = {
         "weight": teacher_head.weight_VD,
         "bias": teacher_head.bias_V,

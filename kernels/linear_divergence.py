@@ -65,7 +65,7 @@ def _divergence(
         value_N, state, gradients = by_chunks(
             problem, upstream_N, needs, settings.workspace_bytes, train_teacher=needs.teacher
         )
-    check_finite(state)
+    check_finite(state, problem)
     if settings.mode == "recompute":
         return [value_N, torch.stack(state)]
     if settings.mode == "value":
@@ -154,6 +154,8 @@ def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
     none = [None] * ctx.lists
     if upstream is None:
         return None, None, None, None, none, None, None
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_divergence has no second derivative: call backward without create_graph")
     if settings.mode == "recompute":
         state, student, weight, bias, teacher, *constants = ctx.saved_tensors
         found = _divergence_backward(
@@ -220,9 +222,8 @@ def linear_divergence(
     check_sides(student_ND, student_head, teacher_NE, teacher_head, settled)
     row_weight_N = settled["row_weight_N"]
     if kind in ("skl", "srkl") and settled["skew"] in (0, 1):
-        if settled["skew"] == 1:  # the mixture is the distribution itself
-            value_N = student_ND.sum(1, dtype=torch.promote_types(student_ND.dtype, torch.float32)) * 0
-            return value_N if row_weight_N is None else (row_weight_N.detach() * value_N).sum()
+        if settled["skew"] == 1:  # the mixture is the distribution itself; js is finite whatever the ids
+            return 0 * linear_divergence(student_ND, student_head, teacher_NE, teacher_head, "js", **options)
         kind = kind[1:] if kind == "skl" else "rkl"
     inputs = (student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE)
     needs = tuple(

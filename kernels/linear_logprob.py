@@ -269,9 +269,8 @@ def _check(hidden_ND: Tensor, head: Head, target_N: Tensor, temperature: float, 
                 f"hidden_ND is on {hidden_ND.device} but {name} is on {x.device}: move one of them"
             )
     check_head(head)
-    for name, value in (("temperature", temperature), ("softcap", head.softcap)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive and finite: got {value}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite: got {temperature}")
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be at least 0: got {workspace_bytes}")
 

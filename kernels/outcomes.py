@@ -41,6 +41,8 @@ class Outcomes(NamedTuple):
     """Student and teacher ids in no pair, over all processes."""
     repeats: bool
     """Whether a student id may have several columns."""
+    whole: bool | None
+    """Whether probabilities are those under the full vocabularies; None: of all ids, so both are one."""
 
 
 def match_outcomes(
@@ -70,11 +72,18 @@ def match_outcomes(
         _check_identity(student_head, teacher_head)
         offset = 0 if teacher_head.shard is None else start
         rows = slice(0, end - start), slice(start - offset, end - offset)
-        return Outcomes(rows[0], rows[1], end - start, None, None, (0, 0), repeats=False)
+        return Outcomes(rows[0], rows[1], end - start, None, None, (0, 0), repeats=False, whole=None)
     _check_index(student_head, teacher_head, teacher_index, student_index)
     if not whole and student_index is None:
         return Outcomes(
-            slice(0, end - start), teacher_index[start:end], end - start, None, None, (0, 0), repeats=False
+            slice(0, end - start),
+            teacher_index[start:end],
+            end - start,
+            None,
+            None,
+            (0, 0),
+            repeats=False,
+            whole=False,
         )
     if student_index is None:
         student_index = torch.arange(len(teacher_index), device=teacher_index.device)
@@ -113,7 +122,14 @@ def _pairs(
         teacher_rows = torch.cat([teacher_rows, rest_teacher])
     unpaired = (unpaired_student, unpaired_teacher) if whole else (0, 0)
     return Outcomes(
-        student_rows, teacher_rows, pairs, shares[0], shares[1], unpaired, repeats=most_student > 1
+        student_rows,
+        teacher_rows,
+        pairs,
+        shares[0],
+        shares[1],
+        unpaired,
+        repeats=most_student > 1,
+        whole=whole,
     )
 
 

@@ -13,6 +13,7 @@ Dimensions: N tokens (of a chunk), V student vocabulary, W teacher vocabulary, D
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels import row_chunks
+from tokenkit.kernels.divergence_checks import check_hidden, check_sides
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.structs import Head
 
@@ -149,6 +151,8 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the weighted sum and the gradients of hidden states, weight and bias, where they are wanted."""
     head, teacher_head = plan.student_head, plan.teacher_head
+    check_hidden("student_ND", student_ND)
+    check_hidden("teacher_NE", teacher_NE)
     W, V = plan.projection.into_teacher_WV.shape
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     reached_W = plan.projection.into_teacher_WV.crow_indices().diff() > 0
@@ -199,7 +203,8 @@ def projected_divergence(
         nats, float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that do not fit, a temperature that is not positive, a divided head.
+        ValueError: shapes, dtypes or devices that do not fit, a temperature that is not positive, a divided
+            head, a teacher's head that requires a gradient, or (on a CPU) hidden states that are not finite.
 
     Precision: logits, probabilities and sums are float32; a carried probability below the smallest float32
     counts as that.
@@ -210,13 +215,8 @@ def projected_divergence(
     if options:
         raise TypeError(f"projected_divergence has no option {sorted(options)}")
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if value <= 0:
-            raise ValueError(f"{name} must be positive: got {value}")
-    if len(student_ND) != len(teacher_NE) or len(student_ND) != len(row_weight_N):
-        raise ValueError(
-            "student_ND, teacher_NE and row_weight_N must hold as many rows: got "
-            f"{len(student_ND)}, {len(teacher_NE)} and {len(row_weight_N)}"
-        )
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite: got {value}")
     W, V = projection.into_teacher_WV.shape
     for name, head, size in (("student", student_head, V), ("teacher", teacher_head, W)):
         if head.shard is not None:
@@ -226,6 +226,7 @@ def projected_divergence(
         has = head.weight_VD.shape[0] if head.vocab_size is None else head.vocab_size
         if has != size:
             raise ValueError(f"projection must have {has} ids of the {name}, as its head has: got {size}")
+    check_sides(student_ND, student_head, teacher_NE, teacher_head, {"row_weight_N": row_weight_N})
     tensors = (student_ND, student_head.weight_VD, student_head.bias_V)
     trains = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
     plan = _Plan(

@@ -9,6 +9,8 @@ Without a shard every function here is the identity. Ranks must call an operatio
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,8 +33,12 @@ def local_rows(head: Head) -> tuple[int, int]:
 
 
 def check_head(head: Head, name: str = "head") -> None:
-    """Raise ValueError if `vocab_size`, the bias or the shard do not fit the weight."""
+    """Raise ValueError if a part of the head does not fit its weight, or a number is out of its range."""
     rows = head.weight_VD.shape[0]
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
+        raise ValueError(f"{name}.softcap must be positive and finite, or None: got {head.softcap}")
+    if not math.isfinite(head.scale):
+        raise ValueError(f"{name}.scale must be finite: got {head.scale}")
     if head.bias_V is not None and head.bias_V.shape != (rows,):
         raise ValueError(
             f"{name}.bias_V must hold one number per row of weight_VD ({rows}): "

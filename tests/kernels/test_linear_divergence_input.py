@@ -1,8 +1,11 @@
 """What linear_divergence refuses, and which mode it chooses."""
 
+import math
+
 import pytest
 import torch
 
+from tests.kernels.divergence_cases import NAMES as GRADIENTS
 from tests.kernels.divergence_cases import index_set, make, run
 from tokenkit.kernels import divergence_settings
 from tokenkit.kernels.linear_divergence import linear_divergence, match_outcomes
@@ -43,10 +46,28 @@ BAD = {
     ),
     "device": ({"student_head": Head(torch.zeros(5, 8, device="meta"))}, "cpu but .*weight_VD on meta"),
     "trained teacher": ({"teacher_head": Head(torch.zeros(5, 8, requires_grad=True))}, "must be frozen"),
-    "row weights": ({"row_weight_N": torch.ones(3)}, r"row of student_ND \(4\): got shape \(3,\)"),
-    "not finite": ({"student": torch.full((4, 8), torch.nan)}, "student_ND and its head .* row 0 is nan"),
+    "row weights": ({"row_weight_N": torch.ones(3)}, r"row of student_ND \(4\), on cpu: got shape \(3,\)"),
+    "row weights elsewhere": ({"row_weight_N": torch.ones(4, device="meta")}, "on cpu: got .* on meta"),
+    "trained row weights": ({"row_weight_N": torch.ones(4, requires_grad=True)}, "detach it"),
+    "not finite": ({"student": torch.full((4, 8), torch.nan)}, "student_ND .* row 0 it holds NaN"),
+    "infinite head": ({"student_head": Head(torch.ones(5, 8) * torch.inf)}, "row 0 its log-sum"),
+    "infinity under a softcap": (
+        {"student": torch.full((4, 8), torch.inf), "student_head": Head(torch.ones(5, 8), softcap=3.0)},
+        "student_ND and its head .* row 0",
+    ),
+    "softcap": ({"teacher_head": Head(torch.zeros(5, 8), softcap=0.0)}, "teacher_head.softcap must be pos"),
+    "scale": ({"student_head": Head(torch.zeros(5, 8), scale=math.nan)}, "student_head.scale must be finite"),
+    "bias dtype": ({"student_head": Head(torch.zeros(5, 8), torch.zeros(5).half())}, "bias_V is .*float16"),
+    "whole numbers": (
+        {"student": torch.zeros(4, 8).long(), "student_head": Head(torch.zeros(5, 8).long())}, "floating",
+    ),
+    "workspace": ({"workspace_bytes": -1}, "workspace_bytes must be at least 0: got -1"),
+    "skew 1, other vocabulary": (
+        {"kind": "skl", "skew": 1.0, "teacher_head": Head(torch.zeros(6, 8))}, "same vocab_size.*got 5 and 6",
+    ),
+    "skew 1, infinity": ({"kind": "srkl", "skew": 1.0, "student": torch.full((4, 8), torch.inf)}, "finite"),
     "infinite teacher": (
-        {"teacher": torch.tensor([[0.0], [0.0], [torch.inf], [0.0]]).expand(4, 8)}, "teacher_NE and .*row 2",
+        {"teacher": torch.tensor([[0.0], [0.0], [torch.inf], [0.0]]).expand(4, 8)}, "teacher_NE .*row 2 it",
     ),
     "vocabulary": ({"student_head": Head(torch.zeros(5, 8), vocab_size=6)}, r"vocab_size .*\[1, 5\]"),
 }  # fmt: skip
@@ -77,7 +98,7 @@ def test_skew_of_0_and_1_are_the_limits():
         ]
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
         assert not found[2]["value"].any()
-        assert not found[2]["dstudent"].any()
+        assert all(found[2][name] is not None and not found[2][name].any() for name in GRADIENTS)
 
 
 def test_settings_survive_their_journey():
@@ -124,3 +145,32 @@ def test_outcomes_may_be_matched_beforehand():
             for which in (index, {"outcomes": outcomes})
         ]
         assert torch.equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "whole"), [("kl", True, False), ("kl", False, True), ("abs", False, False)]
+)
+def test_outcomes_matched_for_other_probabilities_are_refused(kind, rest, whole):
+    pairs = {"student_index": torch.arange(3), "teacher_index": torch.arange(3)}
+    outcomes = match_outcomes(HEAD, HEAD, **pairs, whole=whole)
+    states = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=f"whole={not whole} where kind is '{kind}'.* got whole={whole}"):
+        linear_divergence(states, HEAD, states, HEAD, kind, outcomes=outcomes, rest_as_outcome=rest)
+
+
+def test_outcomes_go_with_no_index():
+    outcomes = match_outcomes(HEAD, HEAD)
+    states = torch.zeros(4, 8)
+    linear_divergence(states, HEAD, states, HEAD, "abs", outcomes=outcomes)
+    for index in ("student_index", "teacher_index"):
+        with pytest.raises(ValueError, match="one or the other"):
+            linear_divergence(states, HEAD, states, HEAD, outcomes=outcomes, **{index: torch.arange(5)})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_second_derivative_is_refused(weighted):
+    student = torch.ones(4, 8, requires_grad=True)
+    weights = {"row_weight_N": torch.ones(4)} if weighted else {}
+    value = linear_divergence(student, HEAD, torch.ones(4, 8), HEAD, **weights)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value.sum(), student, create_graph=True)

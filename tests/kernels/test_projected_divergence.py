@@ -128,16 +128,24 @@ def test_a_frozen_head_gets_no_gradient():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0}, "temperature must be positive: got 0"),
+        ({"temperature": 0}, "temperature must be positive and finite: got 0"),
         ({"teacher_temperature": -1}, "teacher_temperature must be positive"),
-        ({"row_weight_N": torch.ones(3)}, "as many rows: got 7, 7 and 3"),
+        ({"row_weight_N": torch.ones(3)}, r"row of student_ND \(7\).*got shape \(3,\)"),
+        ({"spoilt": 0}, "student_ND must be finite: row 4"),
+        ({"spoilt": 3}, "teacher_NE must be finite: row 4"),
+        ({"cast": 0}, "student_ND is torch.float16 but student_head.weight_VD is torch.float"),
         ({"shard": Shard(None, 0)}, "the student's head is divided over processes"),
         ({"vocab_size": 20}, "projection must have 20 ids of the student"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
     tensors = make()
+    if "spoilt" in change:
+        tensors[change.pop("spoilt")][4, 0] = torch.inf
     head, teacher_head = heads(tensors, change.pop("vocab_size", 23), 31)
+    if "cast" in change:
+        side = change.pop("cast")
+        tensors[side] = tensors[side].half()
     head = Head(head.weight_VD, head.bias_V, vocab_size=head.vocab_size, shard=change.pop("shard", None))
     weight_N = change.pop("row_weight_N", torch.ones(7))
     projection = make_projection(*make_entries(23, 31, 60), 23, 31)
