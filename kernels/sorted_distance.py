@@ -19,8 +19,8 @@ counted alike) and memory above `workspace_bytes` and O(N·D):
     mode        when                                    GEMMs            memory
     values      no gradient is wanted                   2                none
     formed      the head is frozen (a row's dX is       3                none
-                scaled later); or row weights are       4                none: a second, float32 dW fits
-                known, and a second dW fits                              `workspace_bytes`
+                scaled later); or row weights are       4                none: a second dW in float32 fits
+                known, and a second dW fits                              `workspace_bytes` (its half: 16 bits)
     tables      otherwise                               5                3 KB a row: the sign of every bin
     replay      exact, neither weights nor frozen       6                a second, float32 dW
 
@@ -32,7 +32,7 @@ Dimensions: N rows, V student and W teacher vocabulary, D and E hidden sizes, B 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ from tokenkit.kernels.vocabulary_parallel import check_head, shard_of, shard_wor
 from tokenkit.structs import Head
 
 DEFAULT_WORKSPACE_BYTES = 2**30  # on a GPU a chunk of 128k + 152k logits should hold 700 rows
+
+
+class Keywords(TypedDict, total=False):
+    """Keyword arguments of `sorted_distance`; it says what they mean."""
+
+    temperature: float
+    exact: bool
+    row_weight_N: Tensor | None
+    workspace_bytes: int
 
 
 def _pack(options: Options, student: Head, teacher: Head) -> tuple[list[float], str]:
@@ -207,11 +216,7 @@ def sorted_distance(
     student_head: Head,
     teacher_NE: Tensor,
     teacher_head: Head,
-    *,
-    temperature: float = 1.0,
-    exact: bool = False,
-    row_weight_N: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    **keywords: Unpack[Keywords],
 ) -> Tensor:
     """Return Σ_r |p_(r) − q_(r)| of each row, p and q sorted and the shorter one padded with zeros.
 
@@ -222,11 +227,12 @@ def sorted_distance(
         student_head: weight and bias of the dtype and device of `student_ND`; may be one rank's shard.
         teacher_NE: the teacher's hidden states, row by row what the student's are compared with.
         teacher_head: the teacher's head; may be sharded as well.
-        temperature: divides the logits of both, after the softcap; > 0.
-        exact: sort, instead of counting in bins. Needs whole heads.
-        row_weight_N: number of each row, no gradient to it: the result is Σ_n row_weight[n] value[n], and
-            its gradients are formed in the forward where a second dW fits `workspace_bytes`.
-        workspace_bytes: bound on what is allocated beside results and O(N·D), one row at least.
+        **keywords:
+            temperature: divides the logits of both, after the softcap; > 0; 1.
+            exact: sort, instead of counting in bins; False. Needs whole heads.
+            row_weight_N: number of each row, no gradient to it: the result is Σ_n row_weight[n] value[n],
+                and its gradients are formed in the forward where a second dW fits `workspace_bytes`.
+            workspace_bytes: bound on what is allocated beside results and O(N·D), one row at least; 1 GiB.
 
     Returns:
         value_N in [0, 2], or the weighted sum; float32 (float64 for float64 inputs).
@@ -239,6 +245,11 @@ def sorted_distance(
     `error_bound` too small: below 5e-5 in random rows of 152k against 128k ids. Bitwise repeatable: the
     atomics add integers. Ranks that share a head add up 24 KB per row (they could not merge sorts).
     """
+    if unknown := keywords.keys() - Keywords.__annotations__.keys():
+        raise TypeError(f"sorted_distance has no argument {min(unknown)!r}")
+    temperature, exact = keywords.get("temperature", 1.0), keywords.get("exact", False)
+    row_weight_N = keywords.get("row_weight_N")
+    workspace_bytes = keywords.get("workspace_bytes", DEFAULT_WORKSPACE_BYTES)
     heads = (student_head, teacher_head)
     _check(student_ND, student_head, teacher_NE, teacher_head, row_weight_N, temperature)
     if exact and any(head.shard is not None for head in heads):
@@ -274,8 +285,11 @@ def _mode(needs: str, exact: bool, weighted: bool, weight_VD: Tensor, workspace_
         return "values"
     if exact:
         return "formed" if weighted or needs == "x" else "replay"
-    sums_bytes = max(weight_VD.dtype.itemsize, 4) * weight_VD.numel() if "w" in needs else 0
-    return "formed" if needs == "x" or (weighted and sums_bytes <= workspace_bytes) else "tables"
+    second_bytes = 0
+    if "w" in needs:  # in float32 beside the chunks of the forward, or beside the one that is returned
+        itemsize = weight_VD.dtype.itemsize
+        second_bytes = (8 if itemsize == 2 else itemsize) * weight_VD.numel()
+    return "formed" if needs == "x" or (weighted and second_bytes <= workspace_bytes) else "tables"
 
 
 def error_bound(

@@ -101,6 +101,11 @@ class Gradients:
         self.low = student.hidden_ND.dtype if runs_triton(student.hidden_ND) else dtype
         self.buffer: Tensor | None = None
 
+    def extra_bytes(self) -> int:
+        """Return what the sum of dW takes beside the dW that is returned."""
+        wider = "w" in self.sums and self.student.head.weight_VD.dtype != self.student.dtype
+        return self.sums["w"].nbytes if wider else 0
+
     def room(self, z_NV: Tensor) -> Tensor:
         """Return where dz is written: over z, or in the dtype that a GPU multiplies."""
         if z_NV.dtype == self.low:
@@ -144,7 +149,8 @@ def run(student: Side, teacher: Side, row_weight_N: Tensor | None, options: Opti
     gradients = Gradients(student, options.needs if forms else "")
     factor_N = torch.ones_like(value_N) if row_weight_N is None else row_weight_N.to(student.dtype)
     row_bytes = _row_bytes(student, teacher, gradients, options.exact)
-    for rows in chunks(N, row_bytes, _workspace(student, options.workspace_bytes)):
+    workspace_bytes = _workspace(student, options.workspace_bytes - gradients.extra_bytes())
+    for rows in chunks(N, row_bytes, workspace_bytes):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
         softmax = student.softmax(z_NV, "student_ND", rows)
         teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)

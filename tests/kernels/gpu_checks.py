@@ -19,6 +19,12 @@ from tests.kernels.gpu_divergence import (  # noqa: F401
     check_divergences_match_float64,
     check_divergences_repeat_bit_for_bit,
 )
+from tests.kernels.gpu_sorted import (  # noqa: F401
+    check_sorted_distance_memory,
+    check_sorted_distances_do_not_wait_for_the_device,
+    check_sorted_distances_match_float64,
+    check_sorted_distances_repeat_bit_for_bit,
+)
 from tests.losses.example import make_batch, make_states
 from tokenkit.kernels.alm_difference import DIFFERENCES
 from tokenkit.kernels.linear_logprob import IGNORE, LinearLogprob, linear_logprob

@@ -20,22 +20,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.budget import assert_within_budget
-from tokenkit.kernels import sorted_distance as module
+from tests.kernels.sorted_cases import (
+    EXACT,
+    EXECUTED,
+    MODES,
+    THREE_ROWS,
+    assert_like_eager,
+    bound,
+    certain,
+    make,
+    of_logits,
+    run,
+    two_models,
+)
 from tokenkit.kernels import sorted_rows, sorted_tile
 from tokenkit.kernels.reference import sorted_distance as reference
 from tokenkit.kernels.sorted_distance import error_bound, sorted_distance
 from tokenkit.structs import Head
 
-THREE_ROWS = 3 * (sorted_rows.HISTOGRAM_BYTES + 1000)  # a workspace that cuts 5 rows in two chunks
 SHAPES = [
     (1, 1, 1, 1),  # nothing to sort
     (5, 33, 49, 6),  # odd everywhere; the teacher's vocabulary is the larger
     (6, 48, 32, 8),  # exact multiples; the student's is the larger
 ]
-NAMES = ("value", "dhidden", "dweight", "dbias")
 VECTORS = Path(
     os.environ.get("TOKENKIT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors" / "losses.npz")
 )
@@ -47,93 +55,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(sorted_rows, "COLUMNS", (16, 16))
     for name, value in {"BLOCK_V": 16, "HISTOGRAM_BLOCK_V": 8, "PIECE": 100, "MERGE_ROWS": 2}.items():
         monkeypatch.setattr(sorted_tile, name, value)
-
-
-def make(N, V, W, D, device, *, scale=1.0, bias=True):
-    """Return student hidden, weight, bias, teacher hidden, weight, bias, and unequal upstream gradients.
-
-    All are multiples of 1/64, so products of float32 are exact: what is measured is what comes after them.
-    """
-
-    def states(*shape, size=1.0):
-        return (64 * size * torch.randn(*shape, device=device)).round() / 64
-
-    E = D + 1
-    student = states(N, D), states(V, D, size=scale / D**0.5), states(V) if bias else None
-    teacher = states(N, E), states(W, E, size=scale / E**0.5), states(W) if bias else None
-    return *student, *teacher, torch.rand(N, device=device) + 0.5
-
-
-def run(function, dtype, inputs, mode="tables", heads=({}, {}), **options):
-    """Return the results by NAMES of `function` on copies of the inputs in `dtype`."""
-    *tensors, upstream_N = inputs
-    hidden, weight, bias, teacher, teacher_weight, teacher_bias = (
-        None if x is None else x.detach().to(dtype) for x in tensors
-    )
-    hidden.requires_grad_()
-    for x in (weight, bias):
-        if x is not None:
-            x.requires_grad_(mode != "frozen")
-    head, teacher_head = Head(weight, bias, **heads[0]), Head(teacher_weight, teacher_bias, **heads[1])
-    if mode == "formed":
-        row_weight_N = upstream_N.to(torch.promote_types(dtype, torch.float32))
-        value = function(hidden, head, teacher, teacher_head, row_weight_N=row_weight_N, **options)
-        (3 * value).backward()
-    else:
-        value = function(hidden, head, teacher, teacher_head, **options)
-        value.backward(3 * upstream_N.to(value.dtype))
-    results = (value.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad)
-    return {name: x for name, x in zip(NAMES, results, strict=True) if x is not None}
-
-
-def bound(inputs, heads=({}, {}), **options):
-    """Return the error bound of each row in float64."""
-    hidden, weight, bias, teacher, teacher_weight, teacher_bias = (
-        None if x is None else x.detach().double() for x in inputs[:-1]
-    )
-    head, teacher_head = Head(weight, bias, **heads[0]), Head(teacher_weight, teacher_bias, **heads[1])
-    return error_bound(hidden, head, teacher, teacher_head, **options)
-
-
-def certain(inputs, heads=({}, {}), **options):
-    """Say in which rows the bins hide nothing in float64: their values and gradients must be the sort's."""
-    inputs = [*inputs[:-1], torch.ones_like(inputs[-1])]
-    binned, truth = (
-        run(function, torch.float64, inputs, "frozen", heads, **options)
-        for function in (sorted_distance, reference.sorted_distance)
-    )
-    error_N = (binned["dhidden"] - truth["dhidden"]).abs().amax(1)
-    return (bound(inputs, heads, **options) < 1e-7) & (error_N <= 1e-8)
-
-
-def assert_like_eager(dtype, inputs, mode, *, exact=False, heads=({}, {}), **options):
-    workspace = {"workspace_bytes": options.pop("workspace_bytes")} if "workspace_bytes" in options else {}
-    rounded = [None if x is None else x.to(dtype) for x in inputs[:-1]]
-    upstream_N = inputs[-1]
-    if not exact:  # rows that the bins cannot tell apart count for nothing
-        upstream_N = upstream_N * certain([*rounded, upstream_N], heads, **options)
-        assert upstream_N.any()
-    rounded.append(upstream_N)
-    kernel = run(sorted_distance, dtype, rounded, mode, heads, exact=exact, **options, **workspace)
-    eager = run(reference.sorted_distance, dtype, rounded, mode, heads, **options)
-    truth = run(reference.sorted_distance, torch.float64, rounded, mode, heads, **options)
-    assert kernel.keys() == truth.keys()
-    for name, value in truth.items():
-        if name == "value" and not exact and mode != "formed":
-            kept = upstream_N > 0
-            assert_within_budget(name, kernel[name][kept], eager[name][kept], value[kept])
-        else:
-            assert_within_budget(name, kernel[name], eager[name], value)
-
-
-MODES = pytest.mark.parametrize("mode", ["tables", "formed", "frozen"])
-EXACT = pytest.mark.parametrize("exact", [False, True], ids=["binned", "exact"])
-EXECUTED = pytest.mark.parametrize(
-    ("exact", "executor"),
-    [(False, "torch"), (False, "triton"), (True, "triton")],  # a sort is torch's with either
-    ids=["binned-torch", "binned-triton", "exact"],
-    indirect=["executor"],
-)
 
 
 @pytest.mark.parametrize(
@@ -194,26 +115,6 @@ def test_reference_values(exact, mode, dtype, device, monkeypatch):
     assert rows_to_check.sum() > 20
     error = (result["dhidden"].double() - gradient)[rows_to_check].abs().max()
     assert error <= 1e-5 * gradient.abs().max()
-
-
-@st.composite
-def two_models(draw):
-    """Logits of two vocabularies: flat or peaked, apart or nearly equal."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    V, W = draw(st.integers(1, 300)), draw(st.integers(1, 300))
-    scale = draw(st.sampled_from([0.1, 1.0, 4.0, 30.0]))
-    student = scale * torch.randn(V, generator=generator, dtype=torch.float64)
-    teacher = scale * torch.randn(W, generator=generator, dtype=torch.float64)
-    if draw(st.booleans()):
-        n = min(V, W)
-        teacher[:n] = student[:n] + draw(st.sampled_from([0.0, 1e-3, 0.1])) * teacher[:n]
-    return student, teacher
-
-
-def of_logits(function, student, teacher, dtype=torch.float64, **options):
-    """Call with heads that are the logits themselves."""
-    one = torch.ones(1, 1, dtype=dtype)
-    return function(one, Head(student[:, None].to(dtype)), one, Head(teacher[:, None].to(dtype)), **options)
 
 
 @given(two_models())
@@ -394,115 +295,3 @@ def test_no_rows_and_rows_of_no_weight(exact, mode, executor, device):
         result = run(sorted_distance, torch.float32, inputs, mode, exact=exact)
         assert result["value"].shape == (() if mode == "formed" else (N,))
         assert not any(x.any() for name, x in result.items() if name != "value")
-
-
-def test_nothing_reaches_the_teacher(device):
-    hidden, weight, _, teacher, teacher_weight, _, _ = make(4, 33, 49, 6, device)
-    for x in (hidden, teacher, teacher_weight):
-        x.requires_grad_()
-    sorted_distance(hidden, Head(weight), teacher, Head(teacher_weight)).sum().backward()
-    assert hidden.grad is not None
-    assert teacher.grad is None
-    assert teacher_weight.grad is None
-
-
-def test_modes_are_chosen_by_gradients_weights_and_budget(device):
-    full, half = torch.zeros(100, 8, device=device), torch.zeros(100, 8, device=device).bfloat16()
-    cases = {
-        ("", False, True, full, 0): "values",
-        ("x", False, False, full, 0): "formed",
-        ("xw", False, True, full, 4 * 800): "formed",
-        ("xw", False, True, full, 4 * 800 - 1): "tables",
-        ("xb", False, True, full, 0): "formed",
-        ("xw", False, True, half, 4 * 800): "formed",
-        ("xw", False, True, half, 4 * 800 - 1): "tables",
-        ("xw", False, False, full, 1 << 40): "tables",
-        ("xwb", True, False, full, 1 << 40): "replay",
-        ("xwb", True, True, half, 0): "formed",
-    }
-    assert {arguments: module._mode(*arguments) for arguments in cases} == cases
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made under it holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
-@pytest.mark.parametrize("mode", ["formed", "tables", "values"])
-def test_all_the_logits_never_exist_at_once(mode, monkeypatch, device):
-    """A small workspace holds one row of 15 000 and of 14 000 logits; 12 of them would be 180 000."""
-    monkeypatch.undo()
-    hidden, weight, bias, teacher, teacher_weight, teacher_bias, upstream = make(
-        12, 15_000, 14_000, 3, device
-    )
-    student, other = (
-        sorted_rows.Side(x, head, 1.0)
-        for x, head in ((hidden, Head(weight, bias)), (teacher, Head(teacher_weight, teacher_bias)))
-    )
-    needs = "" if mode == "values" else "xwb"
-    options = sorted_rows.Options(mode, False, needs, 1.0, 0)
-    with Largest() as largest:
-        _, *kept = sorted_rows.run(student, other, upstream, options)
-        if mode == "tables":
-            sorted_rows.run_backward(
-                sorted_rows.Side(hidden, Head(weight, bias), 1.0), upstream, kept, options
-            )
-    allowed = 15_000 * 4
-    assert largest.numel <= allowed < 12 * 15_000
-
-
-BAD = {
-    "states and head differ": (dict(weight=torch.zeros(5, 9)), r"the student's .* \(4, 8\) and \(5, 9\)"),
-    "teacher's states and head differ": (dict(teacher_weight=torch.zeros(5, 9)), "the teacher's"),
-    "rows differ": (dict(teacher=torch.zeros(3, 6)), "same rows: got 4 and 3"),
-    "head's dtype": (dict(weight=torch.zeros(5, 8).half()), "cast or move the head once"),
-    "head's device": (dict(teacher_weight=torch.zeros(7, 6, device="meta")), "on meta"),
-    "float64 and float32": (
-        dict(teacher=torch.zeros(4, 6).double(), teacher_weight=torch.zeros(7, 6).double()),
-        "both be float64",
-    ),
-    "integers": (dict(hidden=torch.zeros(4, 8).long(), weight=torch.zeros(5, 8).long()), "floating point"),
-    "vocab_size": (dict(vocab_size=6), r"student_head.vocab_size must be in \[1, 5\]"),
-    "bias": (dict(bias=torch.zeros(4)), "student_head.bias_V"),
-    "temperature": (dict(temperature=0.0), "temperature must be positive: got 0.0"),
-    "temperature NaN": (dict(temperature=float("nan")), "temperature must be positive: got nan"),
-    "weights per row": (dict(row_weight_N=torch.ones(3)), r"one number per row .* \(4\)"),
-    "weights want gradients": (dict(row_weight_N=torch.ones(4).requires_grad_()), "detach it"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name):
-    changes, message = BAD[name]
-    given = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(5, 8), "bias": None, "vocab_size": None}
-    given |= {"teacher": torch.zeros(4, 6), "teacher_weight": torch.zeros(7, 6)} | changes
-    head = Head(given.pop("weight"), given.pop("bias"), vocab_size=given.pop("vocab_size"))
-    arguments = given.pop("hidden"), head, given.pop("teacher"), Head(given.pop("teacher_weight"))
-    with pytest.raises(ValueError, match=message):
-        sorted_distance(*arguments, **given)
-    if not any(key.startswith("row_weight") for key in given):
-        with pytest.raises(ValueError, match=message):
-            error_bound(*arguments, **given)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@EXECUTED
-def test_what_is_not_finite_is_named_with_its_row(exact, value, executor):
-    for place, name in enumerate(("student_ND", "teacher_NE")):
-        hidden = [torch.zeros(7, 8), torch.zeros(7, 8)]
-        hidden[place][5, 3] = value
-        with pytest.raises(ValueError, match=f"{name} .*row 5"):
-            sorted_distance(
-                hidden[0], Head(torch.ones(5, 8)), hidden[1], Head(torch.ones(6, 8)),
-                exact=exact, workspace_bytes=THREE_ROWS,
-            )  # fmt: skip
