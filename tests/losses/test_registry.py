@@ -10,7 +10,7 @@ import torch
 
 from tests.losses.example import make_batch, make_context, make_options, make_states, run_loss
 from tokenkit.losses import LOSSES, resolve
-from tokenkit.structs import Context, LossTerm
+from tokenkit.structs import Context, LossTerm, Shard
 
 
 def squared_norm(student, teacher, batch):
@@ -131,3 +131,25 @@ def test_other_trainers_import_torch_and_triton_alone():
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode
         == 0
     )
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_heads_of_32_bits_are_cast_to_hidden_states_of_16(name):
+    """What a trainer hands over under autocast."""
+    batch = make_batch()
+    student, teacher = make_states(batch, dtype=torch.bfloat16, head_dtype=torch.float32)
+    teacher.head.weight_VD.requires_grad_(False)
+    term, _ = run_loss(name, batch, student, teacher)
+    term.total.sum().backward()
+    assert term.total.isfinite().all()
+    assert student.hidden_BTD.grad.any()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_gold_refuses_a_divided_head(which):
+    batch = make_batch()
+    states = dict(zip(("student", "teacher"), make_states(batch), strict=True))
+    head = dataclasses.replace(states[which].head, shard=Shard(None, 0), vocab_size=99)
+    states[which] = dataclasses.replace(states[which], head=head)
+    with pytest.raises(ValueError, match=f"the {which}'s head is divided over processes: baseline_gold"):
+        run_loss("baseline_gold", batch, states["student"], states["teacher"])

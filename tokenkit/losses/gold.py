@@ -96,6 +96,12 @@ def prepare(
 ) -> GoldPrepared:
     """Find the starts of chunks, and how likely the teacher finds a token without a partner there."""
     teacher = need_teacher(teacher, "baseline_gold")
+    for name, divided in (("student", context.student_head), ("teacher", teacher.head)):
+        if divided is not None and divided.shard is not None:
+            raise ValueError(
+                f"the {name}'s head is divided over processes: baseline_gold picks rows of it by id, and "
+                "needs it whole"
+            )
     rows = chunk_starts(batch, options.chunks)
     teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
     head = in_dtype(teacher.head, teacher_NE.dtype)
