@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels import row_chunks
 from tokenkit.kernels.divergence_checks import check_hidden, check_sides
+from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.structs import Head
 
@@ -163,18 +164,20 @@ def _run(
         for shape, trains in zip(shapes, plan.trains, strict=True)
     ]
     dhidden_ND, dweight_VD, dbias_V = gradients
-    row_bytes = dtype.itemsize * (3 * V + 5 * W)
+    low = student_ND.dtype if runs_triton(student_ND) else dtype
+    row_bytes = dtype.itemsize * (3 * V + 7 * W)
     for rows in row_chunks.chunks(len(student_ND), row_bytes, plan.workspace_bytes):
         z_NV = _logits(student_ND[rows], head, V, plan.temperature, dtype)
         z_NW = _logits(teacher_NE[rows], teacher_head, W, plan.temperature * plan.teacher_temperature, dtype)
         value, dz_NV = _chunk(z_NV, z_NW, reached_W, row_weight_N[rows].to(dtype), plan)
         total += value
+        if dbias_V is not None:
+            dbias_V[:V] += dz_NV.sum(0)
+        dz_NV = dz_NV.to(low)  # a GPU multiplies operands of one dtype
         if dhidden_ND is not None:
             row_chunks.add_hidden_gradient(dz_NV, head.weight_VD, slice(0, V), dhidden_ND[rows])
         if dweight_VD is not None:
             row_chunks.add_weight_gradient(dz_NV, student_ND[rows], slice(0, V), dweight_VD)
-        if dbias_V is not None:
-            dbias_V[:V] += dz_NV.sum(0)
     return total, gradients
 
 

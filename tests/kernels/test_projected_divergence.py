@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.budget import assert_within_budget
+from tokenkit.kernels import projected_divergence as module
+from tokenkit.kernels import row_chunks
 from tokenkit.kernels.projected_divergence import make_projection, projected_divergence
 from tokenkit.kernels.reference.projected_divergence import projected_divergence as reference
 from tokenkit.structs import Head, Shard
@@ -88,6 +90,24 @@ def test_as_exact_as_eager(dtype):
         strict=True,
     ):
         assert_within_budget(name, *values)
+
+
+def test_a_gpu_is_given_operands_of_one_dtype(monkeypatch):
+    """There 16-bit tensors are not widened, and a GEMM of two dtypes is an error; here it is played."""
+
+    def like(left, right):
+        assert left.dtype == right.dtype
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
+    monkeypatch.setattr(row_chunks, "operand", lambda tensor, dtype: tensor)
+    monkeypatch.setattr(row_chunks, "product", lambda left, right, out: out.copy_(like(left, right)))
+    monkeypatch.setattr(row_chunks, "add_product", lambda total, left, right: total.add_(like(left, right)))
+    projection = make_projection(*make_entries(23, 31, 60), 23, 31)
+    tensors = make(dtype=torch.bfloat16)
+    truth = run(reference, [t.double() for t in tensors], 23, 31, projection)
+    for value, true in zip(run(projected_divergence, tensors, 23, 31, projection), truth, strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=0.05, atol=0.05)
 
 
 def test_large_logits_stay_finite():
