@@ -10,10 +10,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,6 @@ def mine(config: MinedMappingConfig) -> None:
         ValueError, FileNotFoundError: tokenizers or counts that cannot be read or do not fit.
         FileExistsError: the output holds files of these names.
     """
-    import numpy as np
     from tqdm import tqdm
 
     from tokenkit.pairing.mining import check_vacant, mine_mapping, save_mapping
@@ -66,7 +69,7 @@ def mine(config: MinedMappingConfig) -> None:
     teacher = load_tokenizer(config.teacher_tokenizer_name)
     counts = None
     if config.teacher_counts is not None:
-        counts = np.load(Path(config.teacher_counts).expanduser(), allow_pickle=False)
+        counts = _read_counts(Path(config.teacher_counts).expanduser())
     began = time.perf_counter()
     with tqdm(total=student.vocab_size, unit="token", disable=not sys.stderr.isatty()) as bar:
         mapping = mine_mapping(
@@ -84,6 +87,21 @@ def mine(config: MinedMappingConfig) -> None:
         f"{facts['tokens']} tokens, {facts['exact']} of them exact, mean distance "
         f"{facts['mean_distance']:.2f}: {folder / 'mapping.npy'}"
     )
+
+
+def _read_counts(path: Path) -> NDArray[Any]:
+    import numpy as np
+
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"teacher_counts {path} must be an npy file of numbers and cannot be read as one: `tokenkit "
+            "pair-stats` writes teacher_counts.npy"
+        ) from error
+    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
+        raise ValueError(f"teacher_counts {path} must be an npy file of one array of numbers")
+    return counts
 
 
 if __name__ == "__main__":

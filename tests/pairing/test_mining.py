@@ -91,6 +91,23 @@ def test_the_door_writes_once_and_says_what_it_mapped(tmp_path, capsys):
     assert "exists: give --output another folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["text", "words", "archive"])
+def test_counts_that_are_no_numbers_are_named(content, tmp_path, capsys):
+    path = tmp_path / "counts.npy"
+    if content == "text":
+        path.write_text("no array")
+    elif content == "words":
+        np.save(path, np.array(["a", "b"]))
+    else:
+        with path.open("wb") as file:
+            np.savez(file, np.ones(3))
+    flags = ["--teacher-tokenizer-name", "byte", "--target-tokenizer-name", "byte"]
+    assert main([*flags, "--output", str(tmp_path / "out"), "--teacher-counts", str(path)]) != 0
+    error = capsys.readouterr().err
+    assert f"teacher_counts {path} must be an npy file" in error
+    assert "pickle" not in error
+
+
 def test_a_real_pair_is_mapped_as_by_the_definition_on_a_sample(shared_data):
     student = load_tokenizer(str(shared_data / "tokenizers" / "tinystories-spm"))
     teacher = load_tokenizer(str(shared_data / "tokenizers" / "qwen2.5-sub8000"))

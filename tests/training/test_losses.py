@@ -20,6 +20,7 @@ from tests.tiny import TEXT, tiny_model
 from tests.training.test_resume import curve, run_in_rank
 from tokenkit.config import ConfigError
 from tokenkit.metrics import ExitCode
+from tokenkit.mined_mapping import main as mined_mapping
 from tokenkit.pair_stats import main as pair_stats
 from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
@@ -240,6 +241,23 @@ def test_a_mapping_is_read_from_a_folder_a_file_or_a_tensor(tmp_path):
         read_mapping(tmp_path, 6, 7)
     with pytest.raises(ValueError, match=r"ids of the teacher's 4: got 0 to 4; was it mined for these"):
         read_mapping(tmp_path, 5, 4)
+    for name in ("words.npy", "words.pt"):
+        (tmp_path / name).write_text("no array")
+        with pytest.raises(ValueError, match=rf"{name} must be an npy file, or a .pt file with a tensor"):
+            read_mapping(tmp_path / name, 5, 7)
+
+
+def test_a_mapping_that_was_mined_for_another_pair_is_refused(config_of, workspace, tmp_path):
+    flags = ["--target-tokenizer-name", str(workspace / "target"), "--output", str(tmp_path / "own")]
+    assert mined_mapping([*flags, "--teacher-tokenizer-name", str(workspace / "model")]) == 0
+    build(config_of(losses=["baseline_mined"], mined_mapping_path=tmp_path / "own"), SINGLE).batches.close()
+    path = tmp_path / "own" / "summary.json"
+    about = json.loads(path.read_text())
+    about["teacher"] = {"tokenizer": "llama3", "fingerprint": "0"}
+    path.write_text(json.dumps(about))
+    for given in (tmp_path / "own", tmp_path / "own" / "mapping.npy"):
+        with pytest.raises(ValueError, match=r"another teacher tokenizer \(llama3\), not for"):
+            build(config_of(losses=["baseline_mined"], mined_mapping_path=given), SINGLE)
 
 
 def test_a_mapping_of_other_tokenizers_ends_the_run_before_it_starts(make_config, tmp_path):

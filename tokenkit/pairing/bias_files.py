@@ -68,10 +68,11 @@ def load_biases(folder: Path, teacher: Tokenizer, student: Tokenizer) -> PairBia
         FileNotFoundError: no statistics there.
         ValueError: statistics of other tokenizers, or files that do not belong together.
     """
-    if not (folder / SUMMARY).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no pair statistics (no {SUMMARY}): make them with `tokenkit pair-stats`"
-        )
+    for name in (SUMMARY, *MATRICES):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no pair statistics (no {name}): make them with `tokenkit pair-stats`"
+            )
     about = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     for side, tokenizer in (("teacher", teacher), ("student", student)):
         if about.get(side, {}).get("fingerprint") != tokenizer.fingerprint():

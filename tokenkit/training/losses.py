@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,9 @@ class _Source:
         path = self.config.objective.mined_mapping_path
         assert path is not None, "the configuration was checked"
         with blaming_data():
-            mapping_V = read_mapping(Path(path), self.student.vocab_size, self.teacher.vocab_size)
+            file = Path(path).expanduser()
+            mapping_V = read_mapping(file, self.student.vocab_size, self.teacher.vocab_size)
+            check_mapped_pair(file, self.student, self.teacher)
         return mapping_V.to(self.device)
 
 
@@ -131,10 +135,16 @@ def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor
         raise FileNotFoundError(
             f"mined_mapping_path: {file} does not exist; make it with `tokenkit mined-mapping`"
         )
-    if file.suffix == ".npy":
-        mapping_V = torch.from_numpy(np.load(file))
-    else:
-        mapping_V = torch.as_tensor(torch.load(file, weights_only=True))
+    try:
+        if file.suffix == ".npy":
+            mapping_V = torch.from_numpy(np.load(file, allow_pickle=False))
+        else:
+            mapping_V = torch.as_tensor(torch.load(file, weights_only=True))
+    except (ValueError, TypeError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"mined_mapping_path {file} must be an npy file, or a .pt file with a tensor, and is none: "
+            "make it with `tokenkit mined-mapping`"
+        ) from error
     if mapping_V.ndim != 1 or mapping_V.is_floating_point() or len(mapping_V) != vocab_size:
         raise ValueError(
             f"mined_mapping_path {file} must hold one teacher id for each of the student's {vocab_size} ids: "
@@ -147,6 +157,26 @@ def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor
             f"{high}; was it mined for these tokenizers?"
         )
     return mapping_V.long()
+
+
+def check_mapped_pair(path: Path, student: Tokenizer, teacher: Tokenizer) -> None:
+    """Compare both tokenizers with those that the summary beside a mapping names, if there is one.
+
+    Raises:
+        ValueError: the mapping was mined for another pair.
+    """
+    summary = (path if path.is_dir() else path.parent) / "summary.json"
+    if not summary.is_file():
+        return
+    about = json.loads(summary.read_text(encoding="utf-8"))
+    for side, tokenizer in (("student", student), ("teacher", teacher)):
+        mined = about.get(side, {})
+        if mined.get("fingerprint", tokenizer.fingerprint()) != tokenizer.fingerprint():
+            raise ValueError(
+                f"mined_mapping_path {path} was mined for another {side} tokenizer "
+                f"({mined.get('tokenizer')}), not for {tokenizer.spec}: make it for this pair with `tokenkit "
+                "mined-mapping`"
+            )
 
 
 def _alm(source: _Source, loss: Loss) -> AlmOptions:
