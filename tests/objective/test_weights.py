@@ -79,6 +79,27 @@ def test_uncertainty_follows_the_gradient_of_its_scalar():
     assert it.log_variances == pytest.approx(s.tolist(), rel=1e-9)
 
 
+def test_uncertainty_follows_a_schedule_of_its_loss():
+    it = Objective(["a"], None, ["linear(4.0,0.25,3)"], 3, ObjectiveOptions(weight_mode="uncertainty"))
+    weights = [it.weights(step)["a"] for step in range(4)]
+    assert weights == pytest.approx([4.0, 2.75, 1.5, 0.25])
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([s], lr=0.01)
+    for step, weight in enumerate(weights):
+        optimizer.zero_grad()
+        (weight * (torch.exp(-s) * 3.0 + s / 2)).backward()
+        optimizer.step()
+        it.update(step, [3.0], [1], [0])
+    assert it.log_variances == pytest.approx([s.item()], rel=1e-9)
+
+
+def test_uncertainty_of_a_loss_of_zero_stays_within_bounds():
+    it = objective(weight_mode="uncertainty", s_init=-49.99)
+    for step in range(20):
+        it.update(step, [0.0, 0.0], [1, 1], [0, 0])
+    assert it.log_variances == [-50.0, -50.0]
+
+
 def test_uncertainty_settles_where_the_scalar_is_smallest():
     it = objective(weight_mode="uncertainty")
     for step in range(600):
@@ -124,6 +145,15 @@ def test_gradnorm_keeps_the_mean_of_its_weights_at_one_and_raises_the_weak_gradi
         assert sum(it.pulls) == pytest.approx(2)
         it.update(step, [1.0, 1.0], [1, 1], [4.0, 1.0])
     assert it.pulls[0] < 1 < it.pulls[1]
+
+
+def test_the_mean_of_gradnorms_weights_is_one_also_where_most_of_them_fall():
+    options = ObjectiveOptions(aggregation="gradnorm")
+    it = Objective(["a", "b", "c"], None, None, 10, options)
+    for step in range(20):
+        it.update(step, [1.0] * 3, [1] * 3, [4.0, 4.0, 1.0])
+        assert sum(it.pulls) == pytest.approx(3)
+    assert it.pulls[0] == it.pulls[1] < 1 < it.pulls[2]
 
 
 def test_gradnorm_settles_where_gradients_are_of_equal_norm_if_losses_fall_alike():

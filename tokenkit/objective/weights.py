@@ -39,7 +39,7 @@ Needs = Literal["nothing", "losses", "last_layer", "gradients"]
 
 SMALLEST_LOSS = 1e-8  # nats; a loss below it is divided by this instead of by itself
 SMALLEST_WEIGHT = 1e-3  # of gradnorm, whose weights have a mean of 1: none dies or turns negative
-LARGEST_S = 50.0
+LARGEST_S = 50.0  # of a loss of exactly 0, s falls for ever
 UNCERTAINTY_LR = 0.01  # of Adam on s: the weight e^(−s) moves by at most about 1 % per step
 
 
@@ -218,6 +218,7 @@ class Objective:
             if self.options.weight_mode == "uncertainty":
                 gradient = user[j] * (0.5 - math.exp(-self.log_variances[j]) * losses[j])
                 self._adam.step(self.log_variances, j, gradient)
+                self.log_variances[j] = min(max(self.log_variances[j], -LARGEST_S), LARGEST_S)
             elif self.options.weight_mode == "ema":
                 alpha, past = self.options.ema_alpha, self.averages[j]
                 self.averages[j] = losses[j] if past is None else alpha * past + (1 - alpha) * losses[j]
