@@ -242,9 +242,9 @@ def sorted_distance(
             NaN or infinite.
 
     Precision: logits, sums and hidden gradients are float32. Without `exact` the value is at most
-    `error_bound` too small: in rows of 152k against 128k ids mostly 1e-6, and 1e-4 where a few ids hold most of
-    the mass and cross inside a bin. Bitwise repeatable: the atomics add integers. Ranks that share a head
-    add up 24 KB per row (they could not merge sorts).
+    `error_bound` too small: in rows of 152k against 128k ids mostly 1e-6, but 1e-4 where a few ids hold
+    most of the mass and cross inside a bin. Bitwise repeatable: the atomics add integers. Ranks that share
+    a head add up 24 KB per row (they could not merge sorts).
     """
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
         raise TypeError(f"sorted_distance has no argument {min(unknown)!r}")

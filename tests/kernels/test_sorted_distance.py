@@ -197,8 +197,8 @@ def test_every_id_is_in_one_bin_and_the_bins_hold_all_the_mass(scale, executor, 
 
 
 @EXECUTED
-def test_a_probability_on_an_edge_has_its_sign(exact, executor, device):
-    """p = (1/2, 1/4, 1/8, 1/8) is on three edges, the first of them the bound of the row."""
+def test_the_largest_probability_may_be_a_power_of_two(exact, executor, device):
+    """p = (1/2, 1/4, 1/8, 1/8): the first is the bound of the row's bins itself."""
     q = torch.tensor([0.45, 0.22, 0.17, 0.16], device=device).log()[:, None]
     one = torch.ones(1, 1, device=device)
     p = -0.6931471805599453 * torch.tensor([[0.0], [1], [2], [2]], device=device)
@@ -206,6 +206,19 @@ def test_a_probability_on_an_edge_has_its_sign(exact, executor, device):
     sorted_distance(one, Head(p), one, Head(q), exact=exact).sum().backward()
     expected = torch.tensor([0.5 * 0.5, 0.25 * 0.5, 0.125 * -1.5, 0.125 * -1.5], device=device)
     torch.testing.assert_close(p.grad[:, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_a_probability_on_an_edge_has_its_sign(dtype, executor, device):
+    """One id each, p on an edge of its bin and q far below: the place inside the bin is 0, the sign is not."""
+    foot_N = torch.tensor([2.0**-25], device=device)
+    bins = []
+    for p in (0.25 - 2.0**-25, 0.1):
+        softmax = sorted_tile.Softmax(*torch.tensor([[0.0], [p]], device=device, dtype=dtype))
+        bins.append(sorted_tile.histogram(torch.zeros(1, 1, device=device, dtype=dtype), softmax, foot_N))
+    value_N, sign_NB, mean_N = sorted_tile.merge(bins[0], bins[0] - bins[1], foot_N, dtype)
+    torch.testing.assert_close(mean_N, torch.full_like(mean_N, 0.25 - 2.0**-25), rtol=1e-6, atol=0)
+    torch.testing.assert_close(value_N, torch.full_like(value_N, 0.15), rtol=1e-6, atol=0)
 
 
 def test_real_vocabularies_are_within_3e_5(monkeypatch, device):
