@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenization.tiny import CHATML, byte_level, write
@@ -318,65 +318,6 @@ def text_bytes(tokens):
 @pytest.fixture(scope="module")
 def byte_families():
     return {name: load_tokenizer(f"byte:target={name}") for name in FAMILIES}
-
-
-def test_many_documents_are_encoded_like_each_alone(tokenizers):
-    pair = [tokenizers["byte-level"], load_tokenizer("byte:target=Llama3")]
-    documents = [
-        TALK,
-        Document(text="Hi  there"),
-        document_from_row({"prompt": "a", "completion": "b"}),
-        TALK,
-    ]
-    together = encode_documents(documents, pair)
-    for document, sides in zip(documents, together, strict=True):
-        for tokens, alone in zip(sides, encode(document, pair), strict=True):
-            assert tokens.ids.tolist() == alone.ids.tolist()
-            assert tokens.byte_ends.tolist() == alone.byte_ends.tolist()
-            assert tokens.trained.tolist() == alone.trained.tolist()
-
-
-@pytest.fixture(scope="module")
-def changing(folders):
-    """A tokenizer that collapses spaces, composes characters and knows a mark for a space."""
-    return load_tokenizer(f"{folders['unigram']}:target=Qwen2")
-
-
-texts_that_change = st.text(st.sampled_from("ab \ne\u0301日▁"), min_size=1, max_size=6).filter(
-    lambda text: text.replace("▁", " ").strip()
-)
-mixed_documents = st.one_of(
-    texts_that_change.map(lambda text: Document(text=text)),
-    st.tuples(texts_that_change, texts_that_change).map(
-        lambda pair: document_from_row({"prompt": pair[0], "completion": pair[1]})
-    ),
-    st.lists(texts_that_change, min_size=1, max_size=4).map(
-        lambda contents: Document(
-            messages=tuple(Message(r, c) for r, c in zip(["user", "assistant"] * 2, contents, strict=False))
-        )
-    ),
-)
-
-
-@given(
-    documents=st.lists(mixed_documents, min_size=2, max_size=4),
-    mode=st.sampled_from(ChatTemplateMode.__args__),
-    loss_mask_mode=st.sampled_from([None, "all"]),
-    use_chat_template=st.booleans(),
-)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_document_does_not_depend_on_those_beside_it(
-    changing, byte_families, documents, mode, loss_mask_mode, use_chat_template
-):
-    """Texts that one side would change, prompts and conversations, at all places in one batch."""
-    pair = (changing, byte_families["Llama2"])
-    use_chat_template |= mode == "surround_instruct"
-    options = {"mode": mode, "loss_mask_mode": loss_mask_mode, "use_chat_template": use_chat_template}
-    together = encode_documents(documents, pair, **options)
-    for document, sides in zip(documents, together, strict=True):
-        for tokens, alone in zip(sides, encode(document, pair, **options), strict=True):
-            for field in ("ids", "byte_ends", "special", "trained"):
-                assert getattr(tokens, field).tolist() == getattr(alone, field).tolist()
 
 
 def test_templates_derived_from_jinja_are_those_of_the_family(tokenizers):
