@@ -124,6 +124,16 @@ def test_cross_entropy_trains_no_head_and_the_divergence_no_projection():
     assert trained(2) == query | s2t | {"hidden"}
 
 
+def test_embeddings_that_do_not_vary_are_left_as_they_are():
+    batch = make_batch()
+    student, teacher = make_states(batch)
+    teacher = dataclasses.replace(teacher, embedded_BTD=torch.zeros_like(teacher.embedded_BTD))
+    term, _ = run_loss("baseline_dskd", batch, student, teacher)
+    term.total.sum().backward()
+    assert term.total.isfinite().all()
+    assert student.hidden_BTD.grad.isfinite().all()
+
+
 def test_what_is_missing_is_named():
     batch = make_batch()
     student, teacher = make_states(batch)

@@ -38,7 +38,6 @@ from tokenkit.losses.rows import (
     summed_divergence,
     take,
 )
-from tokenkit.losses.score import in_dtype
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 DISTANCES = {  # name: (kind of `linear_divergence`, unpaired tokens are one outcome)
@@ -110,7 +109,7 @@ def function(
     kind, rest_as_outcome = DISTANCES[options.distance_fn]
     total = summed_divergence(
         student_ND,
-        in_dtype(student.head, student_ND.dtype),
+        student.head,
         prepared.teacher_NE,
         need_head(context.teacher_head, prepared.teacher_NE.dtype),
         kind,
