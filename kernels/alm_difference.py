@@ -187,13 +187,19 @@ def alm_difference(
         renyi_alpha: α of `renyi`, positive and not 1.
 
     Raises:
-        ValueError: an unknown kind, or a parameter outside its range, or shapes that differ.
+        ValueError: an unknown kind, a parameter outside its range, shapes, dtypes or devices that do not fit.
     """
     check_difference(kind, temperature, renyi_alpha)
     if teacher.shape != student.shape or teacher.dtype != student.dtype:
         raise ValueError(
             "teacher and student must be of one shape and dtype: got "
             f"{tuple(teacher.shape)} {teacher.dtype} and {tuple(student.shape)} {student.dtype}"
+        )
+    if student.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"teacher and student must be float32 or float64: got {student.dtype}")
+    if teacher.device != student.device:
+        raise ValueError(
+            f"teacher and student must be on one device: got {teacher.device} and {student.device}"
         )
     value, _ = _difference(student, teacher.detach(), kind, float(temperature), float(renyi_alpha))
     return value
@@ -205,5 +211,5 @@ def check_difference(kind: str, temperature: float, renyi_alpha: float) -> None:
         raise ValueError(f"unknown difference {kind!r}: expected one of {', '.join(DIFFERENCES)}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"the temperature (binarization_temp) must be positive: got {temperature}")
-    if renyi_alpha <= 0 or renyi_alpha == 1:
-        raise ValueError(f"renyi_alpha must be positive and not 1: got {renyi_alpha}")
+    if not 0 < renyi_alpha < math.inf or renyi_alpha == 1:
+        raise ValueError(f"renyi_alpha must be positive, finite and not 1: got {renyi_alpha}")

@@ -84,7 +84,10 @@ class Side:
         here_N, sum_N = tile.row_statistics(z_NV)
         max_N = reduce_max(here_N.clone(), self.head)
         sum_N = reduce_sum(sum_N * torch.exp(here_N - max_N), self.head)
-        _check_finite(name, sum_N, rows)
+        finite_N = torch.isfinite(sum_N)
+        if self.cap is not None:  # which hides infinities
+            finite_N &= torch.isfinite(self.hidden_ND[rows]).all(1)
+        _check_finite(name, finite_N, rows)
         return tile.Softmax(max_N, sum_N.reciprocal_())
 
 
@@ -263,10 +266,9 @@ def run_backward(student: Side, factor_N: Tensor, tables: list[Tensor], options:
     return [*gradients.results(), *(x for x in results.values() if x is not None)]
 
 
-def _check_finite(name: str, sum_N: Tensor, rows: slice) -> None:
-    finite_N = torch.isfinite(sum_N)
+def _check_finite(name: str, finite_N: Tensor, rows: slice) -> None:
     words = f"{name} and its head must give finite logits"
-    if sum_N.is_cuda:
+    if finite_N.is_cuda:
         torch._assert_async(finite_N.all(), words)
     elif not bool(finite_N.all()):
         row = rows.start + int((~finite_N).nonzero()[0])

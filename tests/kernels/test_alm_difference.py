@@ -96,10 +96,14 @@ def test_no_chunks_no_values(executor, device):
         ({"kind": "binary"}, "expected one of abs, binary_ce"),
         ({"temperature": 0.0}, "positive"),
         ({"renyi_alpha": 1.0}, "not 1"),
+        ({"renyi_alpha": math.nan}, "renyi_alpha must be positive, finite and not 1: got nan"),
+        ({"renyi_alpha": math.inf}, "got inf"),
         ({"student": torch.zeros(3)}, "one shape and dtype"),
+        ({"student": torch.zeros(2, device="meta")}, "one device: got cpu and meta"),
+        ({"teacher": torch.zeros(2).half(), "student": torch.zeros(2).half()}, "float64: got torch.float16"),
     ],
 )
 def test_bad_input_is_named(options, message):
-    student = options.pop("student", torch.zeros(2))
+    teacher, student = (options.pop(name, torch.zeros(2)) for name in ("teacher", "student"))
     with pytest.raises(ValueError, match=message):
-        alm_difference(torch.zeros(2), student, **options)
+        alm_difference(teacher, student, **options)

@@ -125,3 +125,21 @@ def test_what_is_not_finite_is_named_with_its_row(exact, value, executor):
                 hidden[0], Head(torch.ones(5, 8)), hidden[1], Head(torch.ones(6, 8)),
                 exact=exact, workspace_bytes=THREE_ROWS,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_infinity_that_a_softcap_hides_is_named_all_the_same(exact):
+    for place, name in enumerate(("student_ND", "teacher_NE")):
+        hidden = [torch.zeros(7, 8), torch.zeros(7, 8)]
+        hidden[place][5, 3] = torch.inf
+        heads = [Head(torch.ones(V, 8), softcap=3.0) for V in (5, 6)]
+        with pytest.raises(ValueError, match=f"{name} .*row 5"):
+            sorted_distance(hidden[0], heads[0], hidden[1], heads[1], exact=exact)
+
+
+def test_a_softcap_that_is_none_is_refused():
+    head = Head(torch.ones(5, 8))
+    with pytest.raises(
+        ValueError, match=r"teacher_head\.softcap must be positive and finite, or None: got 0"
+    ):
+        sorted_distance(torch.zeros(2, 8), head, torch.zeros(2, 8), Head(torch.ones(5, 8), softcap=0.0))
