@@ -3,13 +3,16 @@
 Where `error_bound` is 0 the bins are exact, so values and gradients must be those of the sort; elsewhere the
 value must lie between the sort's and the bound.
 
-Faults tried, each caught by a test here: the last columns of a row dropped from its histogram, or from its
-maximum; the sum of exp not rescaled when the maximum rises; a bin's count taken with those above it; the
-first bin's ids counted twice; the fine octaves' slope forgotten in the gradient's lookup; the sign of the bin
-above; Σ p·sign left out, or taken over the teacher; the softcap's slope dropped; α dropped from the gradient;
-padding rows counted; upstream gradient or row weight ignored; the longer teacher's tail not summed; signs
-not put back in the order before the sort; the second chunk's rows written over the first's; dW of the last
-chunk alone; zeros of the shorter vocabulary counted as ids.
+Faults tried, each caught by a test here or in the files beside: a row's last columns dropped from its
+histogram; the maximum that of the last block; the sum of exp not rescaled when it rises; a bin's own count
+added to those above it (Triton, torch); the first bin's ids counted twice; the fine octaves' slope wrong; the
+sign of the bin above or below in the gradient (Triton, torch); Σ p·sign left out, or of the difference;
+the foot left in the mass; the bound of the bins not a bound, and p at it in no bin; half a step left out
+(Triton, torch); a borrow between place and count; a row's bins put in another's; the softcap's slope dropped
+(Triton, torch, exact); α dropped from the gradient (formed, tables); padding rows counted; upstream gradient
+ignored (formed, tables), or the row weight; the teacher's temperature forgotten; the longer teacher's tail
+not summed; signs not put back in the order before the sort; the second chunk's rows written over the first's;
+dW of the last chunk alone; dbias not written; NaN let through; the bound's teacher forgotten.
 """
 
 import os
@@ -210,13 +213,13 @@ def test_the_largest_probability_may_be_a_power_of_two(exact, executor, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 def test_a_probability_on_an_edge_has_its_sign(dtype, executor, device):
-    """One id each, p on an edge of its bin and q far below: the place inside the bin is 0, the sign is not."""
+    """One id each, p on an edge and q far below: the place inside the bin is 0, the sign is not."""
     foot_N = torch.tensor([2.0**-25], device=device)
     bins = []
     for p in (0.25 - 2.0**-25, 0.1):
         softmax = sorted_tile.Softmax(*torch.tensor([[0.0], [p]], device=device, dtype=dtype))
         bins.append(sorted_tile.histogram(torch.zeros(1, 1, device=device, dtype=dtype), softmax, foot_N))
-    value_N, sign_NB, mean_N = sorted_tile.merge(bins[0], bins[0] - bins[1], foot_N, dtype)
+    value_N, _, mean_N = sorted_tile.merge(bins[0], bins[0] - bins[1], foot_N, dtype)
     torch.testing.assert_close(mean_N, torch.full_like(mean_N, 0.25 - 2.0**-25), rtol=1e-6, atol=0)
     torch.testing.assert_close(value_N, torch.full_like(value_N, 0.15), rtol=1e-6, atol=0)
 
