@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,9 @@ def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor
             mapping_V = torch.from_numpy(np.load(file, allow_pickle=False))
         else:
             mapping_V = torch.as_tensor(torch.load(file, weights_only=True))
-    except (ValueError, TypeError, EOFError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:  # of numpy, torch, or the format inside, each in words of its own
+        if isinstance(error, OSError):
+            raise
         raise ValueError(
             f"mined_mapping_path {file} must be an npy file, or a .pt file with a tensor, and is none: "
             "make it with `tokenkit mined-mapping`"
