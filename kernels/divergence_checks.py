@@ -140,10 +140,10 @@ def check_finite(state: RowState, problem: Problem) -> None:
 
 
 def check_hidden(name: str, hidden_ND: Tensor) -> None:
-    """Name the row of hidden states that holds NaN or infinity."""
+    """Name the row of hidden states that holds NaN or infinity. On a CPU a compiler's graph leaves it out."""
     is_finite_N = torch.isfinite(hidden_ND).all(1)
     words = f"{name} must be finite"
     if is_finite_N.is_cuda:
         torch._assert_async(is_finite_N.all(), words)
-    elif not bool(is_finite_N.all()):
+    elif not torch.compiler.is_compiling() and not bool(is_finite_N.all()):
         raise ValueError(f"{words}: row {int(torch.nonzero(~is_finite_N)[0])} holds NaN or infinity")

@@ -124,3 +124,15 @@ def test_a_channel_that_is_always_zero_divides_by_nothing():
     with torch.no_grad():
         teacher.hidden_BTD[..., 2] = 0
     assert latents_loss(student, teacher, batch).total.isfinite()
+
+
+def test_latents_that_are_not_finite_are_named():
+    for side in ("student", "teacher"):
+        batch = make_batch()
+        states = dict(zip(("student", "teacher"), make_states(batch), strict=True))
+        with torch.no_grad():
+            states[side].hidden_BTD[..., 1] = torch.inf
+        with pytest.raises(
+            ValueError, match=f"the {side}'s latents at the ends of chunks must be finite: row 0"
+        ):
+            latents_loss(*states.values(), batch)

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tokenkit.kernels.divergence_checks import check_hidden
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import RowPairs, chunk_ends, need_teacher, take
 from tokenkit.structs import (
@@ -81,6 +82,8 @@ def prepare(
     teacher = need_teacher(teacher, "alm_latents")
     rows = chunk_ends(batch, options.chunks)
     latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
+    for teacher_NE in latents:
+        check_hidden("the teacher's latents at the ends of chunks", teacher_NE)
     count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
     return LatentsPrepared(count, rows, tuple(latents))
 
@@ -101,6 +104,7 @@ def function(
         teacher_layer = facing_layer(layer, len(latents) // parts, len(prepared.teacher_JNE) // parts)
         teacher_NE = prepared.teacher_JNE[teacher_layer * parts + part]
         student_ND = take(state_BTD, batch.student, prepared.rows.student_N)
+        check_hidden("the student's latents at the ends of chunks", student_ND)
         total = total + _distance(_project(student_ND, teacher_NE, j, context), teacher_NE, options)
     return LossTerm(total / len(latents), prepared.count)
 
