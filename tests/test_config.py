@@ -248,6 +248,7 @@ def test_every_alias_stands_for_something_that_exists():
         ("loss_weights", [1, 2], "one value per loss (1: alm_unconstrained), got 2"),
         ("loss_weights", {"clm": 1}, "loss_weights names clm, but the losses of this run are"),
         ("loss_weights", [-1], "loss_weights must be at least 0"),
+        ("loss_weights", [0], "loss_weights are all 0: nothing would be trained"),
         ("loss_weights", ["x"], "loss_weights: expected a list, each a number or a mapping"),
         ("optimizer.param_groups", [{"patern": "x"}], "unknown field patern, did you mean pattern?"),
         ("optimizer.param_groups", [{"lr_scale": 1}], "missing required field pattern"),

@@ -229,9 +229,12 @@ class Objective:
             check_parts("multitask_aggregation_fn", "+".join(names), AGGREGATIONS)
         if not 0 <= self.ema_alpha < 1:
             raise ConfigError(f"ema_alpha must lie in [0, 1), got {self.ema_alpha}")
-        weights = self.loss_weights or ()
-        for weight in weights.values() if isinstance(weights, Mapping) else weights:
+        given = self.loss_weights or ()
+        weights = tuple(given.values()) if isinstance(given, Mapping) else given
+        for weight in weights:
             at_least("loss_weights", weight, 0)
+        if len(weights) == len(self.losses) and not any(weights):
+            raise ConfigError("loss_weights are all 0: nothing would be trained")
         self._check_files(canonical)
         if self.baseline.kd_rate is not None and self.loss_weights is not None:
             raise ConfigError(
