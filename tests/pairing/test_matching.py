@@ -87,3 +87,16 @@ def test_real_tokenizers_share_most_of_what_is_short(load_real):
     assert len(pairs.student_P) > 30_000
     entries = projection_entries(student, teacher)
     assert len(np.unique(entries.student_M)) > 0.99 * student.vocab_size
+
+
+def test_two_roles_of_one_teacher_token_make_one_pair():
+    """A teacher whose BOS and EOS are one token faces the student's first of the two alone."""
+    special = np.array([True, True, False])
+    student = SimpleNamespace(
+        token_bytes=[b"<s>", b"</s>", b"a"], is_special_V=special, special_ids={"bos": 0, "eos": 1}
+    )
+    teacher = SimpleNamespace(
+        token_bytes=[b"<|end|>", b"a"], is_special_V=special[1:], special_ids={"bos": 0, "eos": 0}
+    )
+    pairs = matching_tokens(student, teacher)
+    assert list(zip(*(ids.tolist() for ids in pairs), strict=True)) == [(0, 0), (2, 1)]

@@ -9,6 +9,7 @@ import random
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from tokenkit.structs import LossTerm
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
-from tokenkit.training.losses import read_mapping
+from tokenkit.training.losses import _mined_pairs, read_mapping
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -270,3 +271,13 @@ def test_latents_of_another_width_are_told_to_be_projected(config_of, files):
     config = config_of(losses=["alm_latents"], teacher__pretrained_model_name_or_path=files / "teacher")
     with pytest.raises(ValueError, match="32 wide and the teacher's 48: set latents_do_project"):
         build(config, SINGLE)
+
+
+def test_of_student_ids_with_one_nearest_teacher_id_the_one_of_its_bytes_is_its_pair():
+    tokenizers = [SimpleNamespace(token_bytes=list(texts)) for texts in ((b"ab", b"a", b"c"), (b"a", b"d"))]
+    source = SimpleNamespace(
+        mapping=lambda: torch.tensor([0, 0, 1]), student=tokenizers[0], teacher=tokenizers[1],
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    pairs = _mined_pairs(source)
+    assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([1, 2], [0, 1])
