@@ -222,8 +222,8 @@ class Tokenizer:
             return self.family
         if self.chat_template is None:
             raise ValueError(
-                f"tokenizer {self.spec} has no chat template: name a family with ':target=', or write without "
-                "one: use_chat_template=false and chat_template_mode=direct_encode"
+                f"tokenizer {self.spec} has no chat template: name a family with ':target=', or write "
+                "without one: use_chat_template=false and chat_template_mode=direct_encode"
             )
         return family_of_template(self.family, self.chat_template, self.control)
 
