@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels import row_chunks
 from tokenkit.kernels.divergence_checks import check_hidden, check_sides
@@ -29,15 +29,38 @@ from tokenkit.structs import Head
 
 
 class Projection(NamedTuple):
-    """A sparse matrix from the student's vocabulary to the teacher's, and its transpose."""
+    """A sparse matrix from the student's vocabulary to the teacher's, and its transpose.
 
-    into_teacher_WV: Tensor
-    """float32, compressed rows."""
-    into_student_VW: Tensor
+    Plain tensors, because a graph of `torch.compile` takes no sparse ones.
+    """
+
+    into_teacher: tuple[Tensor, Tensor, Tensor]
+    """Compressed rows: where each teacher id's entries begin, their student ids, their float32 weights."""
+    into_student: tuple[Tensor, Tensor, Tensor]
+    """The same of the transpose."""
+    shape: tuple[int, int]
+    """W, V."""
 
     def to(self, device: torch.device | str) -> Projection:
         """Return the same projection on `device`."""
-        return Projection(self.into_teacher_WV.to(device), self.into_student_VW.to(device))
+        first, second = ([part.to(device) for part in parts] for parts in self[:2])
+        return Projection((first[0], first[1], first[2]), (second[0], second[1], second[2]), self.shape)
+
+    def dense(self) -> Tensor:
+        """Return the matrix [W, V], for small vocabularies."""
+        return _sparse(self.into_teacher, self.shape, torch.float32).to_dense()
+
+
+def _sparse(parts: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse")  # of torch: in beta, and unchecked, as ids are when made
+        return torch.sparse_csr_tensor(parts[0], parts[1], parts[2].to(dtype), shape, check_invariants=False)
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = matrix.coalesce().to_sparse_csr()
+    # copies: these are views of the sparse tensor, and a graph would see that
+    return matrix.crow_indices().clone(), matrix.col_indices().clone(), matrix.values().clone()
 
 
 def make_projection(
@@ -74,7 +97,7 @@ def make_projection(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse")  # of torch: in beta, and unchecked, as ids are above
         matrix = torch.sparse_coo_tensor(index, weight_M.float(), shape).coalesce()
-        return Projection(matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr())
+        return Projection(_parts(matrix), _parts(matrix.t()), shape)
 
 
 class _Plan(NamedTuple):
@@ -107,7 +130,9 @@ def _chunk(
     if plan.student_head.softcap is not None:
         slope_NV = 1 - (z_NV * (plan.temperature / plan.student_head.softcap)).square()
     dtype = z_NV.dtype
-    into_teacher, into_student = (matrix.to(dtype) for matrix in plan.projection)
+    W, V = plan.projection.shape
+    into_teacher = _sparse(plan.projection.into_teacher, (W, V), dtype)
+    into_student = _sparse(plan.projection.into_student, (V, W), dtype)
     p_NV = z_NV.sub_(z_NV.logsumexp(1, keepdim=True)).exp_()
     tiny = torch.finfo(dtype).tiny
     # a teacher's token of which no float32 probability is left pulls with the largest number there is
@@ -123,28 +148,89 @@ def _chunk(
     return (row_weight_N * value_N).sum(), dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
 
 
-class _ProjectedDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        teacher_NE: Tensor,
-        row_weight_N: Tensor,
-        plan: _Plan,
-    ):
-        with torch.autocast(student_ND.device.type, enabled=False):
-            total, gradients = _run(student_ND, teacher_NE, row_weight_N, plan)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if x is None else x.dtype for x in (student_ND, weight_VD, bias_V)]
-        return total
+@torch.library.custom_op(
+    "tokenkit::projected_divergence",
+    mutates_args=(),
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, "
+    "float[] numbers, bool[] trains) -> Tensor[]",
+)
+def _divergence(student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, *packed: Any) -> Any:
+    """Return the weighted sum, then a gradient for each of student, weight and bias, empty where unwanted."""
+    plan, row_weight_N = _unpack(weight, bias, *packed)
+    with torch.autocast(student.device.type, enabled=False):
+        total, gradients = _run(student, teacher, row_weight_N, plan)
+    return [total, *(total.new_empty(0) if x is None else x for x in gradients)]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor):
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * dtotal).to(dtype) for g, dtype in pairs), None, None, None
+
+@_divergence.register_fake
+def _(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    constants: Any,
+    numbers: Any,
+    trains: Any,
+) -> Any:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    shapes = (student.shape, weight.shape, weight.shape[:1])
+    wanted = [shape if wants else (0,) for shape, wants in zip(shapes, trains, strict=True)]
+    return [student.new_empty(shape, dtype=dtype) for shape in ((), *wanted)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.lists, ctx.trains = len(inputs[4]), inputs[6]
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+    upstream, none = upstreams[0], [None] * ctx.lists
+    if upstream is None:
+        return None, None, None, None, none, None, None
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "projected_divergence has no second derivative: call backward without create_graph"
+        )
+    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.trains, strict=True)
+    return *((g * upstream).to(dtype) if wants else None for g, dtype, wants in found), None, none, None, None
+
+
+_divergence.register_autograd(_gradients, setup_context=_keep)
+
+
+def _pack(plan: _Plan, row_weight_N: Tensor) -> tuple[list[Tensor], list[float], list[bool]]:
+    """Lay a plan out as what an operation may take."""
+    head, projection = plan.teacher_head, plan.projection
+    constants = [row_weight_N, head.weight_VD, *projection.into_teacher, *projection.into_student]
+    constants += [] if head.bias_V is None else [head.bias_V]
+    numbers = [*projection.shape, plan.temperature, plan.teacher_temperature, plan.workspace_bytes]
+    for one in (plan.student_head, head):
+        numbers += [0 if one.softcap is None else one.softcap, one.scale]
+    return constants, [float(x) for x in numbers], list(plan.trains)
+
+
+def _unpack(
+    weight: Tensor, bias: Tensor | None, constants: list[Tensor], numbers: list[float], trains: list[bool]
+) -> tuple[_Plan, Tensor]:
+    row_weight_N, teacher_weight, *parts = constants
+    W, V, temperature, teacher_temperature, workspace, softcap, scale, teacher_softcap, teacher_scale = (
+        numbers
+    )
+    shape = (int(W), int(V))
+    projection = Projection((parts[0], parts[1], parts[2]), (parts[3], parts[4], parts[5]), shape)
+    teacher_bias = parts[6] if len(parts) > 6 else None
+    plan = _Plan(
+        Head(weight, bias, softcap or None, scale, shape[1]),
+        Head(teacher_weight, teacher_bias, teacher_softcap or None, teacher_scale, shape[0]),
+        projection,
+        temperature,
+        teacher_temperature,
+        int(workspace),
+        (trains[0], trains[1], trains[2]),
+    )
+    return plan, row_weight_N
 
 
 def _run(
@@ -154,9 +240,9 @@ def _run(
     head, teacher_head = plan.student_head, plan.teacher_head
     check_hidden("student_ND", student_ND)
     check_hidden("teacher_NE", teacher_NE)
-    W, V = plan.projection.into_teacher_WV.shape
+    W, V = plan.projection.shape
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
-    reached_W = plan.projection.into_teacher_WV.crow_indices().diff() > 0
+    reached_W = plan.projection.into_teacher[0].diff() > 0
     total = torch.zeros((), dtype=dtype, device=student_ND.device)
     shapes = (student_ND.shape, head.weight_VD.shape, head.weight_VD.shape[:1])
     gradients = [
@@ -220,7 +306,7 @@ def projected_divergence(
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite: got {value}")
-    W, V = projection.into_teacher_WV.shape
+    W, V = projection.shape
     for name, head, size in (("student", student_head, V), ("teacher", teacher_head, W)):
         if head.shard is not None:
             raise ValueError(
@@ -241,4 +327,4 @@ def projected_divergence(
         workspace_bytes,
         (trains[0], trains[1], trains[2]),
     )
-    return _ProjectedDivergence.apply(*tensors, teacher_NE.detach(), row_weight_N, plan)
+    return _divergence(*tensors, teacher_NE.detach(), *_pack(plan, row_weight_N))[0]

@@ -43,7 +43,7 @@ def run(function, tensors, V, W, projection, **options):
     head, teacher_head = heads([*leaves, *tensors[3:]], V, W, softcap=4.0, scale=0.7)
     weight_N = torch.linspace(0.5, 2, len(leaves[0])).to(leaves[0].dtype)
     if function is reference:
-        dense = projection.into_teacher_WV.to_dense().to(leaves[0].dtype)
+        dense = projection.dense().to(leaves[0].dtype)
         total = (weight_N * reference(leaves[0], head, tensors[3], teacher_head, dense, **options)).sum()
     else:
         total = function(leaves[0], head, tensors[3], teacher_head, projection, weight_N, **options)
@@ -185,3 +185,46 @@ def test_what_does_not_fit_is_named(change, message):
 def test_a_projection_that_is_none_is_named(entries, message):
     with pytest.raises(ValueError, match=message):
         make_projection(*(torch.tensor(x) for x in entries), 23, 31)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_torch_finds_the_operation_sound(frozen):
+    tensors = make(N=3, dtype=torch.float32)
+    for tensor in tensors[: 1 if frozen else 3]:
+        tensor.requires_grad_()
+    head, teacher_head = heads(tensors, 23, 31, softcap=4.0)
+    projection = make_projection(*make_entries(23, 31, 60), 23, 31)
+    plan = module._Plan(head, teacher_head, projection, 1.0, 1.0, 4000, (True, not frozen, not frozen))
+    packed = module._pack(plan, torch.rand(3))
+    torch.library.opcheck(module._divergence, (*tensors[:3], tensors[3], *packed))
+
+
+def test_rows_chosen_inside_a_graph_give_what_eager_gives():
+    tensors = make(dtype=torch.float32)
+    projection = make_projection(*make_entries(23, 31, 60), 23, 31)
+    leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
+    keep = torch.tensor([True, False, True, True, False, True, True])
+
+    def chosen(student, weight, bias, teacher, teacher_weight, teacher_bias, keep):
+        rows = keep.nonzero()[:, 0]
+        head, teacher_head = heads([student, weight, bias, teacher, teacher_weight, teacher_bias], 23, 31)
+        one = student.new_ones(len(rows))
+        return projected_divergence(student[rows], head, teacher[rows], teacher_head, projection, one)
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager")
+        found = [f(*tensors, keep) for f in (chosen, compiled)]
+    torch.testing.assert_close(found[0], found[1])
+    gradients = [torch.autograd.grad(value, leaves) for value in found]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_second_derivative_is_refused():
+    tensors = make(dtype=torch.float32)
+    head, teacher_head = heads(tensors, 23, 31)
+    student = tensors[0].requires_grad_()
+    projection = make_projection(*make_entries(23, 31, 60), 23, 31)
+    total = projected_divergence(student, head, tensors[3], teacher_head, projection, torch.ones(7))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, student, create_graph=True)

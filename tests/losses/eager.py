@@ -33,7 +33,7 @@ def projected_divergence(
     student_ND, head, teacher_NE, teacher_head, projection, row_weight_N, *, workspace_bytes=0, **options
 ):
     """The definition, on a dense projection."""
-    carry_WV = projection.into_teacher_WV.to_dense()
+    carry_WV = projection.dense()
     value_N = projected.projected_divergence(student_ND, head, teacher_NE, teacher_head, carry_WV, **options)
     return (row_weight_N * value_N).sum()
 

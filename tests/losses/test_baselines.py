@@ -101,7 +101,7 @@ def gold_by_hand(student, teacher, batch, matched_weight=4 / 50, temperature=1.0
 
 def xtoken_by_hand(student, teacher, batch, temperature=1.0, teacher_temperature=1.0):
     rows = chunk_starts(batch, "unconstrained")
-    carry_WV = make_options("baseline_xtoken").projection.into_teacher_WV.to_dense().double()
+    carry_WV = make_options("baseline_xtoken").projection.dense().double()
     reached = carry_WV.sum(1) > 0
     r = (full(student, temperature)[rows.student_N].softmax(-1) @ carry_WV.T)[:, reached]
     z_t = full(teacher, temperature * teacher_temperature)[rows.teacher_N].detach()[:, reached]
