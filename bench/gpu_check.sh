@@ -35,6 +35,7 @@ if [ -n "$dry" ]; then
     "$python" bench/alm_step.py --device cpu --tokens 128 --vocab 1000 --hidden 32 --repetitions 2 \
         --save "$out/alm_step.json"
     "$python" bench/chunk_likelihood.py --repetitions 2 --save "$out/chunk_likelihood.json"
+    "$python" bench/memory.py --device cpu --vocab 1000 --only clm --save "$out/memory.json"
     echo "dry run passed: $(find "$out" -name '*.json' | wc -l) results were written and removed"
     exit 0
 fi
@@ -52,6 +53,7 @@ for kernel in "${heads[@]}"; do
 done
 "$python" bench/alm_step.py --tokens 8192 --hidden 4096 --repetitions 30 --save "$out/alm_step.json"
 "$python" bench/chunk_likelihood.py --repetitions 30 --save "$out/chunk_likelihood.json"
+"$python" bench/memory.py --tokens 4096 --hidden 512 --workspace 256 --save "$out/memory.json"
 if [ -n "${MODEL:-}" ]; then
     "$python" bench/linear_logprob.py --model "$MODEL" --save "$out"
 fi
