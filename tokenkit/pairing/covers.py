@@ -6,7 +6,7 @@ The cover of a token t is the set of continuations c (bytes, not empty) for whic
 t + c begins inside t and holds all of c. That token is b = s + c for a suffix s of t; what stands before s
 is written as it would be alone.
 
-Testing every b for every suffix of every token calls the tokenizer tens of millions of times. Instead, for BPE:
+Testing every b for every suffix of every token takes tens of millions of calls. Instead, for BPE:
 
 1. s is all of t: the text is b itself, so b counts if the tokenizer writes it as one token.
 2. s is shorter: b counts if it may follow the last token of what stands before (`pairing/merges.py`), as
