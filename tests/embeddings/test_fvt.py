@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
-from tokenkit.embeddings.fvt import METHODS, row_sources, transfer_vocabulary
+from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.rows import LABELS
+from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 
@@ -31,7 +33,7 @@ def test_same_bytes_take_the_old_row_and_others_the_mean_of_their_pieces(tokeniz
         if new.is_special_V[token_id]:
             continue
         pieces = old.encode(raw.decode()).ids if _is_text(raw) else None
-        method = METHODS[sources.method_V[token_id]]
+        method = LABELS[sources.method_V[token_id]]
         if raw in old.token_bytes:
             assert method == "same_bytes"
             torch.testing.assert_close(new_VD[token_id], old_WD[old.token_bytes.index(raw)])
@@ -70,7 +72,7 @@ def test_every_row_has_a_method_and_bytes_always_reach_some_old_row(tokenizers, 
     sources = row_sources(tokenizers[old], tokenizers[new])
     report = sources.report()
     assert sum(report.values()) == tokenizers[new].vocab_size
-    without = np.flatnonzero(sources.method_V == METHODS.index("mean_of_all"))
+    without = np.flatnonzero(sources.method_V == LABELS.index("mean_of_all"))
     assert all(tokenizers[new].is_special_V[i] for i in without), "all old ones here can write any byte"
 
 

@@ -4,7 +4,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import ARCHITECTURES, byte_level_bpe, sentencepiece_bpe, tiny_model
-from tokenkit.embeddings.fvt import transfer_vocabulary
+from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.huggingface import ExportError, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.lora import LoraOptions, add_lora

@@ -19,7 +19,7 @@ from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
-from tokenkit.embeddings.fvt import transfer_vocabulary
+from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
 from tokenkit.models.causal_lm import (
     DTYPES,

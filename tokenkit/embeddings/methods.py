@@ -1,0 +1,117 @@
+"""The initialisations of a new vocabulary, behind one interface: `METHODS`.
+
+A method reads both tokenizers and the old matrices and returns new matrices with `size` rows and a count of
+rows by what they were made of. It changes nothing. A new one is a function and an entry in `METHODS`.
+
+Dimensions: V new vocabulary, W old vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.matching import Matching, copied_ids, need_something
+from tokenkit.embeddings.rows import LABELS, Matrices, RowSources, chunks, from_lists, mean_row
+
+if TYPE_CHECKING:
+    from tokenkit.tokenization.byteify import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """What methods may be told."""
+
+    matching: Matching = field(default_factory=Matching)
+    """Which tokens take a row of the old vocabulary as it is."""
+    seed: int = 0
+    """Of what is drawn at random."""
+    hypernet: str | None = None
+    """Folder of a trained hypernetwork."""
+
+
+Method = Callable[["Tokenizer", "Tokenizer", Matrices, int, InitOptions], tuple[Matrices, dict[str, int]]]
+"""(old tokenizer, new tokenizer, old matrices, rows, options) -> (new matrices, counts). A matrix that is
+None stays None."""
+
+
+def apply_sources(sources: RowSources, old: Matrices, size: int) -> tuple[Matrices, dict[str, int]]:
+    """Make every matrix of the same sources."""
+
+    def bias() -> Tensor | None:
+        return None if old.bias_W is None else sources.rows(old.bias_W[:, None], size)[:, 0]
+
+    output_VD = None if old.output_WD is None else sources.rows(old.output_WD, size)
+    return Matrices(sources.rows(old.embedding_WD, size), output_VD, bias()), sources.report()
+
+
+def fvt(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Fast vocabulary transfer: see `tokenkit.embeddings.fvt`."""
+    return apply_sources(row_sources(old, new, options.matching), matrices, size)
+
+
+def mean(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Every row the mean of all old rows, but those of special tokens: what no knowledge of tokens gives."""
+    return apply_sources(_copies(old, new, replace(options.matching, same_bytes=False)), matrices, size)
+
+
+def overlap(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Copy what both vocabularies have; all other rows are the mean of all old rows."""
+    return apply_sources(_copies(old, new, options.matching), matrices, size)
+
+
+def random_normal(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Copy what both vocabularies have; draw other rows with each dimension's mean and deviation of old rows.
+
+    Padding rows are the mean. The draw depends on the seed alone: input and output differ.
+    """
+    sources = _copies(old, new, options.matching)
+    made, _ = apply_sources(sources, matrices, size)
+    to_draw = torch.from_numpy(np.flatnonzero(sources.method_V == LABELS.index("mean_of_all")))
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def draw(old_WD: Tensor, new_VD: Tensor) -> None:
+        mean_D = mean_row(old_WD)
+        square_D = sum(((part - mean_D).square().double().sum(0) for part in chunks(old_WD)), 0)
+        std_D = torch.as_tensor(square_D / max(1, len(old_WD) - 1)).sqrt().to(mean_D.dtype)
+        for ids in to_draw.split(max(1, 2**24 // old_WD.shape[1])):
+            noise = torch.randn(len(ids), old_WD.shape[1], generator=generator, dtype=mean_D.dtype)
+            new_VD[ids] = (mean_D + noise * std_D).to(new_VD.dtype)
+
+    draw(matrices.embedding_WD, made.embedding_WD)
+    if matrices.output_WD is not None and made.output_WD is not None:
+        draw(matrices.output_WD, made.output_WD)
+    if matrices.bias_W is not None and made.bias_W is not None:
+        draw(matrices.bias_W[:, None], made.bias_W[:, None])
+    report = sources.report()
+    report["random"] = report.pop("mean_of_all")
+    return made, report
+
+
+def _copies(old: Tokenizer, new: Tokenizer, matching: Matching) -> RowSources:
+    """Special tokens and same bytes copied as `matching` says, the rest the mean of all."""
+    need_something(old, new)
+    copied = copied_ids(old, new, matching)
+    return from_lists(copied.ids, copied.label_V)
+
+
+METHODS: dict[str, Method] = {
+    "fvt": fvt,
+    "mean": mean,
+    "overlap": overlap,
+    "random_normal": random_normal,
+}

@@ -1,0 +1,73 @@
+"""Give a model the rows of another tokenizer, made by one of `METHODS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from tokenkit.embeddings.methods import METHODS, InitOptions
+from tokenkit.embeddings.rows import Matrices
+from tokenkit.models.causal_lm import effective_weight, head_bias
+
+if TYPE_CHECKING:
+    from tokenkit.models.causal_lm import CausalLM
+    from tokenkit.tokenization.byteify import Tokenizer
+
+OutputEmbeddings = Literal["preserve", "untie"]
+
+
+def transfer_vocabulary(
+    model: CausalLM,
+    old: Tokenizer,
+    new: Tokenizer,
+    *,
+    pad_to_multiple_of: int = 1,
+    output_embeddings: OutputEmbeddings = "preserve",
+    method: str = "fvt",
+    options: InitOptions | None = None,
+) -> dict[str, int]:
+    """Give `model`, whose tokenizer is `old`, rows for `new`, in place; return how many were made of what.
+
+    Args:
+        model: its embedding, its head and, where it has one, the bias of its head are replaced.
+        old: the tokenizer that the model was trained with.
+        new: the tokenizer that it gets.
+        pad_to_multiple_of: the number of rows is rounded up to this; the rows beyond are padding.
+        output_embeddings: "preserve" keeps a tied head tied; "untie" gives it rows of its own.
+        method: a name of `METHODS`.
+        options: what the method may be told.
+
+    Raises:
+        ValueError: `old` has more ids than the model has rows, shares nothing with `new`, or the method
+            cannot work with what it is given.
+    """
+    matrices = old_matrices(model, old, untie=output_embeddings == "untie")
+    size = -(-new.vocab_size // pad_to_multiple_of) * pad_to_multiple_of
+    made, report = METHODS[method](old, new, matrices, size, options or InitOptions())
+    model.replace_vocabulary(
+        embedding_VD=made.embedding_WD,
+        output_VD=made.output_WD,
+        bias_V=made.bias_W,
+        vocab_size=new.vocab_size,
+    )
+    return report
+
+
+def old_matrices(model: CausalLM, old: Tokenizer, *, untie: bool = False) -> Matrices:
+    """Return the rows of the model's real tokens, views of its parameters.
+
+    Raises:
+        ValueError: `old` has more ids than the model has rows.
+    """
+    embedding_WD = effective_weight(model.embedding).detach()
+    if old.vocab_size > embedding_WD.shape[0]:
+        raise ValueError(
+            f"tokenizer {old.spec} has {old.vocab_size} ids but the model's embedding only "
+            f"{embedding_WD.shape[0]} rows: name the tokenizer that the model was trained with"
+        )
+    output_WD, bias_W = effective_weight(model.output).detach(), head_bias(model.output)
+    count = old.vocab_size
+    return Matrices(
+        embedding_WD[:count],
+        None if model.is_tied and not untie else output_WD[:count],
+        None if bias_W is None else bias_W.detach()[:count],
+    )
