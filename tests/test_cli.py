@@ -126,6 +126,12 @@ def test_every_door_opens(name, capsys):
     assert "usage" in capsys.readouterr().out.lower()
 
 
+def test_a_name_of_other_scripts_opens_the_same_door(capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["compute_tokenizer_info", "--help"]) == 0
+    assert "usage: tokenkit pair-stats" in capsys.readouterr().out
+
+
 def test_the_version_is_the_packages_own(capsys):
     from tokenkit import __version__
 

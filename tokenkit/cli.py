@@ -26,6 +26,9 @@ DOORS = {
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
+ALIASES = {"compute_tokenizer_info": "pair-stats"}
+"""Names that scripts of others know a command by."""
+
 STDOUT = 1
 EXIT_PIPE = 141  # what a shell calls the end of a process by SIGPIPE
 
@@ -55,6 +58,7 @@ def _open(argv: Sequence[str] | None) -> int:
         print(f"tokenkit {__version__}")
         return 0
     name, *rest = arguments
+    name = ALIASES.get(name, name)
     if name not in DOORS:
         known = ", ".join(DOORS)
         print(f"tokenkit: {name!r} is no command{nearest(name, DOORS)}; commands: {known}", file=sys.stderr)

@@ -60,11 +60,12 @@ def mine(config: MinedMappingConfig) -> None:
     """
     from tqdm import tqdm
 
-    from tokenkit.pairing.mining import check_vacant, mine_mapping, save_mapping
+    from tokenkit.pairing.mining import FILES, mine_mapping, save_mapping
+    from tokenkit.pairing.vacant import check_vacant
     from tokenkit.tokenization.byteify import load_tokenizer
 
     folder = Path(config.output).expanduser()
-    check_vacant(folder)
+    check_vacant(folder, FILES)
     student = load_tokenizer(config.target_tokenizer_name)
     teacher = load_tokenizer(config.teacher_tokenizer_name)
     counts = None

@@ -41,6 +41,10 @@ class PairStatsConfig:
     additive_smoothing_constant: float = 1e-9
     """Added to each token's count, as a share of all tokens: no token has probability 0."""
 
+    min_continuation_probability: float = 0.0
+    """Leaves out continuations that end no token of this probability, for less time and memory; summary.json
+    says by how much a bias may then be too small. 0: none, biases are exact."""
+
     seed: int = 0
     """Chooses the documents of a share."""
 
@@ -51,6 +55,9 @@ class PairStatsConfig:
         for name in ("teacher_subsample_percent", "student_subsample_percent"):
             if not 0 < getattr(self, name) <= 100:
                 raise ConfigError(f"{name} must lie in (0, 100], got {getattr(self, name)}")
+        least = self.min_continuation_probability
+        if not 0 <= least < 1:
+            raise ConfigError(f"min_continuation_probability must lie in [0, 1), got {least}")
         constant = self.additive_smoothing_constant
         if not (constant >= 0 and math.isfinite(constant)):
             raise ConfigError(f"additive_smoothing_constant must be at least 0 and finite, got {constant}")
@@ -71,14 +78,16 @@ def measure(config: PairStatsConfig) -> None:
     from tqdm import tqdm
 
     from tokenkit.data.token_counts import Counted, count_tokens
-    from tokenkit.pairing.bias import find_biases
-    from tokenkit.pairing.bias_files import check_vacant, save_biases
+    from tokenkit.pairing.bias import check_any_pair, find_biases
+    from tokenkit.pairing.bias_files import FILES, save_biases
+    from tokenkit.pairing.vacant import check_vacant
     from tokenkit.tokenization.byteify import load_tokenizer
 
     folder = Path(config.output).expanduser()
-    check_vacant(folder)
+    check_vacant(folder, FILES)
     teacher = load_tokenizer(config.teacher_tokenizer_name)
     student = load_tokenizer(config.target_tokenizer_name)
+    check_any_pair(teacher, student)
     sides = {
         "teacher": Counted(teacher, config.teacher_subsample_percent),
         "student": Counted(student, config.student_subsample_percent),
@@ -93,30 +102,35 @@ def measure(config: PairStatsConfig) -> None:
         (count_V / count_V.sum() + smoothing) / (1 + smoothing * len(count_V)) for count_V in counts.values()
     )
     with tqdm(unit="token", disable=quiet) as bar:
-        biases = find_biases(teacher, student, teacher_p, student_p, progress=bar.update)
+        biases = find_biases(
+            teacher, student, teacher_p, student_p, bar.update,
+            min_probability=config.min_continuation_probability,
+        )  # fmt: skip
     seconds = time.perf_counter() - counted
     pairs = len(biases.teacher_P)
-    figures = {
-        "pairs": pairs,
-        "seconds_counting": round(counted - began, 1),
-        "seconds_comparing": round(seconds, 1),
-        "pairs_per_second": round(pairs / seconds),
-        "share_unbiased_at_0.1": float(
-            ((biases.teacher_bias_P <= 0.1) & (biases.student_bias_P <= 0.1)).mean()
-        ),
-    }
+    unbiased = len(biases.pairs_below(0.1)[0]) / pairs
     about = {
         "teacher": {"tokenizer": config.teacher_tokenizer_name, "fingerprint": teacher.fingerprint()},
         "student": {"tokenizer": config.target_tokenizer_name, "fingerprint": student.fingerprint()},
         "teacher_tokens_counted": int(counts["teacher"].sum()),
         "student_tokens_counted": int(counts["student"].sum()),
         "additive_smoothing_constant": smoothing,
-        **figures,
+        "min_continuation_probability": config.min_continuation_probability,
+        "largest_error": dict(zip(sides, biases.error_bounds, strict=True)),
+        "pairs": pairs,
+        "seconds_counting": round(counted - began, 1),
+        "seconds_comparing": round(seconds, 1),
+        "pairs_per_second": round(pairs / seconds),
+        "share_unbiased_at_0.1": unbiased,
     }
     save_biases(folder, biases, (counts["teacher"], counts["student"]), about)
-    print(
-        f"{pairs} pairs in {seconds:.0f} s, {figures['share_unbiased_at_0.1']:.1%} of them unbiased: {folder}"
-    )
+    print(f"{pairs} pairs in {seconds:.0f} s, {unbiased:.1%} of them unbiased: {folder}")
+    if config.min_continuation_probability:
+        teacher_error, student_error = biases.error_bounds
+        print(
+            f"rare continuations left out: a teacher's bias is too small by {teacher_error:.2g} at most, a "
+            f"student's by {student_error:.2g}"
+        )
 
 
 if __name__ == "__main__":

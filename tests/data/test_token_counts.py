@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -78,6 +81,36 @@ def test_counts_of_something_else_are_refused(tokenizer, data, tmp_path):
         count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out", seed=1)
     with pytest.raises(ValueError, match="holds counts of other sides"):
         count_tokens(data, {"a": Counted(tokenizer, 50)}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("when", ["complete", "interrupted"])
+def test_data_that_changed_under_its_name_is_noticed(tokenizer, data, tmp_path, monkeypatch, when):
+    if when == "interrupted":
+        monkeypatch.setattr(token_counts, "_replace", stop_after(3, token_counts._replace))
+        with pytest.raises(KeyboardInterrupt):
+            count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out")
+        monkeypatch.undo()
+    else:
+        count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out")
+    path = Path(data.dataset_name)
+    text, times = path.read_text(), path.stat()
+    path.write_text(text.replace("0", "1"))  # as long as before, and as old
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"counts of data that changed since: \S+text.txt; give --output"):
+        count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out")
+    path.write_text(text)  # the old content again, newer: nothing changed
+    count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out")
+
+
+def stop_after(calls, function):
+    left = iter(range(calls))
+
+    def stopping(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return stopping
 
 
 def test_a_share_outside_its_range_is_refused(tokenizer):

@@ -14,6 +14,7 @@ from tests.tiny import byte_level_bpe, sentencepiece_bpe
 from tests.tokenization.tiny import KINDS
 from tokenkit.pairing.bias import PairBiases, find_biases, find_pairs
 from tokenkit.pairing.covers import Writer, find_covers
+from tokenkit.pairing.rare import dropped_mass, frequent_continuations
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.families import FAMILIES
 from tokenkit.tokenization.spec import parse_spec
@@ -134,6 +135,61 @@ def test_biases_are_the_mass_that_one_end_alone_rules_out(pair, swapped):
         assert biases.teacher_bias_P[i] == pytest.approx(expected, abs=1e-12)
         expected = sum(student_p[token] for c, token in theirs.items() if c not in ours)
         assert biases.student_bias_P[i] == pytest.approx(expected, abs=1e-12)
+
+
+def check_bounds(teacher, student, probabilities, least):
+    """Compare the biases without rare continuations with the exact ones; return how many differ."""
+    exact = find_biases(teacher, student, *probabilities)
+    assert exact.error_bounds == (0, 0)
+    near = find_biases(teacher, student, *probabilities, min_probability=least)
+    sides = list(zip((teacher, student), probabilities, strict=True))
+    kept = set().union(*(frequent_continuations(*side, least) for side in sides))
+    differ = 0
+    for side, bound, name in zip(sides, near.error_bounds, ("teacher", "student"), strict=True):
+        short_P = getattr(exact, f"{name}_bias_P") - getattr(near, f"{name}_bias_P")
+        mass_P = dropped_mass(*side, kept)[getattr(near, f"{name}_P")]
+        assert (short_P >= -1e-12).all()
+        assert (short_P <= mass_P + 1e-12).all()
+        assert mass_P.max() == bound
+        differ += int((short_P > 1e-12).sum())
+    return differ
+
+
+@pytest.mark.parametrize("least", [0.001, 0.003, 0.004, 0.99])
+def test_without_rare_continuations_biases_lose_no_more_than_the_bound(pair, least):
+    probability = [probabilities(tokenizer, seed) for seed, tokenizer in enumerate(pair)]
+    differ = check_bounds(*pair, probability, least)
+    assert differ > 0 or least < 0.004
+
+
+def test_a_bias_without_rare_continuations_by_hand():
+    """[a] covers "b" by [ab] and "11" by [a11]; the other tokenizer has no such token."""
+
+    def made(strings, merges):
+        model = {"type": "BPE", "vocab": {s: i for i, s in enumerate(strings)}, "merges": merges}
+        whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        document = {"model": model, "pre_tokenizer": whole, "normalizer": None, "decoder": None}
+        return Tokenizer(parse_spec("any"), {**document, "added_tokens": []}, FAMILIES["GPT2"])
+
+    teacher = made(["a", "b", "1", "ab", "a1", "a11"], [("a", "b"), ("a", "1"), ("a1", "1")])
+    student = made(["a", "b", "1", "11"], [("1", "1")])
+    probability = np.array([0.5, 0.2, 0.1, 0.15, 0.04, 0.01]), np.array([0.5, 0.3, 0.19, 0.01])
+    cases = ((0, 0.2, (0, 0)), (0.03, 0.19, (0.01, 0)), (0.1, 0.15, (0.05, 0.01)), (0.6, 0, (0.2, 0.01)))
+    for least, bias, bounds in cases:
+        biases = find_biases(teacher, student, *probability, min_probability=least)
+        at = (biases.teacher_P == 0) & (biases.student_P == 0)
+        assert biases.teacher_bias_P[at] == pytest.approx([bias]), least
+        assert biases.error_bounds == pytest.approx(bounds), least
+
+
+@settings(max_examples=60, deadline=None)
+@given(merge_documents(), merge_documents(), st.integers(0, 9), st.sampled_from([0.05, 0.1, 0.2, 0.5]))
+def test_the_bound_holds_for_any_merges(first, second, seed, least):
+    teacher, student = (
+        Tokenizer(parse_spec("any"), {**document, "added_tokens": []}, FAMILIES["GPT2"])
+        for document in (first, second)
+    )
+    check_bounds(teacher, student, [probabilities(teacher, seed), probabilities(student, seed + 1)], least)
 
 
 def test_pairs_are_all_text_tokens_of_which_one_ends_with_the_other(pair):

@@ -1,11 +1,17 @@
 import json
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests.tiny import TEXT, byte_level_bpe
+from tests.tokenization.tiny import write
+from tokenkit.config import EXIT_CONFIG, EXIT_DATA
 from tokenkit.pair_stats import main
-from tokenkit.pairing.bias_files import load_biases
+from tokenkit.pairing.bias_files import FILES, load_biases
 from tokenkit.tokenization.byteify import load_tokenizer
 
 
@@ -68,6 +74,7 @@ def test_statistics_that_exist_are_not_overwritten(written, capsys):
     [
         (["--teacher-subsample-percent", "0"], "teacher_subsample_percent must lie in (0, 100], got 0"),
         (["--additive-smoothing-constant", "-1"], "additive_smoothing_constant must be at least 0"),
+        (["--min-continuation-probability", "1"], "min_continuation_probability must lie in [0, 1), got 1"),
         (["--data.dataset-name", "/absent.txt"], "/absent.txt"),
     ],
 )
@@ -76,6 +83,83 @@ def test_bad_input_is_one_line(written, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_rare_continuations_are_left_out_with_a_bound_that_is_said(written, capsys):
+    assert main(flags(written, "near", "--min-continuation-probability", "0.02")) == 0
+    assert "a teacher's bias is too small by 0." in capsys.readouterr().out
+    near, exact = (load_biases(written / name, *pair(written)) for name in ("near", "stats"))
+    summary = json.loads((written / "near" / "summary.json").read_text())
+    assert summary["min_continuation_probability"] == 0.02
+    for side in ("teacher", "student"):
+        short_P = getattr(exact, f"{side}_bias_P") - getattr(near, f"{side}_bias_P")
+        assert short_P.min() >= -1e-12
+        assert 0 < short_P.max() <= summary["largest_error"][side] + 1e-12
+    exact = json.loads((written / "stats" / "summary.json").read_text())
+    assert exact["largest_error"] == {"teacher": 0, "student": 0}
+
+
+KILLED = """
+import os, signal, sys
+from tokenkit.data import token_counts
+from tokenkit.pair_stats import main
+token_counts.BATCH, token_counts.SAVE_EVERY = 3, 2
+left, where = int(sys.argv[1]), sys.argv[2]
+function = getattr(token_counts, where) if where != "replace" else os.replace
+def killing(*arguments):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments)
+setattr(token_counts if where != "replace" else os, where, killing)
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(("where", "calls"), [("_count", 9), ("replace", 4)])
+def test_a_count_that_was_killed_goes_on(written, where, calls):
+    """Killed in a batch, or after the counts of a save but before the state that names them."""
+    output = f"killed{where}"
+    command = [sys.executable, "-c", KILLED, str(calls), where, *flags(written, output)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    state = json.loads((written / output / "counting.json").read_text())
+    assert 0 < state["mix"]["documents"] < len(TEXT)
+    assert not state["done"]
+    assert main(flags(written, output)) == 0
+    for name in ("teacher_counts.npy", "student_counts.npy"):
+        assert np.array_equal(np.load(written / output / name), np.load(written / "stats" / name))
+    assert not list((written / output).glob("*.tmp"))
+
+
+def test_counts_of_other_tokenizers_are_not_taken_over(written, tmp_path, capsys):
+    shutil.copytree(written / "stats", tmp_path / "half")
+    for name in FILES:
+        (tmp_path / "half" / name).unlink()
+    words = flags(written, "x", "--output", str(tmp_path / "half"), "--target-tokenizer-name", "byte")
+    assert main(words) == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert "holds counts of other sides: give --output another folder" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_pair_without_shared_bytes_is_refused_before_it_counts(written, tmp_path, capsys):
+    for name, strings in (("teacher", ["a", "ab"]), ("student", ["c", "cd"])):
+        vocab = [["<unk>", 0.0], *([string, -1.0] for string in strings)]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+        write(tmp_path / name, {"model": model, "added_tokens": []}, unk_token="<unk>", eos_token="<unk>")
+    words = ["--teacher-tokenizer-name", str(tmp_path / "teacher"), "--output", str(tmp_path / "out")]
+    words += ["--target-tokenizer-name", str(tmp_path / "student")]
+    assert main([*words, "--data.dataset-name", str(written / "text.txt")]) == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert "share no bytes: no pair of tokens exists" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_named(written, capsys):
+    assert main(flags(written, "text.txt")) == EXIT_DATA
+    assert "text.txt must be a folder and is a file" in capsys.readouterr().err
 
 
 def test_a_folder_without_statistics_is_named(written):

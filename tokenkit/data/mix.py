@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
-from tokenkit.data.sources import Source, hash64
+from tokenkit.data.sources import Source, hash64, source_files
 from tokenkit.tokenization.documents import Document
 
 
@@ -115,6 +116,15 @@ def open_data(options: DataOptions, seed: int = 0) -> tuple[Mix, list[Document]]
     heldout = [document for source in sources for document in source.heldout(each)]
     mix = Mix(sources, [source.weight for source in chosen], seed)
     return mix, heldout[: options.heldout.documents]
+
+
+def local_files(options: DataOptions) -> list[Path]:
+    """Return the files of the data sets that are on this machine.
+
+    Raises:
+        FileNotFoundError: a path that leads nowhere, or to no data file.
+    """
+    return [file for source in _sources(options) for file in source_files(source)]
 
 
 def read_documents(options: SourceOptions, limit: int | None = None) -> list[Document]:

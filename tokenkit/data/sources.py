@@ -226,7 +226,7 @@ def _opener(
 ) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
     """Return a function that gives the rows from a number on, again at every call."""
     if _is_local(options.location):
-        files = data_files(Path(options.location).expanduser())
+        files = source_files(options)
         for file in files:
             if options.format is None and format_of(file) is None:
                 next(read_rows(file, None, limits))  # raises: names the formats
@@ -237,6 +237,15 @@ def _opener(
 
         return local
     return _hub_opener(options)
+
+
+def source_files(options: SourceOptions) -> list[Path]:
+    """Return the files of a data set on this machine, none of one on a hub.
+
+    Raises:
+        FileNotFoundError: a path that leads nowhere, or to no data file.
+    """
+    return data_files(Path(options.location).expanduser()) if _is_local(options.location) else []
 
 
 def _hub_opener(options: SourceOptions) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:

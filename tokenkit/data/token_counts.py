@@ -1,10 +1,11 @@
 """How often each token of some tokenizers occurs in one pass over data; the pass may be interrupted.
 
     FOLDER/counting.json   where the pass stands, and what it counts
-    FOLDER/counting.npz    the counts at that point
+    FOLDER/counting_N.npz  the counts at that point, after N documents
 
 Both are replaced in one step each, the counts first under a name of their own: an interruption loses at
-most the documents since the last save.
+most the documents since the last save. Counts are of the content of local files, not of their names: a file
+that changed is noticed by its digest, for one more read of it.
 
 Dimensions: V vocabulary of one tokenizer.
 """
@@ -12,6 +13,7 @@ Dimensions: V vocabulary of one tokenizer.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.data.mix import open_data
+from tokenkit.data.mix import local_files, open_data
 from tokenkit.data.options import DataOptions, HeldoutOptions
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.documents import Document
 
 BATCH = 512  # documents that are encoded in one call, on all cores
 SAVE_EVERY = 20  # batches
+STATE = "counting.json"
 Counts = NDArray[np.int64]
 Progress = Callable[[int], None]
 
@@ -71,13 +74,15 @@ def count_tokens(
         progress: called with the number of documents that were read.
 
     Raises:
-        ValueError: data or tokenizers other than those of the counts in `folder`, or data without a token.
+        ValueError: data or tokenizers other than those of the counts in `folder`, data that changed since,
+            or data without a token.
         FileNotFoundError: data that does not exist.
     """
     about = _about(data, sides, seed)
+    _check_same(folder, about)
     mix, _ = open_data(replace(data, heldout=HeldoutOptions(fraction=0, documents=0)), seed)
     counts = {name: np.zeros(side.tokenizer.vocab_size, np.int64) for name, side in sides.items()}
-    state = _load(folder, about, counts)
+    state = _load(folder, counts)
     if state is not None:
         if progress is not None:
             progress(state["mix"]["documents"])
@@ -122,21 +127,43 @@ def _about(data: DataOptions, sides: Mapping[str, Counted], seed: int) -> dict[s
         "data": hashlib.sha256(repr(data).encode()).hexdigest(),
         "seed": seed,
         "sides": {name: [side.tokenizer.fingerprint(), side.percent] for name, side in sides.items()},
+        "files": {str(file): _digest(file) for file in local_files(data)},
     }
 
 
-def _load(folder: Path, about: Mapping[str, Any], counts: dict[str, Counts]) -> dict[str, Any] | None:
-    """Read where a pass stands into `counts`; None if none was begun."""
-    path = folder / "counting.json"
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse counts of anything else."""
+    path = folder / STATE
     if not path.is_file():
-        return None
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    other = [key for key in about if state["about"].get(key) != about[key]]
+        return
+    counted = json.loads(path.read_text(encoding="utf-8"))["about"]
+    other = [key for key in ("data", "seed", "sides") if counted.get(key) != about[key]]
     if other:
         raise ValueError(
             f"{folder} holds counts of other {' and '.join(other)}: give --output another folder, or move "
             "counting.json and its counts away"
         )
+    then, now = counted.get("files", {}), about["files"]
+    changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"{folder} holds counts of data that changed since: {', '.join(changed[:3])}"
+            f"{' and more' if len(changed) > 3 else ''}; give --output another folder, or move counting.json "
+            "and its counts away"
+        )
+
+
+def _load(folder: Path, counts: dict[str, Counts]) -> dict[str, Any] | None:
+    """Read where a pass stands into `counts`; None if none was begun."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     with np.load(folder / state["counts"], allow_pickle=False) as stored:
         for name in counts:
             counts[name] = stored[name]
@@ -147,11 +174,25 @@ def _save(folder: Path, state: dict[str, Any], counts: Mapping[str, Counts]) -> 
     """Write counts under a name of their own, then the state that names them, then drop the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"counting_{state['mix']['documents']}.npz"
-    with open(folder / (name + ".tmp"), "wb") as file:
-        np.savez(file, **dict(counts))  # type: ignore[arg-type]  # no name is allow_pickle
-    os.replace(folder / (name + ".tmp"), folder / name)
-    (folder / "counting.json.tmp").write_text(json.dumps({**state, "counts": name}), encoding="utf-8")
-    os.replace(folder / "counting.json.tmp", folder / "counting.json")
+    content = io.BytesIO()
+    np.savez(content, **dict(counts))  # type: ignore[arg-type]  # no name is allow_pickle
+    _replace(folder / name, content.getvalue())
+    _replace(folder / STATE, json.dumps({**state, "counts": name}).encode())
     for old in folder.glob("counting_*.npz"):
         if old.name != name:
             old.unlink()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash the old content is there, or all of the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

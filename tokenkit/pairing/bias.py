@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from tokenkit.pairing.align import PairRule
 from tokenkit.pairing.covers import Covers, find_covers
+from tokenkit.pairing.rare import dropped_mass, frequent_continuations
 from tokenkit.tokenization.byteify import Tokenizer
 
 Floats = NDArray[np.float64]
@@ -46,6 +47,8 @@ class PairBiases:
     student_bias_P: Floats
     shape: tuple[int, int]
     """W, V."""
+    error_bounds: tuple[float, float] = (0.0, 0.0)
+    """By how much a bias of the teacher, of the student may lie below its exact value; none lies above."""
 
     def pairs_below(self, threshold: float) -> tuple[Ids, Ids]:
         """Return teacher and student ids of the pairs whose biases are both at most `threshold`."""
@@ -69,6 +72,8 @@ def find_biases(
     teacher_probability_W: Floats,
     student_probability_V: Floats,
     progress: Progress | None = None,
+    *,
+    min_probability: float = 0.0,
 ) -> PairBiases:
     """Return the biases of every pair.
 
@@ -78,6 +83,7 @@ def find_biases(
         teacher_probability_W: unigram probability of each of its tokens.
         student_probability_V: the same for the student's.
         progress: called with the number of teacher tokens that are done.
+        min_probability: continuations that end no token of this probability are left out; 0: none are.
 
     Raises:
         ValueError: if probabilities are of another vocabulary, or no pair exists.
@@ -90,28 +96,39 @@ def find_biases(
             raise ValueError(
                 f"{name} must hold one number per token ({tokenizer.vocab_size}): got {given.shape}"
             )
+    check_any_pair(teacher, student)
     pairs = find_pairs(teacher, student)
-    if not len(pairs[0]):
+    sides = ((teacher, teacher_probability_W), (student, student_probability_V))
+    kept, bounds = None, (0.0, 0.0)
+    if min_probability > 0:
+        kept = set().union(*(frequent_continuations(*side, min_probability) for side in sides))
+        masses = [dropped_mass(*side, kept)[ids].max() for side, ids in zip(sides, pairs, strict=True)]
+        bounds = (float(masses[0]), float(masses[1]))
+    continuations = _Continuations()
+    weighed = [_Weighed(continuations, *side, kept) for side in sides]
+    teacher_bias_P, student_bias_P = _biases(
+        pairs, (weighed[0], weighed[1]), len(continuations.number), progress
+    )
+    blank_P = _is_blank(teacher)[pairs[0]] | _is_blank(student)[pairs[1]]
+    teacher_bias_P[blank_P] = student_bias_P[blank_P] = 1.0
+    shape = (teacher.vocab_size, student.vocab_size)
+    return PairBiases(*pairs, teacher_bias_P, student_bias_P, shape, bounds)
+
+
+def check_any_pair(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Raise ValueError if no token of the one ends with a token of the other."""
+    if next(_endings(teacher, student), None) is None and next(_endings(student, teacher), None) is None:
         raise ValueError(
             f"tokenizers {teacher.spec} and {student.spec} share no bytes: no pair of tokens exists"
         )
-    continuations = _Continuations()
-    weighed = (
-        _Weighed(teacher, continuations, teacher_probability_W),
-        _Weighed(student, continuations, student_probability_V),
-    )
-    teacher_bias_P, student_bias_P = _biases(pairs, *weighed, len(continuations.number), progress)
-    blank_P = _is_blank(teacher)[pairs[0]] | _is_blank(student)[pairs[1]]
-    teacher_bias_P[blank_P] = student_bias_P[blank_P] = 1.0
-    return PairBiases(*pairs, teacher_bias_P, student_bias_P, (teacher.vocab_size, student.vocab_size))
 
 
 def find_pairs(teacher: Tokenizer, student: Tokenizer) -> tuple[Ids, Ids]:
     """Return teacher and student ids of all text tokens of which one ends with the other, sorted."""
     found = np.array(
         sorted({*_endings(teacher, student), *((a, b) for b, a in _endings(student, teacher))}), np.int32
-    )
-    return (found[:, 0].copy(), found[:, 1].copy()) if len(found) else (np.zeros(0, np.int32),) * 2
+    ).reshape(-1, 2)
+    return found[:, 0].copy(), found[:, 1].copy()
 
 
 def _endings(longer: Tokenizer, shorter: Tokenizer) -> Iterator[tuple[int, int]]:
@@ -152,8 +169,14 @@ class _Continuations:
 class _Weighed:
     """A tokenizer's covers with the number and the probability of every entry."""
 
-    def __init__(self, tokenizer: Tokenizer, continuations: _Continuations, probability_V: Floats) -> None:
-        covers = find_covers(tokenizer)
+    def __init__(
+        self,
+        continuations: _Continuations,
+        tokenizer: Tokenizer,
+        probability_V: Floats,
+        kept: set[bytes] | None,
+    ) -> None:
+        covers = find_covers(tokenizer, kept)
         self.offset_V = covers.offset_V
         self.number_E = continuations.of(tokenizer, covers)
         self.weight_E = probability_V[covers.token_E]
@@ -163,10 +186,10 @@ class _Weighed:
 
 
 def _biases(
-    pairs: tuple[Ids, Ids], teacher: _Weighed, student: _Weighed, size: int, progress: Progress | None
+    pairs: tuple[Ids, Ids], sides: tuple[_Weighed, _Weighed], size: int, progress: Progress | None
 ) -> tuple[Floats, Floats]:
     """Compare covers, one teacher token with all its partners at a time; `size` numbers exist."""
-    teacher_P, student_P = pairs
+    (teacher_P, student_P), (teacher, student) = pairs, sides
     teacher_bias_P, student_bias_P = np.zeros(len(teacher_P)), np.zeros(len(teacher_P))
     is_covered_C, weight_C = np.zeros(size, np.bool_), np.zeros(size)
     ids, first = np.unique(teacher_P, return_index=True)

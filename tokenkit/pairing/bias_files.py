@@ -20,18 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.pairing.bias import PairBiases
+from tokenkit.pairing.vacant import check_vacant
 from tokenkit.tokenization.byteify import Tokenizer
 
 MATRICES = ("teacher_bias.npz", "student_bias.npz")
 COUNTS = ("teacher_counts.npy", "student_counts.npy")
 SUMMARY = "summary.json"
 
-
-def check_vacant(folder: Path) -> None:
-    """Raise FileExistsError if `folder` holds statistics."""
-    for name in (*MATRICES, *COUNTS, SUMMARY):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder / name} exists: give --output another folder, or move it away")
+FILES = (*MATRICES, *COUNTS, SUMMARY)
 
 
 def save_biases(
@@ -45,7 +41,7 @@ def save_biases(
     Raises:
         FileExistsError: if the folder holds statistics.
     """
-    check_vacant(folder)
+    check_vacant(folder, FILES)
     folder.mkdir(parents=True, exist_ok=True)
     for name, bias_P in zip(MATRICES, (biases.teacher_bias_P, biases.student_bias_P), strict=True):
         np.savez_compressed(

@@ -26,7 +26,7 @@ import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -55,14 +55,14 @@ class Covers:
     """How many bytes of b lie inside t: the continuation is what is behind them."""
 
 
-def find_covers(tokenizer: Tokenizer) -> Covers:
+def find_covers(tokenizer: Tokenizer, kept: Container[bytes] | None = None) -> Covers:
     """Return the cover of every text token that is not whitespace alone; all others have none.
 
     Tokens with the same bytes have the same cover. BPE is fast; for any other model the tokenizer is called
-    for every candidate.
+    for every candidate. With `kept` no other continuations are looked at (`pairing/rare.py`).
     """
     writer = Writer(tokenizer)
-    vocabulary = _Lexicon(tokenizer)
+    vocabulary = _Lexicon(tokenizer, kept)
     texts = [text for text in vocabulary.texts if not text.isspace()]
     last_of = dict(zip(texts, writer.last_tokens(texts), strict=True))  # tokens the tokenizer itself writes
     tests: _ByMerges | _ByWriting
@@ -99,8 +99,8 @@ def _laid_out(found: Mapping[bytes, Sequence[tuple[int, Ids]]], tokenizer: Token
 class _Lexicon:
     """The text tokens of a vocabulary, by their bytes."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, kept: Container[bytes] | None) -> None:
+        self.token_bytes, self.kept = tokenizer.token_bytes, kept
         pairs = sorted(
             (text, token_id)
             for token_id, text in enumerate(tokenizer.token_bytes)
@@ -115,14 +115,18 @@ class _Lexicon:
         return self.token_bytes[token_id]
 
     def extensions(self, text: bytes) -> Ids:
-        """Return the tokens that begin with `text` and are longer."""
+        """Return the tokens that begin with `text` and are longer, if what is behind it is kept."""
         known = self._extensions.get(text)
         if known is None:
             begin = bisect_right(self._text_of_place, text)
             end = bisect_left(
                 self._text_of_place, True, lo=begin, key=lambda other: not other.startswith(text)
             )
-            known = self._extensions[text] = self._id_of_place[begin:end]
+            known = self._id_of_place[begin:end]
+            if self.kept is not None:
+                rests = (longer[len(text) :] for longer in self._text_of_place[begin:end])
+                known = known[np.array([rest in self.kept for rest in rests], np.bool_)]
+            self._extensions[text] = known
         return known
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenkit.pairing.vacant import check_vacant
 from tokenkit.tokenization.byteify import Tokenizer
 
 BOUNDS = (1, 2, 3, 4, 6, 9, 14, 24, 60)
@@ -172,22 +173,13 @@ def _closest(
 FILES = ("mapping.npy", "distances.npy", "summary.json")
 
 
-def check_vacant(folder: Path) -> None:
-    """Raise FileExistsError if `folder` holds one of the files that a mapping is written to."""
-    for name in FILES:
-        if (folder / name).exists():
-            raise FileExistsError(
-                f"{folder / name} exists: give --output another folder, or move the file away"
-            )
-
-
 def save_mapping(mapping: MinedMapping, folder: Path, about: Mapping[str, object]) -> None:
     """Write mapping.npy, distances.npy and summary.json (which begins with `about`) to a folder.
 
     Raises:
         FileExistsError: if one of the files exists.
     """
-    check_vacant(folder)
+    check_vacant(folder, FILES)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / FILES[0], mapping.teacher_V)
     np.save(folder / FILES[1], mapping.distance_V)
