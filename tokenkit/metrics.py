@@ -5,6 +5,7 @@ from it or repeats it. Numbers are written so that they read back exactly; those
 for are the strings "nan", "inf" and "-inf".
 
     loss, loss/<name>             nats, the mean over the step's count
+    loss/prefix, phase            of the steps of a prefix stage, whose phase is "prefix"; they have no `loss`
     bits_per_byte/<model>         on held-out text
     grad_norm, learning_rate, tokens_per_second
     rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint

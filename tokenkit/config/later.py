@@ -10,8 +10,6 @@ LATER = {
     "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
     "hypernet.": "the embedding hypernetwork",
-    "n_prefix_layers": "prefix layers",
-    "prefix_": "prefix layers",
     "n_model_parallel": "vocabulary-parallel heads",
     "eval.": "lm-eval",
 }

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenkit.config.errors import ConfigError, at_least
-from tokenkit.config.names import Attention, Dtype, LearningRateSchedule, SpecialTokensMode
+from tokenkit.config.names import (
+    Attention,
+    Dtype,
+    LearningRateSchedule,
+    PrefixTrainable,
+    SpecialTokensMode,
+)
 from tokenkit.config.schema import flat
 
 
@@ -113,19 +119,32 @@ class Hypernet:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Layers put in front of a byte model."""
+    """A first stage that fits embeddings to the first layers of the body, without the layers above."""
 
     n_prefix_layers: int = 0
-    """How many; 0: none."""
+    """First transformer layers that this stage runs, in student and teacher; 0: there is no such stage."""
 
     prefix_steps: int = 0
-    """Steps in which they alone are trained."""
+    """How many of `steps` it takes, the first ones. The schedules of the learning rate and of the losses
+    begin after it."""
 
     prefix_lr: float = 1e-3
-    """Learning rate of those steps."""
+    """Learning rate of its first step; it falls linearly to 0."""
 
-    prefix_trainable: bool = True
-    """Keep training them afterwards."""
+    prefix_trainable: PrefixTrainable = "non_overlapping_embeddings"
+    """What it trains. non_overlapping_embeddings: the input embeddings of those tokens that the old
+    vocabulary does not have, all other rows keep their bits; embeddings: all rows."""
+
+    def __post_init__(self) -> None:
+        at_least("n_prefix_layers", self.n_prefix_layers, 0)
+        at_least("prefix_steps", self.prefix_steps, 0)
+        if (self.n_prefix_layers > 0) != (self.prefix_steps > 0):
+            raise ConfigError(
+                f"n_prefix_layers is {self.n_prefix_layers} and prefix_steps is {self.prefix_steps}: set "
+                "both to at least 1 for a prefix stage, or both to 0"
+            )
+        if self.prefix_lr <= 0:
+            raise ConfigError(f"prefix_lr must be positive, got {self.prefix_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +190,11 @@ class Training:
             raise ConfigError(
                 "train_model_mode is none and train_embeddings is false: nothing would be trained; "
                 "set one of them otherwise"
+            )
+        if self.prefix.prefix_steps and not self.train_embeddings:
+            raise ConfigError(
+                "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or make "
+                "two runs of the two stages (docs/transfer.md)"
             )
 
     @property

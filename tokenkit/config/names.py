@@ -62,6 +62,7 @@ ChatTemplateMode = Literal[
 ]
 LossMaskMode = Literal["assistant", "all"]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
+PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]

@@ -251,8 +251,26 @@ class TrainConfig:
                 f"data.batch_size ({self.data.batch_size}) contradicts batch_size "
                 f"({self.schedule.batch_size}): remove data.batch_size"
             )
+        self._check_prefix()
         if self.run.trust_remote_code:
             self._check_pinned()
+
+    def _check_prefix(self) -> None:
+        prefix, schedule = self.training.prefix, self.schedule
+        if not prefix.prefix_steps:
+            return
+        left = schedule.steps - prefix.prefix_steps
+        if left < max(1, schedule.warmup_steps):
+            raise ConfigError(
+                f"prefix_steps ({prefix.prefix_steps}) are the first of steps ({schedule.steps}), which "
+                f"leaves {left} for the main stage: it needs 1, and warmup_steps ({schedule.warmup_steps})"
+            )
+        has_target = self.target.target_tokenizer_name is not None or self.target.tokens_to_add
+        if prefix.prefix_trainable == "non_overlapping_embeddings" and not has_target:
+            raise ConfigError(
+                "prefix_trainable is non_overlapping_embeddings, and the student keeps its tokenizer: set "
+                "target_tokenizer_name, or prefix_trainable to embeddings"
+            )
 
     def _check_pinned(self) -> None:
         """Code from the hub must be a commit that somebody has read, not whatever a branch holds today."""

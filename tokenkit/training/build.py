@@ -19,6 +19,7 @@ from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
+from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
 from tokenkit.models.causal_lm import (
@@ -37,7 +38,8 @@ from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.training.distillation import ActiveLoss, Distillation
-from tokenkit.training.losses import active_losses, read_biases
+from tokenkit.training.losses import active_losses, latents_options, read_biases
+from tokenkit.training.prefix_stage import PrefixStage, build_prefix_stage, prefix_options
 from tokenkit.training.step import LossScale, Run
 
 
@@ -66,6 +68,8 @@ class Parts:
     batches: Batches
     collator: AlignedCollator
     heldout: list[HeldoutBatch]
+    prefix: PrefixStage | None
+    """The first stage, where there is one."""
     transfer: dict[str, int]
     """How many embedding rows were made in which way; empty where the tokenizer stays."""
 
@@ -76,11 +80,13 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         ValueError, FileNotFoundError: one line that says what is wrong, before any step was taken.
     """
+    prefix_steps = config.training.prefix.prefix_steps
+    main_steps = config.schedule.steps - prefix_steps
     objective = Objective(
         config.objective.losses,
         config.objective.static_weights,
         config.objective.loss_schedules,
-        config.schedule.steps,
+        main_steps,
         ObjectiveOptions(**config.objective.weighing()),
     )
     tokenizers = load_tokenizers(config)
@@ -103,19 +109,28 @@ def build(config: TrainConfig, world: World) -> Parts:
 
     student, teacher, transfer = build_models(config, tokenizers)
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
-    model = Distillation(student, teacher, losses, dtype)
+    model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
     _place(model, world, config)
     options = _optimizer_options(config)
     run = Run(
         model=model,
         objective=objective,
         optimizer=build_optimizer(model.named_parameters(), options),
-        learning_rate=LearningRate(options, config.schedule.steps, config.schedule.warmup_steps),
+        learning_rate=LearningRate(options, main_steps, config.schedule.warmup_steps),
         world=world,
         max_grad_norm=config.optimizer.max_grad_norm or None,
         loss_scale=LossScale(enabled=config.training.dtype == "float16"),
+        first_step=prefix_steps,
     )
-    return Parts(run, student, tokenizers, batches, collator, heldout, transfer)
+    stage = None
+    if prefix_steps:
+        prefix = config.training.prefix
+        is_new_V = None
+        if prefix.prefix_trainable == "non_overlapping_embeddings":
+            is_new_V = torch.from_numpy(new_tokens(tokenizers.old, tokenizers.target))
+        options = dataclasses.replace(options, learning_rate=prefix.prefix_lr)
+        stage = build_prefix_stage(model, options, prefix_steps, is_new_V, world)
+    return Parts(run, student, tokenizers, batches, collator, heldout, stage, transfer)
 
 
 def load_tokenizers(config: TrainConfig) -> Tokenizers:
@@ -167,7 +182,10 @@ def build_collator(
     config: TrainConfig, tokenizers: Tokenizers, losses: Sequence[ActiveLoss]
 ) -> AlignedCollator:
     """Return the collator that makes the chunks which the losses ask for."""
-    kinds = sorted({kind for active in losses if (kind := active.chunks) is not None})
+    asked = {kind for active in losses if (kind := active.chunks) is not None}
+    if config.training.prefix.prefix_steps:
+        asked.add(latents_options(config.objective.latents).chunks)
+    kinds = sorted(asked)
     unbiased = None
     if "unbiased" in kinds:
         biases = read_biases(config, tokenizers.teacher, tokenizers.target)

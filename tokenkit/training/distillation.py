@@ -15,13 +15,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenkit.losses import Loss, clm_loss
+from tokenkit.losses import LOSSES, LatentsOptions, Loss, clm_loss
 from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, Vocabulary
 from tokenkit.models.lora import as_teacher
+from tokenkit.models.prefix import prefix_states
 from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, StateKind
 
-Half = Literal["teacher", "student", "last_layer", "evaluate"]
+Half = Literal["teacher", "student", "last_layer", "evaluate", "prefix_teacher", "prefix"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixOptions:
+    """What the halves of the prefix stage run and compare."""
+
+    n_layers: int
+    latents: LatentsOptions
+    """Hidden states after layer `n_layers` stand in for the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,7 @@ class Distillation(nn.Module):
         teacher: another model, or the old vocabulary of the student, whose body then serves both.
         losses: in the order in which they are reported.
         compute_dtype: autocast to this type (one process); None: as the parameters are.
+        prefix: of a run whose first stage runs the first layers alone.
     """
 
     parts: nn.ModuleDict
@@ -57,12 +68,14 @@ class Distillation(nn.Module):
         teacher: CausalLM | Vocabulary,
         losses: Sequence[ActiveLoss],
         compute_dtype: torch.dtype | None = None,
+        prefix: PrefixOptions | None = None,
     ):
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval()
         self.losses = list(losses)
         self.compute_dtype = compute_dtype
+        self.prefix = prefix
         self.collect = frozenset[StateKind]().union(*(x.loss.states(x.options) for x in losses))
         self.parts = self._make_parts()
 
@@ -72,7 +85,7 @@ class Distillation(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch, half: Half, prepared: dict[str, Any] | None = None) -> Any:
+    def forward(self, batch: Batch, half: Half, prepared: Any = None) -> Any:
         """Run one half of a step.
 
         Args:
@@ -80,14 +93,19 @@ class Distillation(nn.Module):
             half: "teacher" returns, by loss, what the student's half needs, with its `.count`;
                 "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
                 the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
-                the nats of the trained tokens under student and teacher.
+                the nats of the trained tokens under student and teacher; "prefix_teacher" and "prefix" are
+                the two halves of the prefix stage's only loss, and return no mapping.
             prepared: what the teacher's half returned for this batch.
         """
         if half == "teacher":
             return self._teacher_half(batch)
         if half == "evaluate":
             return self._evaluate(batch)
+        if half == "prefix_teacher":
+            return self._prefix_teacher(batch)
         assert prepared is not None
+        if half == "prefix":
+            return self._prefix_student(batch, prepared)
         if half == "last_layer":
             with graph_from(self.last_layer):
                 states = self._student_states(batch, self.collect)
@@ -152,6 +170,24 @@ class Distillation(nn.Module):
         swapped = replace(batch, student=batch.teacher)
         teacher = clm_loss(self._teacher_states(batch), swapped)
         return torch.stack([student.total, teacher.total])
+
+    @torch.no_grad()
+    def _prefix_teacher(self, batch: Batch) -> Any:
+        assert self.prefix is not None
+        ids_BS, n_layers = batch.teacher.ids_BT, self.prefix.n_layers
+        with self._autocast(batch):
+            if isinstance(self.teacher, Vocabulary):
+                with as_teacher(self.student):
+                    states = prefix_states(self.student, ids_BS, n_layers, self.teacher)
+            else:
+                states = prefix_states(self.teacher, ids_BS, n_layers)
+        return LOSSES["alm_latents"].prepare(states, batch, self.prefix.latents, Context())
+
+    def _prefix_student(self, batch: Batch, prepared: Any) -> LossTerm:
+        assert self.prefix is not None
+        with self._autocast(batch):
+            states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
+        return LOSSES["alm_latents"].function(states, prepared, batch, self.prefix.latents, Context())
 
     def _student_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         with self._autocast(batch):

@@ -36,9 +36,9 @@ from tokenkit.parallel import (
 )
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.training.build import Parts, build
+from tokenkit.training.prefix_stage import current_optimizer, take_over, take_step
 from tokenkit.training.reports import Reports
 from tokenkit.training.signals import StopRequest
-from tokenkit.training.step import train_step
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
@@ -106,12 +106,14 @@ def _join(config: TrainConfig) -> World:
 
 
 def _dry_run(config: TrainConfig, world: World) -> int:
-    """Load everything, run one step, print its losses, write nothing."""
+    """Load everything, run the first step of each stage, print its losses, write nothing."""
     parts = _build(config, world)
-    report = train_step(parts.run, next(parts.batches))
+    for first in sorted({0, parts.run.first_step}):
+        parts.run.step = first
+        report = take_step(parts.run, parts.prefix, next(parts.batches))
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+        _say(world, f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
     parts.batches.close()
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
-    _say(world, f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
     return ExitCode.DONE
 
 
@@ -154,6 +156,7 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
         found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
         if found is not None:
             run.step = state.step
+            take_over(run, parts.prefix)
             # counted over all ranks: one of them goes on counting
             untokenized = state.extra.get("untokenized", {}) if world.is_main else {}
             parts.batches.load_state_dict(state.extra["data"], untokenized)
@@ -192,7 +195,7 @@ def _train(session: Session) -> tuple[ExitCode, str]:
             while run.step < schedule.steps:
                 with blaming_data():
                     micro_batches = next(session.parts.batches)
-                report = train_step(run, micro_batches)
+                report = take_step(run, session.parts.prefix, micro_batches)
                 run.step += 1
                 is_last = run.step == schedule.steps
                 reports.step(
@@ -243,7 +246,7 @@ def _save(session: Session) -> None:
     untokenized = _untokenized(session)
     session.reports.left_out(run.step, session.parts.batches.skipped + untokenized)
     session.reports.sync()
-    state.step = run.step
+    state.step, state.optimizer = run.step, current_optimizer(run, session.parts.prefix)
     scale = (run.loss_scale.value, run.loss_scale.good_steps)
     state.extra = {
         "data": session.parts.batches.state_dict(),

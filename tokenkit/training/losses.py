@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenkit.config import TrainConfig
 from tokenkit.config.errors import blaming_data
+from tokenkit.config.objective import Latents
 from tokenkit.kernels.projected_divergence import make_projection
 from tokenkit.losses import (
     AlmOptions,
@@ -212,8 +213,8 @@ def _mined_pairs(source: _Source) -> dict[str, Any]:
     return {"student_index": student_P.contiguous(), "teacher_index": teacher_P.contiguous()}
 
 
-def _latents(source: _Source, loss: Loss) -> LatentsOptions:
-    options = source.config.objective.latents
+def latents_options(options: Latents) -> LatentsOptions:
+    """Return the options of `alm_latents`, and of the loss of a prefix stage."""
     return LatentsOptions(
         align=options.latents_to_align,
         normalization=options.latents_normalization,
@@ -250,7 +251,7 @@ _MAKERS: dict[Any, Callable[[_Source, Loss], Any]] = {
     ClmOptions: lambda source, loss: ClmOptions(**source.workspace),
     AlmOptions: _alm,
     SidePathOptions: _side_path,
-    LatentsOptions: _latents,
+    LatentsOptions: lambda source, loss: latents_options(source.config.objective.latents),
     UldOptions: _uld,
     MinedOptions: lambda source, loss: MinedOptions(
         source.mapping(), **source.temperatures, **source.workspace

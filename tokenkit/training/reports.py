@@ -48,12 +48,15 @@ class Reports:
         measured = None if self.bits_per_byte is None else self.bits_per_byte.student
         self.progress.update(step, loss=report.loss, bits_per_byte=measured, tokens_per_second=rate)
         if is_due:
-            values: dict[str, float] = {"loss": report.loss, "grad_norm": report.grad_norm}
+            values: dict[str, Any] = {"grad_norm": report.grad_norm}
+            if report.phase is None:  # the sum of the main stage's losses alone is "loss"
+                values["loss"] = report.loss
             values |= {f"loss/{name}": value for name, value in report.losses.items()}
             values |= {f"count/{name}": value for name, value in report.counts.items()}
             values |= {f"weight/{name}": value for name, value in report.weights.items()}
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
-            self._write(step, values)
+            self.metrics.write(step, values if report.phase is None else {**values, "phase": report.phase})
+            self.trackers.log(step, values)
             self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 

@@ -72,6 +72,14 @@ class Run:
     max_grad_norm: float | None
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
     step: int = 0
+    """Optimizer steps done, of all stages."""
+    first_step: int = 0
+    """Where the main stage begins: schedules of rate and losses count from here."""
+
+    @property
+    def main_step(self) -> int:
+        """Optimizer steps of the main stage that are done."""
+        return self.step - self.first_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,8 @@ class StepReport:
     learning_rate: float
     weights: dict[str, float] = field(default_factory=dict)
     """By loss, what multiplied its gradient: weights, schedule and whatever found them, all together."""
+    phase: str | None = None
+    """The stage of the run, where it is not the main one."""
     skipped: bool = False
     """A float16 overflow: nothing was updated, the loss scale was halved."""
 
@@ -111,7 +121,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
             model=run.model,
             objective=run.objective,
             world=run.world,
-            step=run.step,
+            step=run.main_step,
             scale=run.loss_scale.factor,
             batches=batches,
             prepared=prepared,
@@ -170,17 +180,17 @@ def _report(
     losses = dict(zip(names, values, strict=True))
     _check_finite(run, losses, grad_norm=packed[-2], trained=packed[-1])
     overflow = not math.isfinite(packed[-2])
-    user = run.objective.weights(run.step)
+    user = run.objective.weights(run.main_step)
     if run.loss_scale.enabled:
         run.loss_scale.update(not overflow)
     if not overflow:
-        run.objective.update(run.step, values, sizes, norms)
+        run.objective.update(run.main_step, values, sizes, norms)
     return StepReport(
         loss=sum(user[name] * losses[name] for name in names),
         losses=losses,
         counts=dict(zip(names, sizes, strict=True)),
         grad_norm=packed[-2],
-        learning_rate=run.learning_rate(run.step),
+        learning_rate=run.learning_rate(run.main_step),
         weights=dict(zip(names, weights, strict=True)),
         skipped=overflow,
     )
