@@ -23,6 +23,10 @@ DOORS = {
     "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
     "pair-stats": ("tokenkit.pair_stats:main", "measure the tokenization biases of a pair of tokenizers"),
     "mined-mapping": ("tokenkit.mined_mapping:main", "find the nearest teacher token of every student token"),
+    "train-hypernet": (
+        "tokenkit.train_hypernet:main",
+        "train a network that writes embeddings for new tokens",
+    ),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +103,36 @@ def random_normal(
     return made, report
 
 
+def hypernet(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Let a trained network write the rows; the bias of a head is FVT's. See `tokenkit.embeddings.hypernet`.
+
+    Raises:
+        ValueError: no folder, a network of another model, or one that writes a head for a model that is tied.
+    """
+    from tokenkit.embeddings.hypernet_files import check_hypernet, hypernet_rows, load_hypernet
+
+    if options.hypernet is None:
+        raise ValueError("method hypernet needs a folder that `tokenkit train-hypernet` wrote: set hypernet")
+    network, about = load_hypernet(Path(options.hypernet).expanduser())
+    if network.writes > 1 and matrices.output_WD is None:
+        raise ValueError(
+            f"the hypernetwork in {options.hypernet} writes input and output rows, but the model's are tied: "
+            "untie them (output_embeddings_mode=untie), or train it with output_embeddings_mode=preserve"
+        )
+    second = matrices.embedding_WD if matrices.output_WD is None else matrices.output_WD
+    read = [matrices.embedding_WD, second][: network.reads]
+    check_hypernet(network, about, read, old)
+    made = hypernet_rows(network, old, new, read, size)
+    output_VD = made.output_VD if made.output_VD is not None else made.input_VD.clone()
+    bias_V = None if matrices.bias_W is None else made.sources.rows(matrices.bias_W[:, None], size)[:, 0]
+    return (
+        Matrices(made.input_VD, None if matrices.output_WD is None else output_VD, bias_V),
+        made.sources.report(),
+    )
+
+
 def _copies(old: Tokenizer, new: Tokenizer, matching: Matching) -> RowSources:
     """Special tokens and same bytes copied as `matching` says, the rest the mean of all."""
     need_something(old, new)
@@ -114,4 +145,5 @@ METHODS: dict[str, Method] = {
     "mean": mean,
     "overlap": overlap,
     "random_normal": random_normal,
+    "hypernet": hypernet,
 }

@@ -1,0 +1,102 @@
+"""The door `tokenkit train-hypernet`, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder
+from tokenkit.embeddings.hypernet_files import load_hypernet
+from tokenkit.embeddings.methods import InitOptions
+from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.train_hypernet import main
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hypernet")
+    tiny_folder(root / "model", tie_word_embeddings=False)
+    sentencepiece_bpe(root / "target")
+    (root / "text.txt").write_text("\n<|endoftext|>\n".join(TEXT), encoding="utf-8")
+    assert main(flags(root, "first")) == 0
+    return root
+
+
+def flags(root, output, *more):
+    return [
+        "--model.pretrained-model-name-or-path", str(root / "model"), "--data.dataset-name",
+        str(root / "text.txt"), "--output", str(root / output), "--steps", "12", "--warmup-steps", "2",
+        "--batch-size", "4", "--max-length", "48", "--sampling.texts", "8", "--sampling.max-tokens", "200",
+        "--sampling.distractors", "20", "--logging-interval", "1", "--hypernet.num-heads", "4", *more,
+    ]  # fmt: skip
+
+
+def figures(root, output):
+    return [json.loads(line) for line in (root / output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_writes_what_transfer_reads(root):
+    lines = figures(root, "first")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[0]["loss/lexical"] < 1e-12 < lines[-1]["loss/lexical"], "it begins as FVT"
+    assert (root / "first" / "curves.png").is_file()
+    old, new = load_tokenizer(str(root / "model")), load_tokenizer(str(root / "target"))
+    made = {}
+    for method in ("fvt", "hypernet"):
+        model = load_causal_lm(str(root / "model"), old.vocab_size, LoadOptions())
+        options = InitOptions(hypernet=str(root / "first"))
+        transfer_vocabulary(model, old, new, method=method, options=options)
+        made[method] = model
+    assert made["hypernet"].embedding.weight.shape == made["fvt"].embedding.weight.shape
+    assert not torch.equal(made["hypernet"].output.weight, made["fvt"].output.weight)
+
+
+def test_it_learns_under_one_tokenizer(root):
+    assert main(flags(root, "one", "--steps", "30", "--resample-every", "30")) == 0
+    clm = [line["loss/clm"] for line in figures(root, "one")]
+    assert sum(clm[-5:]) < 0.9 * sum(clm[:5])
+
+
+def test_the_same_seed_gives_the_same_weights(root):
+    assert main(flags(root, "again")) == 0
+    states = [load_file(root / name / "hypernet.safetensors") for name in ("first", "again")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_the_base_model_is_not_changed(root):
+    about = json.loads((root / "first" / "hypernet.json").read_text())
+    from tokenkit.models.fingerprint import model_fingerprint
+
+    assert about["base_model"]["fingerprint"] == model_fingerprint(str(root / "model"), None)
+    assert about["old_tokenizer"]["fingerprint"] == load_tokenizer(str(root / "model")).fingerprint()
+
+
+def test_the_warm_up_learns_fvt_s_rows(root):
+    words = ("--identity-steps", "40", "--steps", "40", "--hypernet.residual", "false")
+    assert main(flags(root, "identity", *words, "--hypernet.architecture", "mlp")) == 0
+    lines = figures(root, "identity")
+    assert "loss/clm" not in lines[-1]
+    assert lines[-1]["loss/identity"] < 0.7 * lines[0]["loss/identity"]
+    assert not load_hypernet(root / "identity")[0].options.residual
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "{root}/first"], "must be empty for a new run"),
+        (["--hypernet.num-heads", "5"], "num_heads must divide the embeddings' width, 32: got 5"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--sampling.max-tokens", "3"], "sampling.max_tokens must be at least 64, got 3"),
+        (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),
+        (["--data.dataset-name", "/absent.txt"], "/absent.txt"),
+    ],
+)
+def test_bad_input_is_one_line(root, capsys, words, message):
+    assert main(flags(root, "other", *(word.format(root=root) for word in words))) != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (root / "other").exists() or not any((root / "other").iterdir())

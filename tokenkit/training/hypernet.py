@@ -1,0 +1,256 @@
+"""Train a hypernetwork on tokenizers that are drawn anew every few steps, under a frozen model.
+
+    every `resample_every` steps   a tokenizer from the texts at hand, and how the old one writes its tokens
+    every step                     rows = hypernetwork(old rows of the pieces)
+                                   clm      nats per byte of the frozen model with these rows
+                                   lexical  squared distance from the old rows, of tokens that both have
+                                   loss = clm + lexical_weight * lexical
+    first `identity_steps`         loss = squared distance of all rows to FVT's (the warm-up)
+
+Distances are means over tokens and numbers, in units of the variance of the old matrix.
+
+Source: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024 (arXiv:2405.07883), section 3.
+Dimensions: V sampled tokens, W old tokens, D hidden size, B texts, T positions, N trained tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tokenkit.embeddings.fvt import write_with
+from tokenkit.embeddings.hypernet import Hypernet, Surfaces, mean_rows, surfaces
+from tokenkit.embeddings.matching import ids_by_bytes
+from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
+from tokenkit.embeddings.unigram_sampler import (
+    SampledTokenizer,
+    SamplerOptions,
+    distractors,
+    sample_tokenizer,
+)
+from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
+from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer, set_learning_rate
+from tokenkit.structs import Head
+from tokenkit.tokenization.byteify import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypernetTraining:
+    """How long, on what and towards what a hypernetwork is trained."""
+
+    steps: int
+    identity_steps: int = 0
+    batch_size: int = 16
+    """Texts of a step."""
+    max_length: int = 256
+    """Tokens of a text; the rest is cut off."""
+    tokenizer_texts: int = 128
+    """Texts of which a tokenizer is drawn."""
+    resample_every: int = 1
+    distractors: int = 1024
+    """Tokens that no text has, in each sampled vocabulary, at most."""
+    lexical_weight: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampledVocabulary:
+    """A sampled tokenizer, seen by the hypernetwork. Id 0 is the BOS, where the old tokenizer has one."""
+
+    tokenizer: SampledTokenizer
+    surfaces: Surfaces
+    same_V: Tensor
+    """int64, the old id of a token that both have; -1 of others."""
+    lead: int
+    """Special tokens in front of the sampled ones: 0 or 1."""
+
+
+class Writer:
+    """How the old tokenizer writes byte strings; remembers them, as sampled tokenizers share most tokens."""
+
+    def __init__(self, old: Tokenizer):
+        self.old, self.by_bytes = old, ids_by_bytes(old)
+        self._known: dict[bytes, list[int]] = {}
+
+    def sources(self, strings: Sequence[bytes]) -> RowSources:
+        """Return the pieces of each string, behind those of the BOS where the old tokenizer has one."""
+        new = list({raw for raw in strings if raw not in self._known and raw not in self.by_bytes})
+        self._known.update(zip(new, write_with(self.old, new, self.by_bytes), strict=True))
+        bos = [] if self.old.bos_id is None else [[self.old.bos_id]]
+        ids = [*bos, *([self.by_bytes[r]] if r in self.by_bytes else self._known[r] for r in strings)]
+        names = ["special"] * len(bos)
+        names += ["same_bytes" if r in self.by_bytes else "mean_of_pieces" for r in strings]
+        method_V = np.array([LABELS.index(name) for name in names], np.uint8)
+        method_V[[not pieces for pieces in ids]] = LABELS.index("mean_of_all")
+        return from_lists(ids, method_V)
+
+    def vocabulary(
+        self, tokenizer: SampledTokenizer, more: Sequence[bytes], max_pieces: int
+    ) -> SampledVocabulary:
+        """Return the vocabulary of a sampled tokenizer and of tokens that no text has."""
+        strings = [token.encode() for token in tokenizer.tokens]
+        own = set(strings)
+        strings += [raw for raw in more if raw not in own]
+        lead = int(self.old.bos_id is not None)
+        same = [-1] * lead + [self.by_bytes.get(raw, -1) for raw in strings]
+        found = surfaces(self.sources(strings), max_pieces)
+        return SampledVocabulary(tokenizer, found, torch.tensor(same), lead)
+
+
+class Predicted:
+    """A model's vocabulary with predicted rows; in the place of a `Vocabulary`."""
+
+    def __init__(self, model: CausalLM, input_VD: Tensor, output_VD: Tensor, bias_V: Tensor | None):
+        self._model, self._input_VD = model, input_VD
+        self._head = replace(model.head(), weight_VD=output_VD, bias_V=bias_V, vocab_size=None)
+
+    def embedding(self, ids_BT: Tensor) -> Tensor:
+        """Return the embedded tokens; a model that scales its embeddings does so here too."""
+        embedded: Tensor = functional_call(self._model.embedding, {"weight": self._input_VD}, (ids_BT,))
+        return embedded
+
+    def head(self) -> Head:
+        """Return the head as the kernels take it."""
+        return self._head
+
+
+def old_matrices(model: CausalLM, old: Tokenizer) -> list[Tensor]:
+    """Return the rows that a hypernetwork reads: one matrix of a tied model, otherwise input and output.
+
+    Raises:
+        ValueError: a tokenizer with more ids than rows.
+    """
+    matrices = [effective_weight(model.embedding), effective_weight(model.output)]
+    if old.vocab_size > len(matrices[0]):
+        raise ValueError(
+            f"tokenizer {old.spec} has {old.vocab_size} ids but the model's embedding only "
+            f"{len(matrices[0])} rows: name the tokenizer that the model was trained with"
+        )
+    return [m.detach()[: old.vocab_size].float() for m in matrices[: 1 if model.is_tied else 2]]
+
+
+class HypernetTrainer:
+    """A hypernetwork, its optimizer and the texts that it is trained on.
+
+    Args:
+        model: frozen here, and set to evaluation.
+        old: its tokenizer.
+        hypernet: what is trained.
+        texts: endless.
+        options: of the training.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        old: Tokenizer,
+        hypernet: Hypernet,
+        texts: Iterator[str],
+        options: HypernetTraining,
+    ):
+        self.model, self.hypernet, self.options = model.requires_grad_(False).eval(), hypernet, options
+        self.model.embedding.padding_idx = None  # ids are those of sampled tokenizers
+        self.old_matrices, self.writer, self.texts = old_matrices(model, old), Writer(old), texts
+        bias_W = head_bias(model.output)
+        self.bias_W = None if bias_W is None else bias_W.detach()[: old.vocab_size]
+        self.generator = random.Random(options.seed)
+        self.pieces = [old.token_bytes[i] for i in self.writer.by_bytes.values()]
+        self._vocabulary: SampledVocabulary | None = None
+        self._pool: list[str] = []
+
+    def loss(self, step: int, sampler: SamplerOptions) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of `step`, counted from 0, and what to report of it."""
+        if self._vocabulary is None or step % self.options.resample_every == 0:
+            self._vocabulary = self._sampled(sampler)
+        vocabulary = self._vocabulary
+        rows = self.hypernet(vocabulary.surfaces, self.old_matrices)
+        which = [min(index, len(self.old_matrices) - 1) for index in range(len(rows))]
+        if step < self.options.identity_steps:
+            means = [mean_rows(vocabulary.surfaces, matrix) for matrix in self.old_matrices]
+            distance = self._distance([(r, means[i]) for r, i in zip(rows, which, strict=True)])
+            return distance, {"loss/identity": float(distance.detach())}
+        is_same_V = vocabulary.same_V >= 0
+        same = vocabulary.same_V[is_same_V]
+        lexical = self._distance(
+            [(r[is_same_V], self.old_matrices[i][same]) for r, i in zip(rows, which, strict=True)]
+        )
+        clm, bits = self._clm(vocabulary, rows)
+        return clm + self.options.lexical_weight * lexical, {
+            "loss/clm": float(clm.detach()),
+            "loss/lexical": float(lexical.detach()),
+            "bits_per_byte/sampled": bits,
+            "tokens": len(vocabulary.tokenizer.tokens),
+        }
+
+    def _distance(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        scale = self.hypernet.scale_I
+        terms = [
+            ((new - old) / scale[min(i, len(scale) - 1)]).square().mean()
+            for i, (new, old) in enumerate(pairs)
+            if new.numel()
+        ]
+        return torch.stack(terms).mean() if terms else pairs[0][0].sum()
+
+    def _sampled(self, sampler: SamplerOptions) -> SampledVocabulary:
+        self._pool = list(islice(self.texts, self.options.tokenizer_texts))
+        tokenizer = sample_tokenizer(self._pool, sampler, self.generator)
+        number = self.generator.randint(0, self.options.distractors)
+        more = distractors(self.pieces, number, 6, self.generator)
+        return self.writer.vocabulary(tokenizer, more, self.hypernet.max_pieces)
+
+    def _clm(self, vocabulary: SampledVocabulary, rows: Sequence[Tensor]) -> tuple[Tensor, float]:
+        """Return nats per byte, differentiable, and the same in bits."""
+        texts = self.generator.sample(self._pool, min(self.options.batch_size, len(self._pool)))
+        encoded = vocabulary.tokenizer.encode_batch(texts)
+        lead, length = vocabulary.lead, self.options.max_length
+        ids = [([0] * lead + [i + lead for i in one])[:length] for one in encoded]
+        longest = max(map(len, ids))
+        ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
+        is_token_BT = torch.arange(longest) < torch.tensor([[len(one)] for one in ids])
+        bias_V = None if self.bias_W is None else mean_rows(vocabulary.surfaces, self.bias_W[:, None])[:, 0]
+        predicted: Any = Predicted(self.model, rows[0], rows[-1], bias_V)
+        states = self.model(ids_BT, predicted)
+        is_trained_BT = is_token_BT[:, 1:]
+        target_N = ids_BT[:, 1:][is_trained_BT]
+        logp_N = linear_logprob(states.hidden_BTD[:, :-1][is_trained_BT], states.head, target_N).logp_N
+        lengths = torch.tensor([len(token.encode()) for token in vocabulary.tokenizer.tokens])
+        nats = -logp_N.sum() / lengths[target_N - lead].sum()
+        return nats, float(nats.detach()) / math.log(2)
+
+
+def train_hypernet(
+    trainer: HypernetTrainer,
+    sampler: SamplerOptions,
+    rate: LearningRate,
+    report: Callable[[int, dict[str, float]], None],
+) -> nn.Module:
+    """Run all steps; `report` gets the number of steps done and the figures of the last.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    options: OptimizerOptions = rate.options
+    optimizer = build_optimizer(trainer.hypernet.named_parameters(), options)
+    for step in range(trainer.options.steps):
+        set_learning_rate(optimizer, rate(step))
+        loss, figures = trainer.loss(step, sampler)
+        if not math.isfinite(float(loss.detach())):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is {float(loss.detach())}: lower optimizer.learning_rate"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainer.hypernet.parameters(), options.max_grad_norm or math.inf)
+        optimizer.step()
+        report(step + 1, {**figures, "grad_norm": float(norm), "learning_rate": rate(step)})
+    return trainer.hypernet
