@@ -4,7 +4,7 @@
         --save bench/results/cpu/pair_stats.json
 
 Both commands run in processes of their own; seconds are those that they wrote, the peak resident set is
-the operating system's. The definition asks the tokenizer, in one batch for each side of a pair, for every
+its own VmHWM. The definition asks the tokenizer, in one batch for each side of a pair, for every
 continuation that some token could cover; its biases must be those of the matrices, or this script fails.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from pathlib import Path
@@ -88,17 +88,24 @@ def measure(arguments: argparse.Namespace, pair: str) -> dict[str, float]:
     return dict(zip(FIGURES, figures, strict=True))
 
 
+MEASURED = """
+import importlib, re, sys
+code = importlib.import_module(f"tokenkit.{sys.argv[1]}").main(sys.argv[3:])
+kibibytes = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+open(sys.argv[2], "w").write(kibibytes)
+sys.exit(code)
+"""
+
+
 def run(module: str, flags: list[str]) -> dict[str, float]:
     """Run a command; return its wall seconds and its peak resident set."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", f"tokenkit.{module}", *flags])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"tokenkit.{module} {' '.join(flags)} ended with status {status}")
-    return {
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_MiB": round(usage.ru_maxrss / 1024),
-    }
+    with tempfile.NamedTemporaryFile() as peak:  # the kernel's ru_maxrss would count this process too
+        subprocess.run([sys.executable, "-c", MEASURED, module, peak.name, *flags], check=True)
+        return {
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_MiB": round(int(Path(peak.name).read_text()) / 1024),
+        }
 
 
 def definition_rate(folder: Path, teacher: Tokenizer, student: Tokenizer, sample: int) -> float:

@@ -236,6 +236,9 @@ def test_a_mapping_is_read_from_a_folder_a_file_or_a_tensor(tmp_path):
     torch.save(torch.arange(5, dtype=torch.int32), tmp_path / "mapping.pt")
     for path in (tmp_path, tmp_path / "mapping.npy", tmp_path / "mapping.pt"):
         assert read_mapping(Path(path), 5, 7).tolist() == [0, 1, 2, 3, 4]
+    (tmp_path / "guide").mkdir()
+    torch.save(torch.arange(5), tmp_path / "guide" / "mapping.pt")
+    assert read_mapping(tmp_path / "guide", 5, 7).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; make it with `tokenkit mined-"):
         read_mapping(tmp_path / "nowhere", 5, 7)
     with pytest.raises(ValueError, match=r"each of the student's 6 ids: got torch.int64 of shape \(5,\)"):

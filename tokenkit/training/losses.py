@@ -119,7 +119,8 @@ def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor
     """Read a teacher id for each student id.
 
     Args:
-        path: what `tokenkit mined-mapping` wrote, its folder or mapping.npy; or a .pt file with a tensor.
+        path: what `tokenkit mined-mapping` wrote, its folder or mapping.npy; or a .pt file with a tensor, or
+            a folder with mapping.pt.
         vocab_size: of the student.
         teacher_vocab_size: of the teacher.
 
@@ -131,6 +132,8 @@ def read_mapping(path: Path, vocab_size: int, teacher_vocab_size: int) -> Tensor
         ValueError: the file holds something else, or ids of other tokenizers.
     """
     file = path / "mapping.npy" if path.is_dir() else path
+    if not file.exists() and (path / "mapping.pt").exists():
+        file = path / "mapping.pt"
     if not file.is_file():
         raise FileNotFoundError(
             f"mined_mapping_path: {file} does not exist; make it with `tokenkit mined-mapping`"
