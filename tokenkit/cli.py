@@ -22,6 +22,7 @@ DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
     "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
     "pair-stats": ("tokenkit.pair_stats:main", "measure the tokenization biases of a pair of tokenizers"),
+    "zett": ("tokenkit.zett:main", "move a model to another tokenizer without training, or compare the ways"),
     "mined-mapping": ("tokenkit.mined_mapping:main", "find the nearest teacher token of every student token"),
     "train-hypernet": (
         "tokenkit.train_hypernet:main",

@@ -64,6 +64,7 @@ LossMaskMode = Literal["assistant", "all"]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
 PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings"]
 
+ZettMethod = Literal["fvt", "mean", "overlap", "random_normal", "omp", "focus", "hypernet"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 LearningRateSchedule = Literal[

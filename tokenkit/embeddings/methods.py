@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenkit.embeddings.auxiliary import Auxiliary
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.matching import Matching, copied_ids, need_something
 from tokenkit.embeddings.rows import LABELS, Matrices, RowSources, chunks, from_lists, mean_row
+from tokenkit.embeddings.similarity import anchored_sources, focus_weights, omp_weights
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.byteify import Tokenizer
@@ -33,6 +36,10 @@ class InitOptions:
     """Which tokens take a row of the old vocabulary as it is."""
     seed: int = 0
     """Of what is drawn at random."""
+    auxiliary: Auxiliary | None = None
+    """Where `focus` and `omp` compare tokens of the new vocabulary."""
+    num_atoms: int = 16
+    """Old rows that `omp` makes a new row of, at most."""
     hypernet: str | None = None
     """Folder of a trained hypernetwork."""
 
@@ -140,10 +147,29 @@ def _copies(old: Tokenizer, new: Tokenizer, matching: Matching) -> RowSources:
     return from_lists(copied.ids, copied.label_V)
 
 
+def omp(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Orthogonal matching pursuit: see `tokenkit.embeddings.similarity`."""
+    weigh = partial(omp_weights, num_atoms=options.num_atoms)
+    sources = anchored_sources(old, new, options.matching, options.auxiliary, weigh)
+    return apply_sources(sources, matrices, size)
+
+
+def focus(
+    old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
+) -> tuple[Matrices, dict[str, int]]:
+    """Sparsemax of similarities: see `tokenkit.embeddings.similarity`."""
+    sources = anchored_sources(old, new, options.matching, options.auxiliary, focus_weights)
+    return apply_sources(sources, matrices, size)
+
+
 METHODS: dict[str, Method] = {
     "fvt": fvt,
     "mean": mean,
     "overlap": overlap,
     "random_normal": random_normal,
+    "omp": omp,
+    "focus": focus,
     "hypernet": hypernet,
 }

@@ -102,18 +102,17 @@ class RowSources:
 
 
 def from_lists(
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | NDArray[np.int64]],
     method_V: NDArray[np.uint8],
     labels: tuple[str, ...] = LABELS,
-    weights: Sequence[Sequence[float]] | None = None,
+    weights: Sequence[Sequence[float] | NDArray[np.float64]] | None = None,
 ) -> RowSources:
     """Return the sources of rows given as one list of old ids, and perhaps of weights, for each."""
     length_V = np.fromiter(map(len, ids), np.int64, len(ids))
-    total = int(length_V.sum())
-    flat = np.fromiter((i for row in ids for i in row), np.int64, total)
+    flat = np.concatenate([np.asarray(row, np.int64) for row in ids])
     weight_K = None
     if weights is not None:
-        weight_K = torch.from_numpy(np.fromiter((w for row in weights for w in row), np.float32, total))
+        weight_K = torch.from_numpy(np.concatenate([np.asarray(row, np.float32) for row in weights]))
     offset_V = np.cumsum(length_V) - length_V
     return RowSources(torch.from_numpy(flat), torch.from_numpy(offset_V), method_V, labels, weight_K)
 

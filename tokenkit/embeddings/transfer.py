@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM
     from tokenkit.tokenization.byteify import Tokenizer
 
-OutputEmbeddings = Literal["preserve", "untie"]
+OutputEmbeddings = Literal["preserve", "untie", "tie", "combine"]
 
 
 def transfer_vocabulary(
@@ -32,7 +32,9 @@ def transfer_vocabulary(
         old: the tokenizer that the model was trained with.
         new: the tokenizer that it gets.
         pad_to_multiple_of: the number of rows is rounded up to this; the rows beyond are padding.
-        output_embeddings: "preserve" keeps a tied head tied; "untie" gives it rows of its own.
+        output_embeddings: "preserve" keeps a tied head tied; "untie" gives it rows of its own; "tie"
+            makes any head the new input embedding; "combine" is "preserve", and each row of an untied head
+            becomes the mean of the two rows made.
         method: a name of `METHODS`.
         options: what the method may be told.
 
@@ -43,9 +45,12 @@ def transfer_vocabulary(
     matrices = old_matrices(model, old, untie=output_embeddings == "untie")
     size = -(-new.vocab_size // pad_to_multiple_of) * pad_to_multiple_of
     made, report = METHODS[method](old, new, matrices, size, options or InitOptions())
+    output_VD = None if output_embeddings == "tie" else made.output_WD
+    if output_embeddings == "combine" and output_VD is not None:
+        output_VD = output_VD.lerp_(made.embedding_WD.to(output_VD.dtype), 0.5)
     model.replace_vocabulary(
         embedding_VD=made.embedding_WD,
-        output_VD=made.output_WD,
+        output_VD=output_VD,
         bias_V=made.bias_W,
         vocab_size=new.vocab_size,
     )

@@ -53,6 +53,12 @@ class ExportRequest:
     dtype: torch.dtype = torch.float32
     facts: Mapping[str, str] | None = None
     """Lines of the model card, in order."""
+    is_consumed: bool = False
+    """Write the student itself, which keeps neither its memory nor its values: at no time are there two
+    models. It must have `dtype` and no adapters, and
+    `state` must be None."""
+    max_shard_size: str = "5GB"
+    """Of one file of weights."""
 
 
 def export_huggingface(
@@ -73,23 +79,37 @@ def export_huggingface(
     folder = request.folder
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
-    model = merged_model(student, student.model.state_dict() if state is None else state, tokenizer)
+    model = _own_model(student, state, tokenizer, request)
     _quiet_padding(model, tokenizer.vocab_size)
-    model = model.to(request.dtype)
     _set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
     staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
-    model.save_pretrained(staging, safe_serialization=True)
+    model.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
     tokenizer.save(staging)
     _make_auto_tokenizer_keep_it(staging, tokenizer)
     (staging / "README.md").write_text(model_card(request.facts or {}), encoding="utf-8")
-    _check(staging, model, tokenizer)
+    (_check_consumed if request.is_consumed else _check)(staging, model, tokenizer)
     if folder.exists():
         folder.rmdir()  # empty, as checked above
     os.rename(staging, folder)
     return folder
+
+
+def _own_model(
+    student: CausalLM, state: Mapping[str, Tensor] | None, tokenizer: Tokenizer, request: ExportRequest
+) -> PreTrainedModel:
+    """Return the model that is written, in its dtype."""
+    if not request.is_consumed:
+        merged = merged_model(student, student.model.state_dict() if state is None else state, tokenizer)
+        return merged.to(request.dtype)
+    assert state is None
+    assert not hasattr(student.model, "peft_config")
+    # no cast: that of the whole module would round rotary frequencies, which a loaded model has in float32
+    assert student.causal_lm.dtype == request.dtype
+    student.config.dtype = request.dtype
+    return student.causal_lm.eval()
 
 
 def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> PreTrainedModel:
@@ -217,6 +237,23 @@ def _check(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
     got_T = logits_TV.log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
     _check_agreement(got_T, _sample_logp(model.float(), tokenizer), f"{folder}: the model, loaded back,")
+
+
+@torch.no_grad()
+def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
+    from transformers import AutoModelForCausalLM
+
+    ids = _sample_ids(tokenizer).tolist()
+    got = _ids_of_reload(folder, tokenizer)
+    if got != ids:
+        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
+    ids_BT = _sample_batch(model, tokenizer)
+    expected_TV, dtype = model(input_ids=ids_BT).logits[0].float(), model.dtype
+    model.to("meta")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval()
+    got_TV = loaded(input_ids=ids_BT).logits[0].float()
+    _check_agreement(got_TV.flatten(), expected_TV.flatten(), f"{folder}: the model, loaded back,")
 
 
 def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:

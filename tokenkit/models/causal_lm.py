@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class LoadOptions:
     """How a pretrained model is read."""
 
     revision: str | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | Literal["auto"] = torch.float32
+    """"auto": as the weights are stored."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 

@@ -145,7 +145,7 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
     def of(source: ModelSource) -> Tokenizer:
         spec = source.tokenizer_name or source.pretrained_model_name_or_path
         tokenizer = load(spec, revision=source.revision)
-        _check_is_the_models_own(tokenizer, source)
+        check_is_the_models_own(tokenizer, source)
         return tokenizer
 
     old = of(config.student)
@@ -156,7 +156,7 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
     return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
 
 
-def _check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
+def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
     """Refuse a tokenizer whose ids mean something else than those in the model's own folder.
 
     Raises:

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
+from tokenkit.embeddings.fvt import row_sources
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.zett import main
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zett")
+    tiny_folder(folder / "model", tie_word_embeddings=False)
+    tiny_folder(folder / "tied", tie_word_embeddings=True, dtype=torch.bfloat16)
+    sentencepiece_bpe(folder / "new", 400)
+    (folder / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
+    return folder
+
+
+def flags(root, output, *more, model="model"):
+    return [
+        "--model.pretrained-model-name-or-path", str(root / model), "--target-tokenizer-name",
+        str(root / "new"), "--output", str(root / output), "--pad-to-multiple-of", "1", *more,
+    ]  # fmt: skip
+
+
+def moved(root, output, *more, model="model"):
+    assert main(flags(root, output, *more, model=model)) == 0
+    return AutoModelForCausalLM.from_pretrained(root / output)
+
+
+def by_fvt(root, side, model="model"):
+    old = AutoModelForCausalLM.from_pretrained(root / model)
+    weight = getattr(old, f"get_{side}_embeddings")().weight
+    old_and_new = load_tokenizer(str(root / model)), load_tokenizer(str(root / "new"))
+    return row_sources(*old_and_new).rows(weight, 400)
+
+
+def test_the_folder_loads_and_holds_the_rows(root, capsys):
+    model = moved(root, "fvt")
+    assert "400 rows by fvt" in capsys.readouterr().out
+    torch.testing.assert_close(model.get_input_embeddings().weight.detach(), by_fvt(root, "input"))
+    torch.testing.assert_close(model.get_output_embeddings().weight.detach(), by_fvt(root, "output"))
+    tokenizer = AutoTokenizer.from_pretrained(root / "fvt")
+    text = "The cats sat on the mat."
+    assert (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        == load_tokenizer(str(root / "new")).encode(text).ids.tolist()
+    )
+    layer = AutoModelForCausalLM.from_pretrained(root / "model").model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(model.model.layers[1].mlp.up_proj.weight, layer)
+    config = json.loads((root / "fvt" / "config.json").read_text())
+    assert config["vocab_size"] == 400
+
+
+def test_a_model_keeps_its_dtype_and_its_tied_head(root):
+    model = moved(root, "bf16", "--clone-all-layers", model="tied")
+    assert model.dtype == torch.bfloat16
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(model.get_input_embeddings().weight.detach(), by_fvt(root, "input", "tied"))
+
+
+def test_the_head_can_be_tied_or_mixed_with_the_input(root):
+    tied = moved(root, "tie", "--no-extend-output-embeddings")
+    torch.testing.assert_close(tied.get_output_embeddings().weight.detach(), by_fvt(root, "input"))
+    mixed = moved(root, "mix", "--combine-output-embed-with-input")
+    expected = (by_fvt(root, "input") + by_fvt(root, "output")) / 2
+    torch.testing.assert_close(mixed.get_output_embeddings().weight.detach(), expected)
+
+
+def test_methods_are_compared(root, capsys):
+    words = ["--compare", "--data", str(root / "text.txt"), "--ppl-eval-data", str(root / "text.txt")]
+    assert main(flags(root, "compare", *words)) == 0
+    result = json.loads((root / "compare" / "compare.json").read_text())
+    assert set(result["methods"]) >= {"fvt", "mean", "overlap", "random_normal", "omp", "focus"}
+    assert (root / "compare" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    for name, score in result["methods"].items():
+        assert f"{score['bits_per_byte']:.3f}" in next(
+            row for row in out.splitlines() if row.startswith(name)
+        )
+    again = ["--compare", "mean", "fvt", *words[1:]]
+    assert main(flags(root, "two", *again)) == 0
+    two = json.loads((root / "two" / "compare.json").read_text())["methods"]
+    assert list(two) == ["mean", "fvt"]
+    assert two["fvt"]["bits_per_byte"] == result["methods"]["fvt"]["bits_per_byte"], "each from the old rows"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fvtt"], "method"),
+        (["--method", "focus"], "give a text with --data"),
+        (["--compare"], "set ppl_eval_data"),
+        (["--no-extend-output-embeddings", "--output-embeddings-mode", "untie"], "exclude each other"),
+        (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),
+        (["--method", "omp", "--auxiliary-model", "AUX"], "is not the target"),
+    ],
+)
+def test_bad_input_is_one_line(root, capsys, words, message):
+    words = [str(root / "model") if word == "AUX" else word for word in words]
+    assert main(flags(root, "bad", *words)) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (root / "bad").exists()
+
+
+def test_an_output_that_is_not_empty_is_left_alone(root, capsys):
+    (root / "full").mkdir()
+    (root / "full" / "mine.txt").write_text("mine")
+    assert main(flags(root, "full")) != 0
+    assert "is not empty" in capsys.readouterr().err
+    assert [file.name for file in (root / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(root, capsys, tmp_path):
+    byte_level_bpe(tmp_path / "large", 420)
+    assert main(flags(root, "bad", "--model.tokenizer-name", str(tmp_path / "large"))) != 0
+    error = capsys.readouterr().err
+    assert "300 rows" in error or "is not the tokenizer of" in error
