@@ -116,9 +116,11 @@ def probabilities(tokenizer, seed):
     return numbers / numbers.sum()
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_biases_are_the_mass_that_one_end_alone_rules_out(pair, swapped):
-    teacher, student = pair[::-1] if swapped else pair
+@pytest.mark.parametrize("kind", ["BPE", "BPE swapped", "Unigram", "Unigram swapped"])
+def test_biases_are_the_mass_that_one_end_alone_rules_out(pair, small, kind):
+    if kind.startswith("Unigram"):
+        pair = small["unigram"], small["unigram with bytes"]
+    teacher, student = pair[::-1] if kind.endswith("swapped") else pair
     teacher_p, student_p = probabilities(teacher, 0), probabilities(student, 1)
     biases = find_biases(teacher, student, teacher_p, student_p)
     covers = {
