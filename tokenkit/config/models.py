@@ -193,8 +193,8 @@ class Training:
             )
         if self.prefix.prefix_steps and not self.train_embeddings:
             raise ConfigError(
-                "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or run the "
-                "embeddings alone first (train_model_mode none) and start the next run from its export"
+                "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or run "
+                "the embeddings alone first (train_model_mode none) and start the next run from its export"
             )
 
     @property
