@@ -105,7 +105,8 @@ def surfaces(sources: RowSources, max_pieces: int = MAX_PIECES) -> Surfaces:
 def mean_rows(surfaces: Surfaces, old_WD: Tensor) -> Tensor:
     """Return FVT's rows [V, D]; differentiable in `old_WD`."""
     means_VD = embedding_bag(surfaces.old_ids_K, old_WD, surfaces.offset_V, mode="mean")
-    return torch.where(surfaces.has_no_source_V[:, None], old_WD.mean(0), means_VD)
+    mean_D = (old_WD.sum(0, dtype=torch.float64) / len(old_WD)).to(old_WD.dtype)  # as FVT sums it
+    return torch.where(surfaces.has_no_source_V[:, None], mean_D, means_VD)
 
 
 class Hypernet(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, HypernetOptions, surfaces
-from tokenkit.embeddings.rows import RowSources
+from tokenkit.embeddings.rows import RowSources, mean_row
 from tokenkit.run_folder import write_durably
 from tokenkit.tokenization.byteify import Tokenizer
 
@@ -151,6 +151,6 @@ def hypernet_rows(
     padded = []
     for index, rows_VD in enumerate(written):
         source = min(index, len(olds) - 1)
-        padding = olds[source].mean(0).expand(size - len(rows_VD), -1)
+        padding = mean_row(olds[source]).expand(size - len(rows_VD), -1)
         padded.append(torch.cat([rows_VD, padding]).to(matrices[source].dtype))
     return HypernetRows(padded[0], padded[1] if len(padded) > 1 else None, sources)
