@@ -6,6 +6,7 @@ tokenkit align --student gpt2 --teacher Qwen/Qwen2.5-0.5B --file stories.txt --o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def show(options: AlignOptions) -> None:
 
     from tokenkit.pairing.view import print_cells, save_png, statistics, to_html
     from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.one_sided import explain_one_sided_bos
     from tokenkit.tokenization.spec import parse_spec
 
     documents = _documents(options)
@@ -75,6 +77,8 @@ def show(options: AlignOptions) -> None:
     specs = parse_spec(options.student), parse_spec(options.teacher)
     with blaming_data():
         pair = load_tokenizer(specs[0]), load_tokenizer(specs[1])
+    if (note := explain_one_sided_bos(*pair, options.chat_template_mode)) is not None:
+        print(note, file=sys.stderr)
     student, teacher, alignment = _aligned(documents, pair, options)
     row = _first_row(pair, student, teacher, alignment)
     numbers = list(statistics(student, teacher, alignment).rows())

@@ -35,6 +35,7 @@ from tokenkit.parallel import (
     together,
 )
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
+from tokenkit.tokenization.one_sided import explain_one_sided_bos
 from tokenkit.training.build import Parts, build
 from tokenkit.training.prefix_stage import current_optimizer, take_over, take_step
 from tokenkit.training.reports import Reports
@@ -335,6 +336,9 @@ def _describe(parts: Parts, config: TrainConfig) -> str:
     if parts.transfer:
         made = ", ".join(f"{count:,} {method.replace('_', ' ')}" for method, count in parts.transfer.items())
         lines.append(f"new embedding rows: {made}")
+    pair = parts.tokenizers.target, parts.tokenizers.teacher
+    if (note := explain_one_sided_bos(*pair, config.text.chat_template_mode)) is not None:
+        lines.append(note)
     return "\n".join(lines)
 
 
