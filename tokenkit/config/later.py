@@ -7,7 +7,6 @@ from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import leaves
 
 LATER = {
-    "expand_input_ids": "input-id expansion for byte models",
     "do_cost_analysis": "`tokenkit estimate`",
     "hypernet.": "the embedding hypernetwork",
     "n_model_parallel": "vocabulary-parallel heads",

@@ -12,6 +12,7 @@ from tokenkit.config.names import (
     SpecialTokensMode,
 )
 from tokenkit.config.schema import flat
+from tokenkit.tokenization.spec import BYTE, parse_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,20 @@ class Target:
     """The student's vocabulary rows are padded to a multiple of this; padding takes no probability."""
 
     expand_input_ids: bool = False
-    """Feed a byte model the tokens of its old tokenizer beside its bytes."""
+    """Feed a byte model, at each byte, the longest token of its old tokenizer that ends there. The target
+    must be `byte` or have `conversion=byte`."""
 
     def __post_init__(self) -> None:
         at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        if not self.expand_input_ids:
+            return
+        spec = parse_spec(self.target_tokenizer_name) if self.target_tokenizer_name else None
+        if spec is None or not (spec.name_or_path == BYTE or spec.conversion == "byte"):
+            raise ConfigError(
+                "expand_input_ids is for students that read bytes, and target_tokenizer_name is "
+                f"{self.target_tokenizer_name!r}: set it to byte or NAME:conversion=byte, or set "
+                "expand_input_ids to false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

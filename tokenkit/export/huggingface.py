@@ -22,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenkit.export.expanded import point_auto_classes, with_expansion
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, quiet_off_terminal
+from tokenkit.models.expansion import InputExpansion
 from tokenkit.tokenization.byteify import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class PlainTokenizer(PreTrainedTokenizerFast):
 '''
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
+
+
+EXPANSION = "expansion."
+"""Begins the names of an expansion's rows in a state dict, here and in the exported weights."""
 
 
 class ExportError(RuntimeError):
@@ -68,7 +74,8 @@ def export_huggingface(
 
     Args:
         student: the model; its adapters, if any, are merged in a copy.
-        state: full state dict of `student.model` gathered from all ranks; None: the student's own.
+        state: full state dict of `student.model` gathered from all ranks, and that of its expansion with
+            names that begin with EXPANSION; None: the student's own.
         tokenizer: the tokenizer that it ends with.
         request: see `ExportRequest`.
 
@@ -79,18 +86,29 @@ def export_huggingface(
     folder = request.folder
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
-    model = _own_model(student, state, tokenizer, request)
+    weights, rows_WD = _parts_of_state(student, state)
+    model = _own_model(student, weights, tokenizer, request)
     _quiet_padding(model, tokenizer.vocab_size)
     _set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
     staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
-    model.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
+    expansion = None
+    if student.expansion is not None and rows_WD is not None:
+        expansion = student.expansion.with_rows(model.get_input_embeddings(), rows_WD.to(request.dtype))
+    written = model if expansion is None else with_expansion(model, expansion, staging)
+    written.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
+    if expansion is not None:
+        point_auto_classes(staging)
     tokenizer.save(staging)
     _make_auto_tokenizer_keep_it(staging, tokenizer)
-    (staging / "README.md").write_text(model_card(request.facts or {}), encoding="utf-8")
-    (_check_consumed if request.is_consumed else _check)(staging, model, tokenizer)
+    card = model_card(request.facts or {}, needs_code=expansion is not None)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    if request.is_consumed:
+        _check_consumed(staging, model, tokenizer)
+    else:
+        _check(staging, model, tokenizer, expansion)
     if folder.exists():
         folder.rmdir()  # empty, as checked above
     os.rename(staging, folder)
@@ -98,18 +116,29 @@ def export_huggingface(
 
 
 def _own_model(
-    student: CausalLM, state: Mapping[str, Tensor] | None, tokenizer: Tokenizer, request: ExportRequest
+    student: CausalLM, weights: Mapping[str, Tensor], tokenizer: Tokenizer, request: ExportRequest
 ) -> PreTrainedModel:
     """Return the model that is written, in its dtype."""
     if not request.is_consumed:
-        merged = merged_model(student, student.model.state_dict() if state is None else state, tokenizer)
-        return merged.to(request.dtype)
-    assert state is None
+        return merged_model(student, weights, tokenizer).to(request.dtype)
+    assert student.expansion is None
     assert not hasattr(student.model, "peft_config")
     # no cast: that of the whole module would round rotary frequencies, which a loaded model has in float32
     assert student.causal_lm.dtype == request.dtype
     student.config.dtype = request.dtype
     return student.causal_lm.eval()
+
+
+def _parts_of_state(
+    student: CausalLM, state: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the state of `student.model`, and the rows of its expansion."""
+    if state is None:
+        state = dict(student.model.state_dict())
+        if student.expansion is not None:
+            state[f"{EXPANSION}old.weight"] = student.expansion.old.weight.detach()
+    weights = dict(state)
+    return weights, weights.pop(f"{EXPANSION}old.weight", None)
 
 
 def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> PreTrainedModel:
@@ -152,8 +181,14 @@ def _quiet_padding(model: PreTrainedModel, vocab_size: int) -> None:
             parameter[vocab_size:] = parameter[:vocab_size].mean(0)
 
 
-def model_card(facts: Mapping[str, str]) -> str:
-    """Return a model card in Hugging Face's form."""
+def model_card(facts: Mapping[str, str], *, needs_code: bool = False) -> str:
+    """Return a model card in Hugging Face's form.
+
+    Args:
+        facts: lines of the card, in order.
+        needs_code: the folder has a class of its own.
+    """
+    code = ", trust_remote_code=True" if needs_code else ""
     lines = "".join(f"- **{name}**: {value}\n" for name, value in facts.items())
     return (
         "---\nlibrary_name: transformers\ntags: [tokenkit, tokenizer-transfer]\n---\n\n"
@@ -162,8 +197,8 @@ def model_card(facts: Mapping[str, str]) -> str:
         "distilling from a teacher with another one (Minixhofer et al. 2025, arXiv:2503.20083).\n\n"
         f"{lines}\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+        f'model = AutoModelForCausalLM.from_pretrained("."{code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{code})\n```\n'
     )
 
 
@@ -225,18 +260,26 @@ def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def _check(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def _check(
+    folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, expansion: InputExpansion | None
+) -> None:
     from transformers import AutoModelForCausalLM
 
     ids = _sample_ids(tokenizer).tolist()
     got = _ids_of_reload(folder, tokenizer)
     if got != ids:
         raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        use_safetensors=True,
+        dtype=torch.float32,
+        trust_remote_code=expansion is not None,  # it was written here, a moment ago
+    ).eval()
     ids_BT = _sample_batch(loaded, tokenizer)
     logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
     got_T = logits_TV.log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
-    _check_agreement(got_T, _sample_logp(model.float(), tokenizer), f"{folder}: the model, loaded back,")
+    expected_T = _sample_logp(model.float(), tokenizer, None if expansion is None else expansion.float())
+    _check_agreement(got_T, expected_T, f"{folder}: the model, loaded back,")
 
 
 @torch.no_grad()
@@ -263,10 +306,14 @@ def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def _sample_logp(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
+def _sample_logp(
+    model: PreTrainedModel, tokenizer: Tokenizer, expansion: InputExpansion | None = None
+) -> Tensor:
     """Return the log-probability of each token of the sample, as the losses compute it."""
     ids_BT = _sample_batch(model, tokenizer)
-    states = CausalLM(model, tokenizer.vocab_size)(ids_BT)
+    causal_lm = CausalLM(model, tokenizer.vocab_size)
+    causal_lm.expansion = expansion
+    states = causal_lm(ids_BT)
     return linear_logprob(states.hidden_BTD[0, :-1], states.head, ids_BT[0, 1:]).logp_N
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.models.collect import collecting, projections, qkv_widths
+from tokenkit.models.expansion import InputExpansion
 from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 
 if TYPE_CHECKING:
@@ -61,10 +62,14 @@ class CausalLM(nn.Module):
         vocab_size: number of real tokens; rows of the head beyond it are padding.
     """
 
+    expansion: InputExpansion | None
+    """What a byte model adds to its own embeddings; never used with another `Vocabulary`."""
+
     def __init__(self, model: PreTrainedModel, vocab_size: int):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.expansion = None
         rows = self.embedding.weight.shape[0]
         if vocab_size > rows:
             raise ValueError(
@@ -133,6 +138,11 @@ class CausalLM(nn.Module):
             qkv=None if projections(self.layers[0]) is None else qkv_widths(self.config),
         )
 
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Return the input embeddings of the model's own ids, expanded where it has an expansion."""
+        embedded_BTD: Tensor = self.embedding(ids_BT)
+        return embedded_BTD if self.expansion is None else embedded_BTD + self.expansion(ids_BT)
+
     def forward(
         self,
         ids_BT: Tensor,
@@ -151,7 +161,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: "qkv" of an architecture whose projections are not known.
         """
-        embedded_BTD = (self.embedding if vocabulary is None else vocabulary.embedding)(ids_BT)
+        embedded_BTD = self.embed(ids_BT) if vocabulary is None else vocabulary.embedding(ids_BT)
         with collecting(self.layers if collect else (), collect, self.config) as found:
             outputs = self.body(inputs_embeds=embedded_BTD, use_cache=False)
         hidden_BTD = outputs.last_hidden_state

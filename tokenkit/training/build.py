@@ -19,6 +19,7 @@ from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
+from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
@@ -30,12 +31,14 @@ from tokenkit.models.causal_lm import (
     effective_weight,
     load_causal_lm,
 )
+from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.lora import LoraOptions, add_lora
 from tokenkit.objective import Objective, ObjectiveOptions
 from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_optimizer
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
+from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.training.distillation import ActiveLoss, Distillation
 from tokenkit.training.losses import active_losses, latents_options, read_biases
@@ -241,6 +244,10 @@ def build_models(
         teacher = _load(config, config.student, tokenizers.old, compute)
     else:
         teacher = student.vocabulary()
+    if config.target.expand_input_ids:
+        tables = expansion_tables(ids_by_bytes(tokenizers.old))
+        old_WD = student.embedding.weight[: tokenizers.old.vocab_size]
+        student.expansion = InputExpansion(student.embedding, tables, old_WD)
     output_mode, report = config.training.output_embeddings_mode, {}
     if tokenizers.target is not tokenizers.old or output_mode == "untie":
         report = transfer_vocabulary(
@@ -253,6 +260,8 @@ def build_models(
     if config.training.train_embeddings:
         student.embedding.float()
         student.output.float()
+        if student.expansion is not None:
+            student.expansion.float()
         _float_norms(student)
     _check_lengths(config, student, teacher)
     if mode == "lora":
@@ -296,8 +305,10 @@ def _float_norms(student: CausalLM) -> None:
 
 def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
     mode = config.training.train_model_mode
+    if student.expansion is not None:
+        student.expansion.requires_grad_(config.training.train_embeddings)
     if mode != "lora":
-        student.requires_grad_(mode == "full")
+        student.model.requires_grad_(mode == "full")
     elif not config.training.train_embeddings:
         return  # a head that model_lora_targets or modules_to_save name is trained all the same
     for module in (student.embedding, student.output):

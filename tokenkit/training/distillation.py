@@ -161,7 +161,7 @@ class Distillation(nn.Module):
     def _student_embedded(self, batch: Batch) -> Tensor | None:
         if "embedded" not in self.collect:
             return None
-        embedded_BTD: Tensor = self.student.embedding(batch.student.ids_BT)
+        embedded_BTD = self.student.embed(batch.student.ids_BT)
         return embedded_BTD if self.compute_dtype is None else embedded_BTD.to(self.compute_dtype)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from tokenkit.config import TrainConfig, to_dict, to_yaml
 from tokenkit.config.errors import blaming_data, exit_code
 from tokenkit.config.models import ModelSource
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
-from tokenkit.export.huggingface import ExportRequest, export_huggingface
+from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves, write_outcome
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
@@ -278,6 +278,9 @@ def _export(session: Session) -> None:
     config, student = session.config, session.parts.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gathered = get_model_state_dict(student.model, options=options)  # not the teacher beside it
+    if student.expansion is not None:
+        rows = get_model_state_dict(student.expansion, options=options)
+        gathered |= {f"{EXPANSION}{name}": value for name, value in rows.items()}
     state = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     with together("export the student", session.world):
         if session.world.is_main:
