@@ -88,6 +88,7 @@ def export_huggingface(
         raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
     weights, rows_WD = _parts_of_state(student, state)
     model = _own_model(student, weights, tokenizer, request)
+    del weights  # they would keep the memory of a model that is consumed
     _quiet_padding(model, tokenizer.vocab_size)
     _set_generation(model, student, tokenizer)
 
