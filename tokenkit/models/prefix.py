@@ -36,7 +36,7 @@ def prefix_states(
         ValueError: the model has fewer layers.
     """
     source = model if vocabulary is None else vocabulary
-    embedded_BTD = source.embedding(ids_BT)
+    embedded_BTD = model.embed(ids_BT) if vocabulary is None else vocabulary.embedding(ids_BT)
     kinds = frozenset({"layers"})
     with first_layers(model, n_layers) as layers, collecting(layers[-1:], kinds, model.config) as found:
         last_BTD = model.body(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
