@@ -204,7 +204,9 @@ def _encode_texts(
         own = [next(remaining) for _ in script.texts]
         if not any(own):
             raise ValueError("empty document")
-        result.append(script._replace(texts=own, parts=_canonical_parts(script.parts, tokenizers)))
+        if own != script.texts:  # else the neighbours of a document would move where its parts meet
+            script = script._replace(texts=own, parts=_canonical_parts(script.parts, tokenizers))
+        result.append(script)
     return result, encoded
 
 
