@@ -14,6 +14,7 @@ from tokenkit.export.expanded import modeling_source
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.lora import LoraOptions, add_lora
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.expansion import expansion_tables
 
@@ -78,6 +79,32 @@ def test_a_cache_without_expanded_ids_is_refused(tmp_path):
             model(ids[:, 4:], past_key_values=cache)
         got = model(ids[:, 4:], past_key_values=cache, expanded_ids=model.expand(ids)[:, 4:]).logits
         torch.testing.assert_close(got, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_looks_back_as_far_as_the_longest_token(tmp_path):
+    student, new = byte_student("llama", tmp_path)
+    model, _ = exported(student, new, tmp_path / "out")
+    old = load_tokenizer(str(tmp_path / "old"))
+    longest = max(ids_by_bytes(old), key=len)
+    assert len(longest) == model.config.expansion_max_bytes
+    ids = torch.tensor([list(b"zz" + longest)])
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1)
+    assert inputs["input_ids"].shape == (1, 1)
+    assert inputs["expanded_ids"].tolist() == [[ids_by_bytes(old)[longest]]]
+
+
+@torch.no_grad()
+def test_adapters_are_merged_beside_the_expansion(tmp_path):
+    student, new = byte_student("llama", tmp_path)
+    add_lora(student, LoraOptions(rank=4))
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1)
+    model, _ = exported(student, new, tmp_path / "out")
+    ids = torch.tensor([list(b"The cats sat on the mat")])
+    states = student.eval()(ids)
+    expected = states.hidden_BTD @ states.head.weight_VD[: new.vocab_size].T
+    torch.testing.assert_close(model(ids).logits[..., : new.vocab_size], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fresh_process_needs_no_tokenkit_and_says_what_it_needs(tmp_path):
