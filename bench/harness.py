@@ -1,15 +1,19 @@
 """Measuring: interleaved contenders, a median with its spread, memory above inputs, one JSON per run."""
 
+import argparse
 import ctypes
 import json
 import platform
 import resource
 import statistics
 import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 import triton
 
 Step = Callable[[], object]
+Rows = dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,13 @@ def machine(device: str) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
-    facts = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}
-    facts["python"] = platform.python_version()
+    facts = {"torch": torch.__version__, "triton": triton.__version__}
+    if util.find_spec("transformers"):
+        facts["transformers"] = metadata.version("transformers")
+    facts |= {"commit": commit or "unknown", "python": platform.python_version()}
     if device == "cpu":
-        return facts | {"device": "cpu", "threads": torch.get_num_threads()}
+        cpu = platform.processor() or platform.machine()
+        return facts | {"device": "cpu", "cpu": cpu, "threads": torch.get_num_threads()}
     query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
     clocks = subprocess.run(
         ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
@@ -148,3 +156,65 @@ def save(path: Path, device: str, results: object) -> None:
 def as_row(timing: Timing) -> dict[str, float]:
     """Return a timing as columns."""
     return {"ms": timing.median, **{key: value for key, value in asdict(timing).items() if key != "median"}}
+
+
+MEASURED = """
+import importlib, re, sys, time
+code = importlib.import_module(f"tokenkit.{sys.argv[1]}").main(sys.argv[3:])
+kibibytes = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+open(sys.argv[2], "w").write(f"{time.process_time()} {kibibytes}")
+sys.exit(code)
+"""
+
+
+def run_command(module: str, flags: list[str]) -> tuple[float, float, int]:
+    """Run a command of tokenkit; return its processor and wall seconds, and its peak resident set in MiB."""
+    began = time.perf_counter()
+    with tempfile.NamedTemporaryFile() as file:  # the kernel's ru_maxrss would count this process too
+        subprocess.run([sys.executable, "-c", MEASURED, module, file.name, *flags], check=True)
+        seconds, kibibytes = Path(file.name).read_text().split()
+    return round(float(seconds), 1), round(time.perf_counter() - began, 1), int(kibibytes) // 1024
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What a benchmark of a kernel measures: dataclasses of sizes with a `name()`."""
+
+    gpu: Any
+    cpu: Any
+    tiny: Any
+    """Shows that the benchmark runs."""
+    grid: Callable[[], Iterable[Any]]
+
+
+def measure_cases(
+    about: str, cases: Cases, measure: Callable[..., Rows], *, takes_model: bool = False
+) -> None:
+    """Read the command line of a benchmark, measure the cases that it names, print tables and save them.
+
+    Args:
+        about: docstring of the benchmark.
+        cases: what can be measured.
+        measure: takes case, device and repetitions, and with `takes_model` the name of a model or None.
+        takes_model: whether the benchmark has `--model`.
+    """
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--repetitions", type=int, default=30 if on_gpu else 5)
+    parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="one tiny case: shows that the benchmark runs")
+    if takes_model:
+        parser.add_argument("--model", help="take hidden states and head of this model")
+    parser.add_argument("--save", type=Path, help="folder of results")
+    arguments = parser.parse_args()
+    more = {"model": arguments.model} if takes_model else {}
+    model = more.get("model")
+    default = cases.tiny if arguments.tiny else cases.cpu if arguments.device == "cpu" else cases.gpu
+    for case in cases.grid() if arguments.grid else [default]:
+        rows = measure(case, arguments.device, arguments.repetitions, **more)
+        print(f"\n{case.name()}{f' of {model}' if model else ''}")
+        print_table(rows)
+        if arguments.save:
+            path = arguments.save / f"{case.name()}{'_model' if model else ''}.json"
+            save(path, arguments.device, {"case": asdict(case), **more, "rows": rows})

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
+
+from harness import machine
 
 TARGETS = ("tinystories10k", "tinystories-spm", "gpt2", "pythia", "llama2", "llama3", "qwen2.5", "byte")
 
@@ -41,7 +42,7 @@ def main() -> None:
     if arguments.save:
         about = json.loads((arguments.hypernet / "hypernet.json").read_text(encoding="utf-8"))
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(), "hypernet": about, "rows": rows}
+        content = {"machine": machine("cpu"), "hypernet": about, "rows": rows}
         arguments.save.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,20 +80,6 @@ def score(arguments: argparse.Namespace, target: str) -> dict:
         row.update({name: found.student, "old": found.teacher, "heldout_bytes": found.num_bytes})
     stop(world)
     return row
-
-
-def machine() -> dict[str, str | int]:
-    """Say where and with what the figures were made."""
-    import torch
-    import transformers
-
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ against float64. A contender that is wrong is not timed. `map`: the teacher's vo
 student's, and every student id faces a random one of its ids. No peer does that; eager gathers its logits.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Step, as_row, peak_bytes, print_table, save, time_interleaved
+from harness import Cases, Rows, Step, as_row, measure_cases, peak_bytes, time_interleaved
 
 from tokenkit.kernels.linear_divergence import linear_divergence
 from tokenkit.kernels.reference.linear_divergence import linear_divergence as reference
@@ -212,10 +211,10 @@ def floors(problem: Problem, repetitions: int, device: str) -> dict[int, float]:
     return {2: 2 * z, 3: 2 * z + dx, 4: 2 * z + dx + dw, 6: 4 * z + dx + dw}
 
 
-def measure(case: Case, device: str, repetitions: int) -> dict[str, dict[str, object]]:
+def measure(case: Case, device: str, repetitions: int) -> Rows:
     """Return one row per contender."""
     problem = Problem(case, device)
-    rows: dict[str, dict[str, object]] = {}
+    rows: Rows = {}
     sound: dict[str, Contender] = {}
     for name, contender in contenders(device).items():
         try:
@@ -251,22 +250,7 @@ def measure(case: Case, device: str, repetitions: int) -> dict[str, dict[str, ob
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--repetitions", type=int, default=30 if on_gpu else 5)
-    parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="one tiny case: shows that the benchmark runs")
-    parser.add_argument("--save", type=Path, help="folder of results")
-    arguments = parser.parse_args()
-    default = TINY_CASE if arguments.tiny else CPU_CASE if arguments.device == "cpu" else Case()
-    for case in grid() if arguments.grid else [default]:
-        rows = measure(case, arguments.device, arguments.repetitions)
-        print(f"\n{case.name()}")
-        print_table(rows)
-        if arguments.save:
-            path = arguments.save / f"{case.name()}.json"
-            save(path, arguments.device, {"case": asdict(case), "rows": rows})
+    measure_cases(__doc__, Cases(Case(), CPU_CASE, TINY_CASE, grid), measure)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,10 @@ that is wrong is not timed. Peers (torch's linear_cross_entropy, Liger, cut-cros
 are installed; they compute no mass of a subset.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Step, as_row, peak_bytes, print_table, save, time_interleaved
+from harness import Cases, Rows, Step, as_row, measure_cases, peak_bytes, time_interleaved
 
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.kernels.reference.linear_logprob import linear_logprob as reference
@@ -236,13 +235,11 @@ def floors(problem: Problem, repetitions: int, device: str) -> dict[int, float]:
     return {1: z, 2: z + dx, 3: z + dx + dw, 4: 2 * z + dx + dw}
 
 
-def measure(
-    case: Case, device: str, repetitions: int, model: str | None = None
-) -> dict[str, dict[str, object]]:
+def measure(case: Case, device: str, repetitions: int, model: str | None = None) -> Rows:
     """Return one row per contender."""
     problem = Problem(case, device, model)
     case = problem.case
-    rows: dict[str, dict[str, object]] = {}
+    rows: Rows = {}
     sound = {}
     for name, (loss, gemms, train_head) in contenders(device).items():
         try:
@@ -282,24 +279,7 @@ def measure(
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--repetitions", type=int, default=30 if on_gpu else 5)
-    parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="one tiny case: shows that the benchmark runs")
-    parser.add_argument("--model", help="take hidden states and head of this model")
-    parser.add_argument("--save", type=Path, help="folder of results")
-    arguments = parser.parse_args()
-    default = TINY_CASE if arguments.tiny else CPU_CASE if arguments.device == "cpu" else Case()
-    for case in grid() if arguments.grid else [default]:
-        rows = measure(case, arguments.device, arguments.repetitions, arguments.model)
-        print(f"\n{case.name()}{' of ' + arguments.model if arguments.model else ''}")
-        print_table(rows)
-        if arguments.save:
-            name = case.name() + ("_model" if arguments.model else "")
-            results = {"case": asdict(case), "model": arguments.model, "rows": rows}
-            save(arguments.save / f"{name}.json", arguments.device, results)
+    measure_cases(__doc__, Cases(Case(), CPU_CASE, TINY_CASE, grid), measure, takes_model=True)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from transfer import flags, machine, run
+from harness import machine
+from transfer import flags, run
 
 from tokenkit.losses import LOSSES
 
@@ -50,7 +51,9 @@ def main() -> None:
     print(table(rows))
     if arguments.save:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        facts = machine() | {key: str(value) for key, value in vars(arguments).items() if key in SETTINGS}
+        facts = machine("cpu") | {
+            key: str(value) for key, value in vars(arguments).items() if key in SETTINGS
+        }
         arguments.save.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import print_table, save
+from harness import print_table, run_command, save
 
 from tokenkit.pairing.bias_files import load_biases
 from tokenkit.pairing.covers import Writer
@@ -67,8 +65,8 @@ def measure(arguments: argparse.Namespace, pair: str) -> dict[str, float]:
     folder = arguments.output / pair.replace(",", "-")
     flags = ["--teacher-tokenizer-name", specs[0], "--target-tokenizer-name", specs[1], "--output"]
     text = str(arguments.data / "text" / "tinystories.heldout.txt")
-    biases = run("pair_stats", [*flags, str(folder / "pair"), "--data.dataset-name", text])
-    mining = run("mined_mapping", [*flags, str(folder / "mapping"), "--num-workers", "1"])
+    biases = run_command("pair_stats", [*flags, str(folder / "pair"), "--data.dataset-name", text])
+    mining = run_command("mined_mapping", [*flags, str(folder / "mapping"), "--num-workers", "1"])
     about = json.loads((folder / "pair" / "summary.json").read_text())
     mined = json.loads((folder / "mapping" / "summary.json").read_text())
     teacher, student = map(load_tokenizer, specs)
@@ -84,24 +82,6 @@ def measure(arguments: argparse.Namespace, pair: str) -> dict[str, float]:
         mined["tokens"],
     )
     return dict(zip(FIGURES, figures, strict=True))
-
-
-MEASURED = """
-import importlib, re, sys, time
-code = importlib.import_module(f"tokenkit.{sys.argv[1]}").main(sys.argv[3:])
-kibibytes = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
-open(sys.argv[2], "w").write(f"{time.process_time()} {kibibytes}")
-sys.exit(code)
-"""
-
-
-def run(module: str, flags: list[str]) -> tuple[float, float, int]:
-    """Run a command; return its processor and wall seconds, and its peak resident set in MiB."""
-    began = time.perf_counter()
-    with tempfile.NamedTemporaryFile() as file:  # the kernel's ru_maxrss would count this process too
-        subprocess.run([sys.executable, "-c", MEASURED, module, file.name, *flags], check=True)
-        seconds, kibibytes = Path(file.name).read_text().split()
-    return round(float(seconds), 1), round(time.perf_counter() - began, 1), int(kibibytes) // 1024
 
 
 def definition_rate(folder: Path, teacher: Tokenizer, student: Tokenizer, sample: int) -> float:

@@ -11,10 +11,9 @@ first rows: the largest of a value, and the norm of dX's error over that of dX. 
 not timed. No public kernel computes this distance without a sort.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Step, as_row, peak_bytes, print_table, save, time_interleaved
+from harness import Cases, Rows, Step, as_row, measure_cases, peak_bytes, time_interleaved
 
 from tokenkit.kernels.reference.sorted_distance import sorted_distance as reference
 from tokenkit.kernels.sorted_distance import sorted_distance
@@ -180,10 +179,10 @@ def floors(problem: Problem, repetitions: int, device: str) -> dict[int, float]:
     return {2: both, 3: both + dx, 4: both + dx + dw, 5: both + dx + dw + z}
 
 
-def measure(case: Case, device: str, repetitions: int) -> dict[str, dict[str, object]]:
+def measure(case: Case, device: str, repetitions: int) -> Rows:
     """Return one row per contender."""
     problem = Problem(case, device)
-    rows: dict[str, dict[str, object]] = {}
+    rows: Rows = {}
     sound: dict[str, Contender] = {}
     for name, contender in contenders(device).items():
         errors = error_of(problem, contender)
@@ -212,22 +211,7 @@ def measure(case: Case, device: str, repetitions: int) -> dict[str, dict[str, ob
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--repetitions", type=int, default=30 if on_gpu else 5)
-    parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="one tiny case: shows that the benchmark runs")
-    parser.add_argument("--save", type=Path, help="folder of results")
-    arguments = parser.parse_args()
-    default = TINY_CASE if arguments.tiny else CPU_CASE if arguments.device == "cpu" else Case()
-    for case in grid() if arguments.grid else [default]:
-        rows = measure(case, arguments.device, arguments.repetitions)
-        print(f"\n{case.name()}")
-        print_table(rows)
-        if arguments.save:
-            path = arguments.save / f"{case.name()}.json"
-            save(path, arguments.device, {"case": asdict(case), "rows": rows})
+    measure_cases(__doc__, Cases(Case(), CPU_CASE, TINY_CASE, grid), measure)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from harness import machine
 
 from tokenkit.metrics import read_metrics
 
@@ -54,7 +55,7 @@ def main() -> None:
     print(table(rows))
     if arguments.save:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        arguments.save.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
 
 
 def flags(
@@ -123,20 +124,6 @@ def table(rows: list[dict]) -> str:
         peak = max(row["peak_mib"] for row in group)
         lines.append(f"{head}| {students} | {seconds} | {peak} |")
     return "\n".join(lines)
-
-
-def machine() -> dict[str, str | int]:
-    """Say where and with what the figures were made."""
-    import torch
-    import transformers
-
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":
