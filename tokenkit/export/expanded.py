@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tokenkit.models.expansion import InputExpansion
-from tokenkit.tokenization.expansion import expand
+from tokenkit.models.expansion import TABLES, InputExpansion
+from tokenkit.tokenization.expansion import expand, index_of_pairs, names_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +46,7 @@ class ByteExpansionConfig({config}):
 
     model_type = "byte_expansion_{model_type}"
     expansion_rows: int = 1
+    expansion_blocks: int = 1
     expansion_edges: int = 1
     expansion_max_bytes: int = 1
 
@@ -62,8 +63,9 @@ class ByteExpansion(nn.Module):
         shape = (config.expansion_rows, weight.shape[1])
         self.old.weight = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
         self.old.num_embeddings, self.old.padding_idx = config.expansion_rows, None
-        for name in ("edge_key_E", "token_E"):
-            self.register_buffer(name, torch.zeros(config.expansion_edges, dtype=torch.int64))
+        blocks, edges = config.expansion_blocks, config.expansion_edges
+        for name, length in (("block_key_P", blocks), ("edge_key_E", edges), ("token_E", edges)):
+            self.register_buffer(name, torch.zeros(length, dtype=torch.int64))
 
     def forward(self, expanded_ids):
         added = self.old(expanded_ids.clamp(min=0))
@@ -85,7 +87,8 @@ class ByteExpansionForCausalLM({model}):
         if attention_mask is not None and attention_mask.ndim == 2:
             mask = attention_mask[:, -input_ids.shape[1] :].to(input_ids.device, torch.bool)
             input_ids = torch.where(mask, input_ids, NONE)
-        return expand(input_ids, self.expansion.edge_key_E, self.expansion.token_E)
+        tables = self.expansion.block_key_P, self.expansion.edge_key_E, self.expansion.token_E
+        return expand(input_ids, *tables, self.config.expansion_max_bytes)
 
     def forward(
         self,
@@ -149,7 +152,9 @@ def modeling_source(model: PreTrainedModel) -> str:
                 f"a model with expand_input_ids is exported as a subclass of its own class, and {name} is "
                 "not part of transformers: train without expand_input_ids"
             )
-    return MODELING.format(**names, model_type=model.config.model_type, expand=inspect.getsource(expand))
+    functions = (names_at, index_of_pairs, expand)
+    source = "\n\n".join(inspect.getsource(function) for function in functions)
+    return MODELING.format(**names, model_type=model.config.model_type, expand=source)
 
 
 def with_expansion(model: PreTrainedModel, expansion: InputExpansion, folder: Path) -> PreTrainedModel:
@@ -170,6 +175,7 @@ def with_expansion(model: PreTrainedModel, expansion: InputExpansion, folder: Pa
     values = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
     config = module.ByteExpansionConfig(**values)
     config.expansion_rows = len(expansion.old.weight)
+    config.expansion_blocks = len(expansion.block_key_P)
     config.expansion_edges = len(expansion.token_E)
     config.expansion_max_bytes = expansion.max_bytes
     result: PreTrainedModel = module.ByteExpansionForCausalLM(config).to(model.dtype)
@@ -179,11 +185,8 @@ def with_expansion(model: PreTrainedModel, expansion: InputExpansion, folder: Pa
 
 
 def _tensors(expansion: InputExpansion) -> Mapping[str, Tensor]:
-    return {
-        "expansion.old.weight": expansion.old.weight.detach(),
-        "expansion.edge_key_E": expansion.edge_key_E,
-        "expansion.token_E": expansion.token_E,
-    }
+    tables = {f"expansion.{name}": getattr(expansion, name) for name in TABLES}
+    return {"expansion.old.weight": expansion.old.weight.detach(), **tables}
 
 
 def point_auto_classes(folder: Path) -> None:

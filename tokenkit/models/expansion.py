@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from tokenkit.tokenization.expansion import ExpansionTables, expand
 
+TABLES = ("block_key_P", "edge_key_E", "token_E")
+"""The arrays of `ExpansionTables`."""
+
 
 class InputExpansion(nn.Module):
     """The old input embedding, and the tables that say which of its rows each byte adds.
@@ -28,6 +31,7 @@ class InputExpansion(nn.Module):
     checkpoint holds.
     """
 
+    block_key_P: Tensor
     edge_key_E: Tensor
     token_E: Tensor
 
@@ -37,13 +41,13 @@ class InputExpansion(nn.Module):
         self.old.weight = nn.Parameter(old_WD.detach().clone())
         self.old.num_embeddings, self.old.padding_idx = len(old_WD), None
         self.max_bytes = tables.max_bytes
-        self.register_buffer("edge_key_E", torch.from_numpy(tables.edge_key_E), persistent=False)
-        self.register_buffer("token_E", torch.from_numpy(tables.token_E), persistent=False)
+        for name in TABLES:
+            self.register_buffer(name, torch.from_numpy(getattr(tables, name)), persistent=False)
 
     def with_rows(self, embedding: Any, old_WD: Tensor) -> InputExpansion:
         """Return the same expansion with other rows, on the CPU: whole where this one's are sharded."""
-        tables = ExpansionTables(self.edge_key_E.cpu().numpy(), self.token_E.cpu().numpy(), self.max_bytes)
-        return InputExpansion(embedding, tables, old_WD)
+        arrays = {name: getattr(self, name).cpu().numpy() for name in TABLES}
+        return InputExpansion(embedding, ExpansionTables(**arrays, max_bytes=self.max_bytes), old_WD)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Return what is added to the byte embeddings, [B, T, D] of the old matrix's dtype.
@@ -51,6 +55,6 @@ class InputExpansion(nn.Module):
         Args:
             ids_BT: int64 ids of the byte tokenizer; a row begins where its document does.
         """
-        expanded_BT = expand(ids_BT, self.edge_key_E, self.token_E)
+        expanded_BT = expand(ids_BT, self.block_key_P, self.edge_key_E, self.token_E, self.max_bytes)
         added_BTD: Tensor = self.old(expanded_BT.clamp(min=0))
         return torch.where((expanded_BT >= 0)[..., None], added_BTD, 0)
