@@ -21,12 +21,13 @@ from tokenkit.tokenization.expansion import expansion_tables
 TEXTS = ["The cats sat on the mat", "naïve", "Once upon a time"]
 
 
-def byte_student(architecture, folder, *, expand=True):
-    old, new = load_tokenizer(str(byte_level_bpe(folder / "old", 300))), load_tokenizer("byte")
-    student = CausalLM(tiny_model(architecture), 300)
+def byte_student(architecture, folder, *, expand=True, vocab_size=300):
+    old, new = load_tokenizer(str(byte_level_bpe(folder / "old", vocab_size))), load_tokenizer("byte")
+    student = CausalLM(tiny_model(architecture), vocab_size)
     if expand:
         tables = expansion_tables(ids_by_bytes(old))
-        student.expansion = InputExpansion(student.embedding, tables, student.embedding.weight[:300])
+        old_WD = student.embedding.weight[:vocab_size]
+        student.expansion = InputExpansion(student.embedding, tables, old_WD)
     transfer_vocabulary(student, old, new, pad_to_multiple_of=64)
     return student, new
 
@@ -35,7 +36,7 @@ def exported(student, new, folder):
     written = export_huggingface(student, None, new, ExportRequest(folder=folder))
     trust = student.expansion is not None
     model = AutoModelForCausalLM.from_pretrained(written, trust_remote_code=trust).eval()
-    return model, AutoTokenizer.from_pretrained(written, padding_side="left")
+    return model, AutoTokenizer.from_pretrained(written, padding_side="left", trust_remote_code=trust)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -94,6 +95,20 @@ def test_generation_looks_back_as_far_as_the_longest_token(tmp_path):
 
 
 @torch.no_grad()
+def test_old_tokens_of_one_byte_each(tmp_path):
+    student, new = byte_student("llama", tmp_path, vocab_size=258)
+    assert student.expansion.max_bytes == 1
+    model, _ = exported(student, new, tmp_path / "out")
+    ids = torch.tensor([[*b"a cat", new.eos_id]])
+    embedding, old = model.get_input_embeddings().weight, load_tokenizer(str(tmp_path / "old"))
+    expected_TD = embedding[ids[0]]
+    rows = [ids_by_bytes(old)[bytes([byte])] for byte in b"a cat"]
+    expected_TD[:5] += student.expansion.old.weight[rows]
+    got, expected = model(ids).logits, model(inputs_embeds=expected_TD[None]).logits
+    torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
 def test_adapters_are_merged_beside_the_expansion(tmp_path):
     student, new = byte_student("llama", tmp_path)
     add_lora(student, LoraOptions(rank=4))
@@ -111,9 +126,11 @@ def test_a_fresh_process_needs_no_tokenkit_and_says_what_it_needs(tmp_path):
     exported(*byte_student("llama", tmp_path), tmp_path / "out")
     program = (
         "import sys; sys.modules['tokenkit'] = None\n"
-        "from transformers import AutoModelForCausalLM as M\n"
-        f"m = M.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=bool(int(sys.argv[1])))\n"
-        "print(type(m).__name__)"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"load = {{'trust_remote_code': bool(int(sys.argv[1]))}}\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, **load)\n"
+        f"t = AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r}, **load)\n"
+        "print(type(m).__name__, t('ab', add_special_tokens=False).input_ids)"
     )
     for trust, code in (("1", 0), ("0", 1)):
         done = subprocess.run(
@@ -121,7 +138,8 @@ def test_a_fresh_process_needs_no_tokenkit_and_says_what_it_needs(tmp_path):
             capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
-        assert ("ByteExpansionForCausalLM" in done.stdout) is (trust == "1")
+        assert ("ByteExpansionForCausalLM [97, 98]" in done.stdout) is (trust == "1")
+        assert "You are using a model of type" not in done.stderr
     assert "trust_remote_code=True" in done.stderr
 
 

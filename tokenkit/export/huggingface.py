@@ -103,7 +103,7 @@ def export_huggingface(
     if expansion is not None:
         point_auto_classes(staging)
     tokenizer.save(staging)
-    _make_auto_tokenizer_keep_it(staging, tokenizer)
+    _make_auto_tokenizer_keep_it(staging, tokenizer, has_own_class=expansion is not None)
     card = model_card(request.facts or {}, needs_code=expansion is not None)
     (staging / "README.md").write_text(card, encoding="utf-8")
     if request.is_consumed:
@@ -237,21 +237,24 @@ def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
     return tokenizer.encode(tokenizer.normalize(SAMPLE)).ids
 
 
-def _ids_of_reload(folder: Path, tokenizer: Tokenizer) -> list[int]:
+def _ids_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> list[int]:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
     return list(loaded(tokenizer.normalize(SAMPLE), add_special_tokens=False)["input_ids"])
 
 
-def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer) -> None:
+def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
     """Keep `AutoTokenizer` from rebuilding the tokenizer in the way of the model's architecture.
 
     For some model types (qwen2, phi3) transformers 5 ignores the class that tokenizer_config.json names
     and puts the new vocabulary behind the old architecture's pre-tokenizer: other ids, no warning. A class
     of the folder's own takes precedence, and where its code is not trusted the file is read as it is.
+
+    Where the model has a class of its own, AutoTokenizer must trust its code: it asks the model's
+    configuration for the model type first.
     """
-    if _ids_of_reload(folder, tokenizer) == _sample_ids(tokenizer).tolist():
+    if _ids_of_reload(folder, tokenizer, trusts_code=has_own_class) == _sample_ids(tokenizer).tolist():
         return
     (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -267,14 +270,12 @@ def _check(
     from transformers import AutoModelForCausalLM
 
     ids = _sample_ids(tokenizer).tolist()
-    got = _ids_of_reload(folder, tokenizer)
+    has_own_class = expansion is not None  # its code was written here, a moment ago
+    got = _ids_of_reload(folder, tokenizer, trusts_code=has_own_class)
     if got != ids:
         raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder,
-        use_safetensors=True,
-        dtype=torch.float32,
-        trust_remote_code=expansion is not None,  # it was written here, a moment ago
+        folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
     ids_BT = _sample_batch(loaded, tokenizer)
     logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
@@ -289,7 +290,7 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     from transformers import AutoModelForCausalLM
 
     ids = _sample_ids(tokenizer).tolist()
-    got = _ids_of_reload(folder, tokenizer)
+    got = _ids_of_reload(folder, tokenizer, trusts_code=False)
     if got != ids:
         raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
     ids_BT = _sample_batch(model, tokenizer)
