@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_ranks
+from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
+from tests.training.test_resume import curve, run_in_rank
 from tokenkit.config.errors import ConfigError
+from tokenkit.metrics import ExitCode
 from tokenkit.models.causal_lm import Vocabulary
+from tokenkit.models.prefix import first_layers, prefix_states
 from tokenkit.parallel import World
+from tokenkit.training import loop
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
+from tokenkit.training.prefix_stage import take_step
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -90,11 +98,110 @@ def test_a_run_is_resumed_and_exported(make_config, tmp_path):
     load = {"trust_remote_code": True}
     one = AutoModelForCausalLM.from_pretrained(whole / "export", **load)
     two = AutoModelForCausalLM.from_pretrained(cut / "export", **load)
-    tokenizer = AutoTokenizer.from_pretrained(whole / "export")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "export", **load)
     ids = tokenizer("The cats sat", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(one(ids).logits, two(ids).logits, rtol=0, atol=0)
     assert lines(whole)[-1]["bits_per_byte/student"] > 0
+
+
+def run_and_score(world, config):
+    """Train to the end; return ids of a batch, which of them count, and their nats under the live student."""
+    scored, export = [], loop._export
+
+    def score_and_export(session):
+        batch = session.parts.heldout[0].batch
+        nats = session.parts.run.model(batch, "evaluate")[0]
+        scored.extend([batch.student.ids_BT, batch.student.trained_BT, nats])
+        assert isinstance(session.parts.run.model, FSDPModule)
+        export(session)
+
+    loop.start, loop._export = lambda **_: world, score_and_export
+    assert loop.train(config) == ExitCode.DONE
+    return scored
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_sharded_student_is_exported_whole(make_config, mode, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    untied = {"output_embeddings_mode": "untie", "optimizer__learning_rate": 0.05}
+    config = make_config(**BYTES, **untied, train_model_mode=mode, batch_size=8)
+    ids_BT, counts_BT, nats = run_ranks(run_and_score, 2, config)[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", trust_remote_code=True)
+    with torch.no_grad():
+        logp = model(ids_BT).logits[:, :-1, :261].log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[..., 0]
+    got = -logp[counts_BT[:, 1:]].sum()
+    torch.testing.assert_close(got, nats, rtol=1e-5, atol=0)
+    before = build(make_config(**BYTES), SINGLE).student.expansion.old.weight
+    assert (model.expansion.old.weight - before).abs().max() > 0.01, "the rows were not trained"
+
+
+@pytest.mark.parametrize(("world_size", "die_at"), [(1, 3), (2, 5)])
+def test_adapters_and_expansion_resume_to_the_same_bits(make_config, tmp_path, world_size, die_at):
+    changes = {**BYTES, "steps": 6, "train_model_mode": "lora", "model_lora_dropout": 0.1}
+    done = [ExitCode.DONE] * world_size
+    whole = make_config(**changes, output_dir=tmp_path / "whole")
+    assert run_ranks(run_in_rank, world_size, whole, None, always_shard=False) == done
+    broken = make_config(**changes, output_dir=tmp_path / "broken", resume="true")
+    assert KILLED in wait_ranks(start_ranks(run_in_rank, world_size, broken, die_at, always_shard=False))
+    assert run_ranks(run_in_rank, world_size, broken, None, always_shard=False) == done
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    one, two = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "broken"))
+    assert one.keys() == two.keys()
+    assert "expansion.old.weight" in one
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def prefix_steps(world, config):
+    """Run the stage; return what moved in it, its losses and the embedding."""
+    torch.manual_seed(0)
+    parts = build(config, world)
+    before = {name: whole(p) for name, p in parts.run.model.named_parameters()}
+    losses = []
+    for _ in range(parts.prefix.steps):
+        losses.append(take_step(parts.run, parts.prefix, next(parts.batches)).loss)
+        parts.run.step += 1
+    after = {name: whole(p) for name, p in parts.run.model.named_parameters()}
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    return moved, losses, whole(parts.student.embedding.weight)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+STAGE = {"n_prefix_layers": 1, "prefix_steps": 3, "prefix_lr": 0.01, "prefix_trainable": "embeddings"}
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_prefix_stage_reads_the_expansion_and_moves_byte_rows_alone(make_config, mode):
+    config = make_config(**BYTES, **STAGE, train_model_mode=mode, batch_size=8)
+    parts = build(config, SINGLE)
+    (batch,) = next(parts.batches)
+    prepared = parts.run.model(batch, "prefix_teacher")
+    expanded = parts.run.model(batch, "prefix", prepared).total
+    student, ids = parts.student, batch.student.ids_BT
+    embedded = student.embedding(ids) + student.expansion(ids)
+    got = prefix_states(student, ids, 1).hidden_BTD
+    with first_layers(student, 1):
+        states = student.body(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+    # the last of them is behind the final norm, which a prefix leaves out
+    torch.testing.assert_close(student.body.norm(got), states.last_hidden_state)
+    student.expansion = None
+    assert parts.run.model(batch, "prefix", prepared).total != expanded
+
+    moved, losses, _ = prefix_steps(SINGLE, config)
+    assert len(moved) == 1, moved
+    assert moved[0].startswith("student.")
+    assert moved[0].endswith(".embed_tokens.weight")
+    halves = make_config(**BYTES, **STAGE, train_model_mode=mode, batch_size=8, gradient_accumulation_steps=2)
+    _, expected, expected_rows = prefix_steps(SINGLE, halves)
+    for other, got_losses, got_rows in run_ranks(prefix_steps, 2, config):
+        assert other == moved
+        torch.testing.assert_close(got_losses, expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(got_rows, expected_rows, rtol=1e-3, atol=1e-4)
+    assert losses[0] == pytest.approx(expected[0], rel=0.2)
 
 
 @pytest.mark.parametrize("expand", [True, False])
