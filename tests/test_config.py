@@ -333,7 +333,7 @@ def test_the_features_that_are_not_here_yet():
         """do_cost_analysis
         n_model_parallel""".split()
     )
-    assert {leaf.name.split(".")[0] for leaf in LATER_FIELDS} - alone == {"hypernet", "eval"}
+    assert {leaf.name.split(".")[0] for leaf in LATER_FIELDS} - alone == {"eval"}
 
 
 def test_every_rule_for_later_fields_concerns_some_field():

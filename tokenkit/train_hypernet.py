@@ -19,40 +19,11 @@ from tokenkit.config.errors import ConfigError, at_least, blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.config.schema import flat
 from tokenkit.data.options import DataOptions
+from tokenkit.embeddings.hypernet_options import HypernetOptions
 
 if TYPE_CHECKING:
     from tokenkit.data.mix import Mix
     from tokenkit.training.hypernet import HypernetTrainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """The network."""
-
-    architecture: Literal["linear", "mlp", "transformer"] = "transformer"
-    """linear: one projection; mlp: feed-forward blocks over mean, first and last piece; transformer: over all
-    pieces."""
-
-    num_layers: int = 1
-    """Blocks of `mlp` and `transformer`."""
-
-    num_heads: int = 8
-    """Attention heads of `transformer`; they must divide the width of the embeddings."""
-
-    residual: bool = True
-    """Write the difference from FVT's row, at first 0; false: the row itself."""
-
-    residual_alpha: float = 1.0
-    """Weight of that difference."""
-
-    use_attention: bool = True
-    """Attend over the pieces of a token."""
-
-    use_attention_mask: bool = True
-    """Leave padding out of the attention."""
-
-    shared: bool = True
-    """One network for input and output embeddings, where two are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +124,17 @@ class TrainHypernetConfig:
     """Run code that comes with the model."""
 
     schedule: ScheduleConfig = flat(ScheduleConfig)
-    hypernet: NetworkConfig = field(default_factory=NetworkConfig)
+    hypernet: HypernetOptions = field(default_factory=HypernetOptions)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse a network that has nothing to learn."""
+        if self.hypernet.architecture == "identity":
+            raise ConfigError(
+                "hypernet.architecture is identity, which has nothing to train: set it to linear, mlp or "
+                "transformer"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,7 +202,7 @@ def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, di
     import torch
 
     from tokenkit.config.read import to_dict
-    from tokenkit.embeddings.hypernet import Hypernet, HypernetOptions
+    from tokenkit.embeddings.hypernet import Hypernet
     from tokenkit.embeddings.hypernet_files import rows_digest
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
     from tokenkit.models.fingerprint import model_fingerprint
@@ -243,10 +222,9 @@ def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, di
         matrices = old_matrices(model, old)
     writes = 2 if config.output_embeddings_mode == "untie" else len(matrices)
     torch.manual_seed(schedule.seed)
-    shape = HypernetOptions(
-        **{f.name: getattr(config.hypernet, f.name) for f in dataclasses.fields(config.hypernet)}
+    hypernet = Hypernet(config.hypernet, matrices[0].shape[1], reads=len(matrices), writes=writes).fit_scale(
+        matrices
     )
-    hypernet = Hypernet(shape, matrices[0].shape[1], reads=len(matrices), writes=writes).fit_scale(matrices)
     training = HypernetTraining(
         steps=schedule.steps,
         identity_steps=schedule.identity_steps,

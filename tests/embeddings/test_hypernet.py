@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings import hypernet as module
 from tokenkit.embeddings.fvt import row_sources
-from tokenkit.embeddings.hypernet import Hypernet, HypernetOptions, mean_rows, surfaces
+from tokenkit.embeddings.hypernet import Hypernet, mean_rows, surfaces
 from tokenkit.embeddings.hypernet_files import ABOUT, WEIGHTS, load_hypernet, rows_digest, save_hypernet
+from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.methods import InitOptions
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
@@ -71,7 +72,7 @@ def test_surfaces_by_hand():
 def replace_sources(ids, offsets, method_V):
     from tokenkit.embeddings.rows import RowSources
 
-    return RowSources(torch.tensor(ids), torch.tensor(offsets), method_V)
+    return RowSources(torch.tensor(ids, dtype=torch.int64), torch.tensor(offsets), method_V)
 
 
 def test_linear_is_one_projection_of_mean_first_and_last_piece():
@@ -86,21 +87,32 @@ def test_linear_is_one_projection_of_mean_first_and_last_piece():
     torch.testing.assert_close(network(found, [old_WD])[0][0], expected)
 
 
-@pytest.mark.parametrize("use_attention", [True, False])
-def test_with_a_mask_padding_changes_nothing_and_without_it_does(sources, use_attention):
+def test_padding_is_attended_to_where_no_mask_hides_it(sources):
     old_WD = torch.randn(300, WIDTH)
-    for use_mask in (True, False):
-        options = HypernetOptions(use_attention_mask=use_mask, use_attention=use_attention)
-        network = moved(Hypernet(options, WIDTH).fit_scale([old_WD]))
-        found = surfaces(sources)
-        (before,) = network(found, [old_WD])
-        with torch.no_grad():
-            network.networks[0].padding.add_(1.0)
-        (after,) = network(found, [old_WD])
-        if use_mask or not use_attention:
-            torch.testing.assert_close(before, after)
-        else:
-            assert not torch.allclose(before, after)
+    options = HypernetOptions(use_attention_mask=False)
+    network = moved(Hypernet(options, WIDTH).fit_scale([old_WD]))
+    found = surfaces(sources)
+    (before,) = network(found, [old_WD])
+    with torch.no_grad():
+        network.networks[0].padding.add_(1.0)
+    assert not torch.allclose(before, network(found, [old_WD])[0])
+    for hides in ({"use_attention": False}, {"use_attention_mask": True}, {"architecture": "mlp"}):
+        assert Hypernet(replace(options, **hides), WIDTH).networks[0].padding is None
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "transformer"])
+def test_a_row_depends_on_the_pieces_of_its_token_alone(sources, architecture):
+    """Each token by itself gives the row that it has among all others: nothing is mixed up by slabs."""
+    old_WD = torch.randn(300, WIDTH)
+    network = moved(Hypernet(HypernetOptions(architecture=architecture), WIDTH).fit_scale([old_WD]))
+    (together,) = network(surfaces(sources, size=448), [old_WD])
+    assert len(together) == 448
+    ends = [*sources.offset_V[1:].tolist(), len(sources.old_ids_K)]
+    for token in range(0, len(ends), 7):
+        ids = sources.old_ids_K[sources.offset_V[token] : ends[token]].tolist()
+        alone = replace_sources(ids, [0], sources.method_V[token : token + 1])
+        (row,) = network(surfaces(alone), [old_WD])
+        torch.testing.assert_close(together[token], row[0], rtol=1e-4, atol=1e-5)
 
 
 def test_special_tokens_and_tokens_without_pieces_keep_their_rows(sources):

@@ -8,7 +8,6 @@ from tokenkit.config.schema import leaves
 
 LATER = {
     "do_cost_analysis": "`tokenkit estimate`",
-    "hypernet.": "the embedding hypernetwork",
     "n_model_parallel": "vocabulary-parallel heads",
     "eval.": "lm-eval",
 }

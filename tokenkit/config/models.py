@@ -1,6 +1,6 @@
 """What is loaded, what of it is trained, and how: models, adapters, optimizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from tokenkit.config.errors import ConfigError, at_least
@@ -12,6 +12,7 @@ from tokenkit.config.names import (
     SpecialTokensMode,
 )
 from tokenkit.config.schema import flat
+from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.tokenization.spec import BYTE, parse_spec
 
 
@@ -100,35 +101,6 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypernet:
-    """A network that writes the target embeddings."""
-
-    architecture: Literal["identity", "linear", "mlp", "transformer"] = "identity"
-    """identity: none, the embeddings are initialised by FVT and trained as they are."""
-
-    num_layers: int = 3
-    """Layers of `mlp` and `transformer`."""
-
-    num_heads: int = 16
-    """Attention heads of `transformer`."""
-
-    residual: bool = True
-    """Add the input to the output."""
-
-    residual_alpha: float = 1.0
-    """Weight of the output in that sum."""
-
-    use_attention: bool = True
-    """Attend over the pieces of a token."""
-
-    use_attention_mask: bool = False
-    """Leave padding pieces out of the attention."""
-
-    shared: bool = True
-    """One network for input and output embeddings."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prefix:
     """A first stage that fits embeddings to the first layers of the body, without the layers above."""
 
@@ -188,7 +160,9 @@ class Training:
     """Attention of the models. None: the library's default (sdpa)."""
 
     lora: Lora = flat(Lora)
-    hypernet: Hypernet = field(default_factory=Hypernet)
+    hypernet: HypernetOptions | None = None
+    """A network that is trained between the embeddings and the student; None, or identity: there is none."""
+
     prefix: Prefix = flat(Prefix)
 
     def __post_init__(self) -> None:
@@ -197,16 +171,21 @@ class Training:
                 f"use_flash_attention contradicts attn_implementation {self.attn_implementation}: remove one"
             )
         at_least("loss_workspace_mib", self.loss_workspace_mib, 1)
-        if self.train_model_mode == "none" and not self.train_embeddings:
+        if self.train_model_mode == "none" and not self.train_embeddings and not self.has_hypernet:
             raise ConfigError(
-                "train_model_mode is none and train_embeddings is false: nothing would be trained; "
-                "set one of them otherwise"
+                "train_model_mode is none, train_embeddings is false and there is no hypernetwork: nothing "
+                "would be trained; set one of them otherwise"
             )
         if self.prefix.prefix_steps and not self.train_embeddings:
             raise ConfigError(
                 "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or run "
                 "the embeddings alone first (train_model_mode none) and start the next run from its export"
             )
+
+    @property
+    def has_hypernet(self) -> bool:
+        """Whether a network writes the embeddings."""
+        return self.hypernet is not None and self.hypernet.architecture != "identity"
 
     @property
     def attention(self) -> str | None:

@@ -5,9 +5,9 @@
     row(t)   = scale * network(pieces of t)                     without
 
 `scale` is the standard deviation of the old matrix. With `residual` the last projection begins at 0: before
-training the rows are FVT's, bit for bit. Every architecture ends in a projection of three vectors per token,
-the mean, the first and the last of its pieces: a head wants to know how a token begins, a body what it
-ended with.
+training the rows are FVT's, bit for bit. Inside distillation base(t) is a row that is trained itself
+(embeddings/projector.py). Every architecture ends in a projection of three vectors per token, the mean, the
+first and the last of its pieces: a head wants to know how a token begins, a body what it ended with.
 
     linear       that projection alone, of the old rows themselves
     mlp          `num_layers` feed-forward blocks of width D between
@@ -17,46 +17,25 @@ Special tokens, and tokens with nothing to write them with, keep FVT's row.
 
 Source: Minixhofer et al., "Zero-Shot Tokenizer Transfer", 2024 (arXiv:2405.07883), section 3.
 Dimensions: V new tokens, W old tokens, D hidden size, L pieces that the network reads of a token, I old
-matrices that it reads, O matrices that it writes, U tokens of one slab.
+matrices that it reads, O matrices that it writes, U tokens of one slab, M pieces that each of them has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, gelu, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.rows import LABELS, RowSources
 
-Architecture = Literal["identity", "linear", "mlp", "transformer"]
 MAX_PIECES = 16  # a token of more pieces than this is rare; its base is the mean of all of them
-SLAB = 16_384  # tokens: activations of one slab at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class HypernetOptions:
-    """The shape of a hypernetwork; the fields of `hypernet.` in a configuration, by the same names."""
-
-    architecture: Architecture = "transformer"
-    num_layers: int = 1
-    num_heads: int = 8
-    residual: bool = True
-    residual_alpha: float = 1.0
-    use_attention: bool = True
-    use_attention_mask: bool = True
-    shared: bool = True
-
-    def __post_init__(self) -> None:
-        """Check what does not depend on the model."""
-        if self.num_layers < 1:
-            raise ValueError(f"hypernet.num_layers must be at least 1, got {self.num_layers}")
-        if self.num_heads < 1:
-            raise ValueError(f"hypernet.num_heads must be at least 1, got {self.num_heads}")
+SLAB = 16_384  # pieces that a network reads at a time
+KEPT_SLABS = 4  # with more, activations are computed again in the backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +54,33 @@ class Surfaces:
     """bool, whether the network writes this row: ordinary tokens that have pieces."""
     has_no_source_V: Tensor
     """bool, rows that are the mean of all old rows."""
+    order_V: Tensor
+    """int64, the tokens by `length_V`, shortest first."""
+    place_V: Tensor
+    """int64, where each token stands in that order."""
+    count_L: tuple[int, ...]
+    """How many tokens have 0, 1, … L pieces; on the host, where slabs are cut."""
 
-    def to(self, device: torch.device) -> Surfaces:
-        """Return the same surfaces on `device`."""
-        return Surfaces(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+def surfaces(sources: RowSources, max_pieces: int = MAX_PIECES, size: int | None = None) -> Surfaces:
+    """Lay out the pieces of every token as a matrix.
 
-def surfaces(sources: RowSources, max_pieces: int = MAX_PIECES) -> Surfaces:
-    """Lay out the pieces of every token as a matrix."""
-    count, offset_V = len(sources.offset_V), sources.offset_V
-    end_V = torch.cat([offset_V[1:], torch.tensor([len(sources.old_ids_K)])])
+    Args:
+        sources: the pieces of each token.
+        max_pieces: L.
+        size: number of rows; those behind the last token are padding, without pieces. None: no padding.
+    """
+    padding = (size or len(sources.offset_V)) - len(sources.offset_V)
+    offset_V = torch.cat([sources.offset_V, torch.full((padding,), len(sources.old_ids_K))])
+    count, end_V = len(offset_V), torch.cat([offset_V[1:], torch.tensor([len(sources.old_ids_K)])])
     length_V = (end_V - offset_V).clamp(max=max_pieces)
     step_L = torch.arange(max_pieces)
     is_piece_VL = step_L < length_V[:, None]
     pieces_VL = torch.zeros(count, max_pieces, dtype=torch.int64)
     pieces_VL[is_piece_VL] = sources.old_ids_K[(offset_V[:, None] + step_L)[is_piece_VL]]
-    method_V = torch.from_numpy(sources.method_V)
+    method_V = torch.full((count,), LABELS.index("mean_of_all"), dtype=torch.uint8)
+    method_V[: count - padding] = torch.from_numpy(sources.method_V)
+    order_V = torch.argsort(length_V, stable=True)
     is_special_V = method_V == LABELS.index("special")
     return Surfaces(
         sources.old_ids_K,
@@ -99,6 +89,9 @@ def surfaces(sources: RowSources, max_pieces: int = MAX_PIECES) -> Surfaces:
         length_V,
         (length_V > 0) & ~is_special_V,
         method_V == LABELS.index("mean_of_all"),
+        order_V,
+        torch.argsort(order_V),
+        tuple(torch.bincount(length_V, minlength=max_pieces + 1).tolist()),
     )
 
 
@@ -152,50 +145,74 @@ class Hypernet(nn.Module):
         self.scale_I.copy_(torch.stack([matrix.detach().float().std() for matrix in old]))
         return self
 
-    def forward(self, surfaces: Surfaces, old: Sequence[Tensor]) -> list[Tensor]:
-        """Return O matrices of new rows, [V, D], in the dtype of the old ones; differentiable in them.
+    def forward(
+        self, surfaces: Surfaces, old: Sequence[Tensor], base: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return O matrices of new rows, [V, D], in the dtype of their base; differentiable in all matrices.
 
         Args:
             surfaces: of the new tokens, with `max_pieces` of this network.
             old: I matrices [W, D].
+            base: O matrices [V, D], to which the network adds; None: FVT's rows.
 
         Raises:
             ValueError: matrices of another width or number.
         """
         self.check(old)
         which = [min(index, self.reads - 1) for index in range(self.writes)]
-        means = [mean_rows(surfaces, matrix) for matrix in old]
+        if base is None:
+            means = [mean_rows(surfaces, matrix) for matrix in old]
+            base = [means[index] for index in which]
         if self.options.architecture == "identity":
-            return [means[index] for index in which]
+            return list(base)
         written_VOD = self._written(surfaces, old)
         is_read_V1 = surfaces.is_read_V[:, None]
         rows = []
-        for index, source in enumerate(which):
+        for index, (source, base_VD) in enumerate(zip(which, base, strict=True)):
             delta_VD = self.scale_I[source] * written_VOD[:, index]
-            if self.options.residual:
-                changed_VD = means[source] + self.options.residual_alpha * delta_VD
-            else:
-                changed_VD = delta_VD.to(means[source].dtype)
-            rows.append(torch.where(is_read_V1, changed_VD, means[source]))
+            changed_VD = (
+                base_VD + self.options.residual_alpha * delta_VD if self.options.residual else delta_VD
+            )
+            rows.append(torch.where(is_read_V1, changed_VD.to(base_VD.dtype), base_VD))
         return rows
 
     def _written(self, surfaces: Surfaces, old: Sequence[Tensor]) -> Tensor:
-        """Run the networks, a slab of tokens at a time; activations of a slab are computed again backward."""
+        """Run the networks, a slab of tokens at a time: [V, O, D]; zeros for tokens without pieces."""
         scaled_WE = torch.cat([m / s for m, s in zip(old, self.scale_I.unbind(), strict=True)], dim=1)
+        scaled_WE = scaled_WE.to(next(self.networks.parameters()).dtype)
+        cuts = self._cuts(surfaces.count_L)
+        pieces = sum((stop - start) * longest for start, stop, longest in cuts)
+        recompute = torch.is_grad_enabled() and pieces > KEPT_SLABS * SLAB
         slabs = []
-        for start in range(0, len(surfaces.length_V), SLAB):
-            pieces_UL = surfaces.pieces_VL[start : start + SLAB]
-            length_U = surfaces.length_V[start : start + SLAB]
-            if torch.is_grad_enabled() and len(surfaces.length_V) > SLAB:
-                slab = checkpoint(self._slab, scaled_WE, pieces_UL, length_U, use_reentrant=False)
+        for start, stop, longest in cuts:
+            token_U = surfaces.order_V[start:stop]
+            pieces_UM, length_U = surfaces.pieces_VL[token_U, :longest], surfaces.length_V[token_U]
+            if recompute:
+                slabs.append(checkpoint(self._slab, scaled_WE, pieces_UM, length_U, use_reentrant=False))
             else:
-                slab = self._slab(scaled_WE, pieces_UL, length_U)
-            slabs.append(slab)
-        return torch.cat(slabs).unflatten(1, (self.writes, self.width))
+                slabs.append(self._slab(scaled_WE, pieces_UM, length_U))
+        rows_VF = torch.cat(slabs) if slabs else scaled_WE.new_zeros(0, self.writes * self.width)
+        rows_VF = torch.cat([rows_VF.new_zeros(surfaces.count_L[0], rows_VF.shape[1]), rows_VF])
+        return rows_VF[surfaces.place_V].unflatten(1, (self.writes, self.width))
 
-    def _slab(self, scaled_WE: Tensor, pieces_UL: Tensor, length_U: Tensor) -> Tensor:
-        rows_ULE = scaled_WE[pieces_UL]
-        return torch.cat([network(rows_ULE, length_U) for network in self.networks], dim=1)
+    def _cuts(self, count_L: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Cut the ordered tokens that have pieces: (start, stop, pieces that are read of each).
+
+        Tokens of a slab have one length, so that nothing is computed for padding; where padding is attended
+        to, every length is the longest.
+        """
+        attends_to_padding = any(network.padding is not None for network in self.networks)
+        cuts, start = [], count_L[0]
+        for length, count in enumerate(count_L[1:], 1):
+            longest = self.max_pieces if attends_to_padding else length
+            step = max(1, SLAB // longest)
+            cuts += [(at, min(at + step, start + count), longest) for at in range(start, start + count, step)]
+            start += count
+        return cuts
+
+    def _slab(self, scaled_WE: Tensor, pieces_UM: Tensor, length_U: Tensor) -> Tensor:
+        rows_UME = scaled_WE[pieces_UM]
+        return torch.cat([network(rows_UME, length_U) for network in self.networks], dim=1)
 
     def check(self, old: Sequence[Tensor]) -> None:
         """Refuse matrices that this network cannot read.
@@ -213,11 +230,11 @@ class Hypernet(nn.Module):
 
 
 class _Network(nn.Module):
-    """Rows of the pieces of U tokens, [U, L, I·D], to [U, O·D]."""
+    """Rows of the pieces of U tokens, [U, M, I·D], to [U, O·D]."""
 
     def __init__(self, options: HypernetOptions, width: int, reads: int, writes: int, max_pieces: int):
         super().__init__()
-        self.options = options
+        self.options, self.padding = options, None
         inner = reads * width if options.architecture == "linear" else width
         if options.architecture == "mlp":
             self.read = nn.Linear(3 * reads * width, width)
@@ -226,7 +243,8 @@ class _Network(nn.Module):
             self.read = nn.Linear(reads * width, width)
             self.from_start = nn.Parameter(0.02 * torch.randn(max_pieces, width))
             self.from_end = nn.Parameter(0.02 * torch.randn(max_pieces, width))
-            self.padding = nn.Parameter(0.02 * torch.randn(width))
+            attends_to_padding = options.use_attention and not options.use_attention_mask
+            self.padding = nn.Parameter(0.02 * torch.randn(width)) if attends_to_padding else None
         if options.architecture != "linear":
             heads = (
                 options.num_heads if options.architecture == "transformer" and options.use_attention else 0
@@ -238,34 +256,29 @@ class _Network(nn.Module):
             nn.init.zeros_(self.write.weight)
             nn.init.zeros_(self.write.bias)
 
-    def forward(self, rows_ULE: Tensor, length_U: Tensor) -> Tensor:
+    def forward(self, rows_UME: Tensor, length_U: Tensor) -> Tensor:
         """Return [U, O·D]."""
         architecture = self.options.architecture
         if architecture == "linear":
-            return self.write(_pooled(rows_ULE, length_U))
+            return self.write(_pooled(rows_UME, length_U))
         if architecture == "mlp":
-            hidden_UD = self.read(_pooled(rows_ULE, length_U)) + self.length(length_U)
+            hidden_UD = self.read(_pooled(rows_UME, length_U)) + self.length(length_U)
             for block in self.blocks:
-                hidden_UD = block(hidden_UD, None)
+                hidden_UD = block(hidden_UD)
             return self.write(self.norm(hidden_UD))
-        return self.write(_pooled(self._transformed(rows_ULE, length_U), length_U))
+        return self.write(_pooled(self._transformed(rows_UME, length_U), length_U))
 
-    def _transformed(self, rows_ULE: Tensor, length_U: Tensor) -> Tensor:
-        longest = rows_ULE.shape[1]
-        if self.options.use_attention_mask:  # what lies behind the longest token then changes nothing
-            longest = max(1, int(length_U.max()))
-        step_L = torch.arange(longest, device=length_U.device)
-        is_piece_UL = step_L < length_U[:, None]
-        left_UL = (length_U[:, None] - 1 - step_L).clamp(min=0)
-        hidden_ULD = self.read(rows_ULE[:, :longest]) + self.from_start[:longest] + self.from_end[left_UL]
-        hidden_ULD = torch.where(is_piece_UL[..., None], hidden_ULD, self.padding)
-        mask_U11L = None
-        if self.options.use_attention_mask:
-            is_piece_UL = is_piece_UL | (step_L == 0)  # a token without pieces attends to its padding
-            mask_U11L = is_piece_UL[:, None, None]
+    def _transformed(self, rows_UME: Tensor, length_U: Tensor) -> Tensor:
+        longest = rows_UME.shape[1]
+        step_M = torch.arange(longest, device=length_U.device)
+        left_UM = (length_U[:, None] - 1 - step_M).clamp(min=0)
+        hidden_UMD = self.read(rows_UME) + self.from_start[:longest] + self.from_end[left_UM]
+        if self.padding is not None:
+            is_piece_UM1 = (step_M < length_U[:, None])[..., None]
+            hidden_UMD = torch.where(is_piece_UM1, hidden_UMD, self.padding.to(hidden_UMD.dtype))
         for block in self.blocks:
-            hidden_ULD = block(hidden_ULD, mask_U11L)
-        return self.norm(hidden_ULD)
+            hidden_UMD = block(hidden_UMD)
+        return self.norm(hidden_UMD)
 
 
 class _Block(nn.Module):
@@ -280,20 +293,20 @@ class _Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, hidden: Tensor, mask_U11L: Tensor | None) -> Tensor:
-        """Return `hidden`, [U, L, D] or [U, D], after this block."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return `hidden`, [U, M, D] or [U, D], after this block."""
         if self.heads:
             split = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1))
-            query, key, value = split.permute(2, 0, 3, 1, 4)  # each [U, H, L, K]
-            mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask_U11L)
+            query, key, value = split.permute(2, 0, 3, 1, 4)  # each [U, H, M, K]
+            mixed = scaled_dot_product_attention(query, key, value)
             hidden = hidden + self.mix(mixed.transpose(1, 2).flatten(2))
         return hidden + self.down(gelu(self.up(self.norm(hidden))))
 
 
-def _pooled(hidden_ULD: Tensor, length_U: Tensor) -> Tensor:
+def _pooled(hidden_UMD: Tensor, length_U: Tensor) -> Tensor:
     """Return mean, first and last of each token's pieces, side by side [U, 3·D]; zeros where it has none."""
-    is_piece_UL1 = (torch.arange(hidden_ULD.shape[1], device=length_U.device) < length_U[:, None])[..., None]
-    kept_ULD = torch.where(is_piece_UL1, hidden_ULD, 0)
-    mean_UD = kept_ULD.sum(1) / length_U.clamp(min=1)[:, None]
-    last_UD = kept_ULD[torch.arange(len(length_U), device=length_U.device), (length_U - 1).clamp(min=0)]
-    return torch.cat([mean_UD, kept_ULD[:, 0], last_UD], dim=1)
+    is_piece_UM1 = (torch.arange(hidden_UMD.shape[1], device=length_U.device) < length_U[:, None])[..., None]
+    kept_UMD = torch.where(is_piece_UM1, hidden_UMD, 0)
+    mean_UD = kept_UMD.sum(1) / length_U.clamp(min=1)[:, None]
+    last_UD = kept_UMD[torch.arange(len(length_U), device=length_U.device), (length_U - 1).clamp(min=0)]
+    return torch.cat([mean_UD, kept_UMD[:, 0], last_UD], dim=1)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tokenkit.embeddings.fvt import row_sources
-from tokenkit.embeddings.hypernet import Hypernet, HypernetOptions, surfaces
+from tokenkit.embeddings.hypernet import Hypernet, surfaces
+from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.rows import RowSources, mean_row
 from tokenkit.run_folder import write_durably
 from tokenkit.tokenization.byteify import Tokenizer

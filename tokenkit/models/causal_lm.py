@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tokenkit.models.collect import collecting, projections, qkv_widths
 from tokenkit.models.expansion import InputExpansion
@@ -40,6 +41,17 @@ class LoadOptions:
     trust_remote_code: bool = False
 
 
+class Rows(Protocol):
+    """What a body needs of a vocabulary."""
+
+    @property
+    def embedding(self) -> Callable[[Tensor], Tensor]:
+        """From ids to input embeddings."""
+
+    def head(self) -> Head:
+        """Return the head as the kernels take it."""
+
+
 class Vocabulary(nn.Module):
     """The two matrices that a tokenizer's ids index, detached from any body."""
 
@@ -54,6 +66,32 @@ class Vocabulary(nn.Module):
         return Head(weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head)
 
 
+class OwnVocabulary:
+    """A model's own embedding and head as they are now: what its projector writes, where it has one.
+
+    Made anew in each forward, and used in it.
+    """
+
+    def __init__(self, model: CausalLM):
+        self._model = model
+        self._written = None if model.projector is None else model.projector(model.matrices())
+
+    def embedding(self, ids_BT: Tensor) -> Tensor:
+        """Return the input embeddings, expanded where the model has an expansion."""
+        model, embedded_BTD = self._model, None
+        if self._written is None:
+            embedded_BTD = model.embedding(ids_BT)
+        else:  # through the module: some scale what they embed
+            embedded_BTD = functional_call(model.embedding, {"weight": self._written[0]}, (ids_BT,))
+        return embedded_BTD if model.expansion is None else embedded_BTD + model.expansion(ids_BT)
+
+    def head(self) -> Head:
+        """Return the head as the kernels take it; padding rows are marked, LoRA on the head is applied."""
+        model = self._model
+        weight_VD = effective_weight(model.output) if self._written is None else self._written[-1]
+        return Head(weight_VD=weight_VD, bias_V=head_bias(model.output), **model.head_options())
+
+
 class CausalLM(nn.Module):
     """A Hugging Face model that returns `HiddenStates`.
 
@@ -64,12 +102,15 @@ class CausalLM(nn.Module):
 
     expansion: InputExpansion | None
     """What a byte model adds to its own embeddings; never used with another `Vocabulary`."""
+    projector: nn.Module | None
+    """Takes the model's own matrices and returns those that it uses; never used with another `Vocabulary`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
         self.expansion = None
+        self.projector = None
         rows = self.embedding.weight.shape[0]
         if vocab_size > rows:
             raise ValueError(
@@ -119,34 +160,39 @@ class CausalLM(nn.Module):
     def vocabulary(self) -> Vocabulary:
         """Return a frozen copy of this model's embedding and head, still tied where they are tied."""
         embedding, output = copy.deepcopy((self.embedding, self.output))
-        return Vocabulary(embedding, output, self._head_options()).requires_grad_(False)
+        return Vocabulary(embedding, output, self.head_options()).requires_grad_(False)
+
+    def own(self) -> OwnVocabulary:
+        """Return this model's own embedding and head, to be used in one forward."""
+        return OwnVocabulary(self)
 
     def head(self) -> Head:
-        """Return the head as the kernels take it; padding rows are marked, LoRA on the head is applied."""
-        return Head(
-            weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head_options()
-        )
+        """Return the head of `own()`."""
+        return self.own().head()
+
+    def matrices(self) -> list[Tensor]:
+        """Return the matrices that are trained: input embedding, and head where it is not tied."""
+        weights = [effective_weight(self.embedding), effective_weight(self.output)]
+        return weights[:1] if self.is_tied else weights
 
     def widths(self, vocabulary: Vocabulary | None = None) -> Widths:
         """Return the sizes that trained parts of losses depend on, under `vocabulary` or the model's own."""
-        embedding = self.embedding if vocabulary is None else vocabulary.embedding
-        head = self.head() if vocabulary is None else vocabulary.head()
+        source = self if vocabulary is None else vocabulary
         return Widths(
-            hidden=head.weight_VD.shape[1],
-            embedding=effective_weight(embedding).shape[1],
+            hidden=effective_weight(source.output).shape[1],
+            embedding=effective_weight(source.embedding).shape[1],
             layers=len(self.layers),
             qkv=None if projections(self.layers[0]) is None else qkv_widths(self.config),
         )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Return the input embeddings of the model's own ids, expanded where it has an expansion."""
-        embedded_BTD: Tensor = self.embedding(ids_BT)
-        return embedded_BTD if self.expansion is None else embedded_BTD + self.expansion(ids_BT)
+        """Return the input embeddings of `own()`."""
+        return self.own().embedding(ids_BT)
 
     def forward(
         self,
         ids_BT: Tensor,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Rows | None = None,
         collect: frozenset[StateKind] = frozenset(),
     ) -> HiddenStates:
         """Run the body on right-padded ids.
@@ -161,13 +207,14 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: "qkv" of an architecture whose projections are not known.
         """
-        embedded_BTD = self.embed(ids_BT) if vocabulary is None else vocabulary.embedding(ids_BT)
+        source = self.own() if vocabulary is None else vocabulary
+        embedded_BTD = source.embedding(ids_BT)
         with collecting(self.layers if collect else (), collect, self.config) as found:
             outputs = self.body(inputs_embeds=embedded_BTD, use_cache=False)
         hidden_BTD = outputs.last_hidden_state
         return HiddenStates(
             hidden_BTD,
-            self.head() if vocabulary is None else vocabulary.head(),
+            source.head(),
             embedded_BTD=embedded_BTD if "embedded" in collect else None,
             layers_BTD=(*found.layers_BTD[:-1], hidden_BTD) if "layers" in collect else (),
             qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
@@ -195,7 +242,8 @@ class CausalLM(nn.Module):
         model.config.tie_word_embeddings = output_VD is None
         self.vocab_size = vocab_size
 
-    def _head_options(self) -> dict[str, Any]:
+    def head_options(self) -> dict[str, Any]:
+        """Return what a `Head` of this model has beside weight and bias."""
         config = self.config
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
         if divisor := getattr(config, "logits_scaling", None):  # Granite divides

@@ -35,8 +35,8 @@ def prefix_states(
     Raises:
         ValueError: the model has fewer layers.
     """
-    source = model if vocabulary is None else vocabulary
-    embedded_BTD = model.embed(ids_BT) if vocabulary is None else vocabulary.embedding(ids_BT)
+    source = model.own() if vocabulary is None else vocabulary
+    embedded_BTD = source.embedding(ids_BT)
     kinds = frozenset({"layers"})
     with first_layers(model, n_layers) as layers, collecting(layers[-1:], kinds, model.config) as found:
         last_BTD = model.body(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state

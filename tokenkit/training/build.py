@@ -21,6 +21,7 @@ from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
 from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.overlap import new_tokens
+from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
 from tokenkit.models.causal_lm import (
@@ -244,6 +245,7 @@ def build_models(
         teacher = _load(config, config.student, tokenizers.old, compute)
     else:
         teacher = student.vocabulary()
+    old = [] if not config.training.has_hypernet else _old_rows(student, teacher)
     if config.target.expand_input_ids:
         tables = expansion_tables(ids_by_bytes(tokenizers.old))
         old_WD = student.embedding.weight[: tokenizers.old.vocab_size]
@@ -267,9 +269,21 @@ def build_models(
     if mode == "lora":
         add_lora(student, _lora_options(config))
     _set_trainable(student, config)
+    if config.training.hypernet is not None and old:
+        student.projector = build_projector(
+            config.training.hypernet, student, old, tokenizers.old, tokenizers.target
+        )
     if config.training.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return student, teacher, report
+
+
+def _old_rows(student: CausalLM, teacher: CausalLM | Vocabulary) -> list[nn.Parameter]:
+    """Return the rows that a hypernetwork reads, before the student gets new ones."""
+    if isinstance(teacher, CausalLM):
+        return [nn.Parameter(m.detach().clone(), requires_grad=False) for m in student.matrices()]
+    shared: list[Any] = [effective_weight(teacher.embedding), effective_weight(teacher.output)]
+    return shared[:1] if student.is_tied else shared  # one copy for both
 
 
 def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype: torch.dtype) -> CausalLM:

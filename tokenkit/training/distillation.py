@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from tokenkit.losses import LOSSES, LatentsOptions, Loss, clm_loss
 from tokenkit.losses.score import in_dtype
-from tokenkit.models.causal_lm import CausalLM, Vocabulary
+from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
 from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, StateKind
 
-Half = Literal["teacher", "student", "last_layer", "evaluate", "prefix_teacher", "prefix"]
+Half = Literal["teacher", "student", "last_layer", "evaluate", "prefix_teacher", "prefix", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +85,24 @@ class Distillation(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch, half: Half, prepared: Any = None) -> Any:
+    def forward(self, batch: Batch | None, half: Half, prepared: Any = None) -> Any:
         """Run one half of a step.
 
         Args:
-            batch: on this module's device.
+            batch: on this module's device; None for "rows".
             half: "teacher" returns, by loss, what the student's half needs, with its `.count`;
                 "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
                 the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
                 the nats of the trained tokens under student and teacher; "prefix_teacher" and "prefix" are
-                the two halves of the prefix stage's only loss, and return no mapping.
+                the two halves of the prefix stage's only loss, and return no mapping; "rows" returns what the
+                student's projector writes.
             prepared: what the teacher's half returned for this batch.
         """
+        if half == "rows":
+            assert self.student.projector is not None
+            with torch.no_grad():
+                return self.student.projector(self.student.matrices())
+        assert batch is not None
         if half == "teacher":
             return self._teacher_half(batch)
         if half == "evaluate":
@@ -121,10 +127,11 @@ class Distillation(nn.Module):
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
         needed = any(active.loss.needs_teacher for active in self.losses)
         states = self._teacher_states(batch, self.collect) if needed else None
+        own = self.student.own()
         context = Context(
             teacher_head=None if states is None else states.head,
-            student_head=self._head(self.student.head(), states),
-            student_embedded_BTD=self._student_embedded(batch),
+            student_head=self._head(own.head(), states),
+            student_embedded_BTD=self._student_embedded(own, batch),
         )
         return {
             active.name: active.loss.prepare(states, batch, active.options, self._with_parts(context, active))
@@ -158,10 +165,10 @@ class Distillation(nn.Module):
     def _with_parts(self, context: Context, active: ActiveLoss) -> Context:
         return replace(context, modules=dict(self.parts.items()).get(active.name))
 
-    def _student_embedded(self, batch: Batch) -> Tensor | None:
+    def _student_embedded(self, own: OwnVocabulary, batch: Batch) -> Tensor | None:
         if "embedded" not in self.collect:
             return None
-        embedded_BTD = self.student.embed(batch.student.ids_BT)
+        embedded_BTD = own.embedding(batch.student.ids_BT)
         return embedded_BTD if self.compute_dtype is None else embedded_BTD.to(self.compute_dtype)
 
     @torch.no_grad()

@@ -20,7 +20,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -218,7 +217,7 @@ class HypernetTrainer:
         ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
         is_token_BT = torch.arange(longest) < torch.tensor([[len(one)] for one in ids])
         bias_V = None if self.bias_W is None else mean_rows(vocabulary.surfaces, self.bias_W[:, None])[:, 0]
-        predicted: Any = Predicted(self.model, rows[0], rows[-1], bias_V)
+        predicted = Predicted(self.model, rows[0], rows[-1], bias_V)
         states = self.model(ids_BT, predicted)
         is_trained_BT = is_token_BT[:, 1:]
         target_N = ids_BT[:, 1:][is_trained_BT]

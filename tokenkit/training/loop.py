@@ -281,6 +281,8 @@ def _export(session: Session) -> None:
     if student.expansion is not None:
         rows = get_model_state_dict(student.expansion, options=options)
         gathered |= {f"{EXPANSION}{name}": value for name, value in rows.items()}
+    if student.projector is not None:
+        gathered |= _written_rows(session)
     state = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     with together("export the student", session.world):
         if session.world.is_main:
@@ -289,6 +291,20 @@ def _export(session: Session) -> None:
             )
             folder = export_huggingface(student, state, session.parts.tokenizers.target, request)
             _say(session.world, f"exported to {folder}")
+
+
+def _written_rows(session: Session) -> dict[str, Tensor]:
+    """Return what the student's projector writes, by the names of these matrices; every rank calls it."""
+    student = session.parts.student
+    rows: list[Tensor] = session.parts.run.model(None, "rows")
+    own = student.matrices()
+    named = student.model.named_parameters(remove_duplicate=False)
+    return {
+        name: row_VD.cpu()
+        for name, p in named
+        for weight, row_VD in zip(own, rows, strict=True)
+        if p is weight
+    }
 
 
 def _export_folder(config: TrainConfig) -> Path:
@@ -340,6 +356,9 @@ def _describe(parts: Parts, config: TrainConfig) -> str:
         made = ", ".join(f"{count:,} {method.replace('_', ' ')}" for method, count in parts.transfer.items())
         lines.append(f"new embedding rows: {made}")
     pair = parts.tokenizers.target, parts.tokenizers.teacher
+    if parts.student.projector is not None:
+        size = sum(p.numel() for p in parts.student.projector.parameters() if p.requires_grad)
+        lines.append(f"hypernetwork: {size:,} parameters write the embedding rows")
     if (note := explain_one_sided_bos(*pair, config.text.chat_template_mode)) is not None:
         lines.append(note)
     return "\n".join(lines)
