@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from tests.ranks import run_ranks
+from tests.tiny import tiny_folder
 from tests.training.test_resume import run_in_rank
 from tokenkit.config.errors import ConfigError
 from tokenkit.embeddings.fvt import row_sources
@@ -68,14 +69,21 @@ def shaken(student):
     return student
 
 
-@pytest.mark.parametrize("output_mode", ["preserve", "untie"])
-def test_the_model_uses_what_the_definition_says(make_config, output_mode):
-    config = make_config(**NETWORK, output_embeddings_mode=output_mode, hypernet__residual_alpha=0.5)
+@pytest.mark.parametrize(("tied", "output_mode"), [(False, "preserve"), (True, "preserve"), (True, "untie")])
+def test_the_model_uses_what_the_definition_says(make_config, tmp_path, tied, output_mode):
+    tiny_folder(tmp_path / "model", tie_word_embeddings=tied)
+    config = make_config(
+        **NETWORK,
+        student__pretrained_model_name_or_path=tmp_path / "model",
+        output_embeddings_mode=output_mode,
+        hypernet__residual_alpha=0.5,
+    )
     parts = build(config, SINGLE)
     student, tokenizers = shaken(parts.student).eval(), parts.tokenizers
     own = student.matrices()
-    assert len(own) == (2 if output_mode == "untie" or not student.is_tied else 1)
     network, teacher = student.projector.network, parts.run.model.teacher
+    assert network.reads == (1 if tied else 2)
+    assert len(own) == network.writes == (1 if tied and output_mode == "preserve" else 2)
     old = [teacher.embedding.weight, teacher.output.weight][: network.reads]
     found = surfaces(row_sources(tokenizers.old, tokenizers.target))
     difference = [

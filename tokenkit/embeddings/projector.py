@@ -34,14 +34,13 @@ class EmbeddingProjector(nn.Module):
         network: what is trained; it writes as many matrices as the model has.
         surfaces: of the new tokens, with as many rows as the model's matrices.
         old: [at least W, D], the rows that the network reads, frozen; they may be another module's too.
-        old_size: W; rows behind it are not read.
 
     The state is the network's; surfaces are made from both tokenizers, whose fingerprints a checkpoint holds.
     """
 
-    def __init__(self, network: Hypernet, surfaces: Surfaces, old: Sequence[nn.Parameter], old_size: int):
+    def __init__(self, network: Hypernet, surfaces: Surfaces, old: Sequence[nn.Parameter]):
         super().__init__()
-        self.network, self.old_size, self._count_L = network, old_size, surfaces.count_L
+        self.network, self._count_L = network, surfaces.count_L
         self.old = nn.ParameterList(old)
         for field in dataclasses.fields(surfaces):
             if isinstance(value := getattr(surfaces, field.name), Tensor):
@@ -50,8 +49,8 @@ class EmbeddingProjector(nn.Module):
     def forward(self, own: Sequence[Tensor]) -> list[Tensor]:
         """Return the rows [V, D] that stand for `own`: input embedding, and head where it is not tied."""
         tensors = dict(self.named_buffers(recurse=False))
-        old = [matrix[: self.old_size] for matrix in self.old]
-        rows: list[Tensor] = self.network(Surfaces(**tensors, count_L=self._count_L), old, own)
+        found = Surfaces(**tensors, count_L=self._count_L)
+        rows: list[Tensor] = self.network(found, list(self.old), own)
         return rows
 
 
@@ -85,4 +84,4 @@ def build_projector(
     width, own = rows[0].shape[1], student.matrices()
     network = Hypernet(options, width, reads=len(rows), writes=len(own)).fit_scale(rows)
     found = surfaces(row_sources(old, new), network.max_pieces, len(own[0]))
-    return EmbeddingProjector(network, found, old_matrices, old.vocab_size)
+    return EmbeddingProjector(network, found, old_matrices)
