@@ -1,6 +1,8 @@
 """The door `tokenkit train-hypernet`, on a tiny model."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -66,6 +68,44 @@ def test_the_same_seed_gives_the_same_weights(root):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
+    from tokenkit.training import hypernet_loop
+
+    take_step, words = hypernet_loop.take_step, ("--resample-every", "2", "--save-interval", "4")
+
+    def stopping_at(step):
+        def and_stop(trainer, state, *more):
+            figures = take_step(trainer, state, *more)
+            if state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return figures
+
+        return and_stop
+
+    assert main(flags(root, "whole", *words)) == 0
+    monkeypatch.setattr(hypernet_loop, "take_step", stopping_at(5))  # between two tokenizers it stops at 6
+    assert main(flags(root, "stopped", *words)) == 75
+    monkeypatch.setattr(hypernet_loop, "take_step", take_step)
+    assert sorted(p.name for p in (root / "stopped" / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert main(flags(root, "stopped", *words, "--resume")) == 0
+    assert "resuming after step 6" in capsys.readouterr().err
+    states = [load_file(root / name / "hypernet.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert figures(root, "whole") == figures(root, "stopped")
+    assert main(flags(root, "stopped", *words, "--resume")) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_another_configuration_is_not_resumed(root, capsys):
+    assert main(flags(root, "half", "--save-interval", "4")) == 0
+    (root / "half" / "hypernet.json").rename(root / "half.json")
+    assert main(flags(root, "half", "--save-interval", "4", "--resume", "--learning-rate", "1")) == 64
+    assert "learning_rate: 0.003 -> 1.0" in capsys.readouterr().err
+
+
 def test_the_base_model_is_not_changed(root):
     about = json.loads((root / "first" / "hypernet.json").read_text())
     from tokenkit.models.fingerprint import model_fingerprint
@@ -88,6 +128,8 @@ def test_the_warm_up_learns_fvt_s_rows(root):
     [
         (["--output", "{root}/first"], "must be empty for a new run"),
         (["--hypernet.num-heads", "5"], "num_heads must divide the embeddings' width, 32: got 5"),
+        (["--hypernet.architecture", "identity"], "identity, which has nothing to train"),
+        (["--save-interval", "0"], "save_interval must be at least 1, got 0"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--sampling.max-tokens", "3"], "sampling.max_tokens must be at least 64, got 3"),
         (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),

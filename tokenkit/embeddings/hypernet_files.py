@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +56,9 @@ def save_hypernet(folder: Path, hypernet: Hypernet, about: Mapping[str, Any]) ->
         if (folder / name).exists():
             raise FileExistsError(f"{folder / name} exists: choose another folder, or move it away")
     state = {name: tensor.detach().contiguous() for name, tensor in hypernet.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    temporary = folder / f".{WEIGHTS}.{secrets.token_hex(4)}"  # a crash leaves no half of it under its name
+    save_file(state, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / WEIGHTS)
     shape = {name: getattr(hypernet, name) for name in ("width", "reads", "writes", "max_pieces")}
     content = {"format": FORMAT, "options": asdict(hypernet.options), **shape, **about}
     write_durably(folder / ABOUT, json.dumps(content, indent=1) + "\n")

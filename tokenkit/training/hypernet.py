@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -38,9 +38,10 @@ from tokenkit.embeddings.unigram_sampler import (
 )
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
-from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer, set_learning_rate
+from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.structs import Head
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.training_state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,29 +228,27 @@ class HypernetTrainer:
         return nats, float(nats.detach()) / math.log(2)
 
 
-def train_hypernet(
-    trainer: HypernetTrainer,
-    sampler: SamplerOptions,
-    rate: LearningRate,
-    report: Callable[[int, dict[str, float]], None],
-) -> nn.Module:
-    """Run all steps; `report` gets the number of steps done and the figures of the last.
+def take_step(
+    trainer: HypernetTrainer, state: State, sampler: SamplerOptions, rate: LearningRate
+) -> dict[str, float]:
+    """Run the step that is next, and return its figures.
 
     Raises:
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss that is not finite; nothing was updated.
     """
-    options: OptimizerOptions = rate.options
-    optimizer = build_optimizer(trainer.hypernet.named_parameters(), options)
-    for step in range(trainer.options.steps):
-        set_learning_rate(optimizer, rate(step))
-        loss, figures = trainer.loss(step, sampler)
-        if not math.isfinite(float(loss.detach())):
-            raise FloatingPointError(
-                f"the loss of step {step + 1} is {float(loss.detach())}: lower optimizer.learning_rate"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trainer.hypernet.parameters(), options.max_grad_norm or math.inf)
-        optimizer.step()
-        report(step + 1, {**figures, "grad_norm": float(norm), "learning_rate": rate(step)})
-    return trainer.hypernet
+    optimizer = state.optimizer
+    assert optimizer is not None
+    set_learning_rate(optimizer, rate(state.step))
+    loss, figures = trainer.loss(state.step, sampler)
+    if not math.isfinite(float(loss.detach())):
+        raise FloatingPointError(
+            f"the loss of step {state.step + 1} is {float(loss.detach())}: lower learning_rate"
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    limit = rate.options.max_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(trainer.hypernet.parameters(), limit)
+    optimizer.step()
+    figures = {**figures, "grad_norm": float(norm), "learning_rate": rate(state.step)}
+    state.step += 1
+    return figures

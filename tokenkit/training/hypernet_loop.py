@@ -1,0 +1,196 @@
+"""A hypernetwork's training from its configuration to its folder, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenkit import checkpoint
+from tokenkit.checkpoint import Identity, State
+from tokenkit.config import to_dict
+from tokenkit.config.errors import blaming_data
+from tokenkit.config.hypernet import TrainHypernetConfig
+from tokenkit.data.mix import Mix, open_data
+from tokenkit.embeddings.hypernet import Hypernet
+from tokenkit.embeddings.hypernet_files import ABOUT, rows_digest, save_hypernet
+from tokenkit.embeddings.unigram_sampler import SamplerOptions
+from tokenkit.metrics import ExitCode, MetricsFile, Progress, draw_curves
+from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
+from tokenkit.models.fingerprint import model_fingerprint
+from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer
+from tokenkit.parallel import World
+from tokenkit.run_folder import RunLock, prepare_output
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.training.hypernet import HypernetTrainer, HypernetTraining, old_matrices, take_step
+from tokenkit.training.signals import StopRequest
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A run that has begun."""
+
+    config: TrainHypernetConfig
+    folder: Path
+    mix: Mix
+    trainer: HypernetTrainer
+    state: State
+    identity: Identity
+    about: dict[str, Any]
+    """What hypernet.json says beside the network's shape."""
+    seconds: float
+    """Of training, before this process."""
+
+
+def train(config: TrainHypernetConfig) -> int:
+    """Train and write; return the exit code.
+
+    Raises:
+        ValueError, FileNotFoundError: a model, a tokenizer or data that cannot be read or do not fit.
+        FileExistsError: the output is not empty, and `resume` is off.
+        FloatingPointError: a loss that is not finite.
+    """
+    folder = Path(config.output).expanduser()
+    if config.resume and (folder / ABOUT).is_file():
+        print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
+        return ExitCode.DONE
+    with blaming_data():
+        mix, _ = open_data(config.data, config.schedule.seed)
+    trainer, about = _trainer(config, mix)
+    prepare_output(folder, resume=config.resume)
+    with RunLock(folder):
+        return _train(_begin(config, folder, mix, trainer, about))
+
+
+def _begin(
+    config: TrainHypernetConfig, folder: Path, mix: Mix, trainer: HypernetTrainer, about: dict[str, Any]
+) -> Session:
+    """Build the optimizer, and restore the newest checkpoint if asked to."""
+    optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
+    state = State(module=trainer.hypernet, optimizer=optimizer)
+    fingerprints = {
+        "model": about["base_model"]["fingerprint"],
+        "tokenizer": about["old_tokenizer"]["fingerprint"],
+    }
+    identity, seconds = Identity(to_dict(config), fingerprints), 0.0
+    if config.resume:
+        found = checkpoint.restore(folder / "checkpoints", state, identity, ALONE, may_differ=MAY_DIFFER)
+        if found is not None:
+            mix.load_state_dict(state.extra["data"])
+            version, internal, gauss = state.extra["generator"]
+            trainer.generator.setstate((version, tuple(internal), gauss))
+            seconds = state.extra["seconds"]
+            print(f"resuming after step {state.step} from {found}", file=sys.stderr)
+    return Session(config, folder, mix, trainer, state, identity, about, seconds)
+
+
+def _train(session: Session) -> int:
+    config, state, folder = session.config, session.state, session.folder
+    schedule = config.schedule
+    rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
+    sampler = SamplerOptions(
+        **{f.name: getattr(config.sampling, f.name) for f in dataclasses.fields(SamplerOptions)}
+    )
+    metrics = MetricsFile(folder, step=state.step, is_main=True)
+    progress = Progress(schedule.steps, state.step, is_main=True)
+    began, saved = time.perf_counter(), state.step
+    try:
+        with StopRequest() as stop_request:
+            while state.step < schedule.steps:
+                figures = take_step(session.trainer, state, sampler, rate)
+                progress.update(state.step, loss=figures.get("loss/clm", figures.get("loss/identity")))
+                is_last = state.step == schedule.steps
+                if state.step % schedule.logging_interval == 0 or state.step == 1 or is_last:
+                    metrics.write(state.step, figures)
+                between = state.step % schedule.resample_every == 0 and not is_last
+                stopping = stop_request.asked and between
+                if between and (stopping or state.step - saved >= config.save_interval):
+                    metrics.sync()
+                    _save(session, time.perf_counter() - began)
+                    saved = state.step
+                if stopping:
+                    print(
+                        f"stopped by a signal after step {state.step}: go on with --resume", file=sys.stderr
+                    )
+                    return ExitCode.PREEMPTED
+    finally:
+        progress.close()
+        metrics.close()
+    seconds = round(session.seconds + time.perf_counter() - began, 1)
+    save_hypernet(folder, session.trainer.hypernet, {**session.about, "seconds": seconds})
+    draw_curves(folder)
+    print(f"{schedule.steps} steps in {seconds:.0f} s: {folder}")
+    return ExitCode.DONE
+
+
+def _save(session: Session, seconds: float) -> None:
+    session.state.extra = {
+        "data": session.mix.state_dict(),
+        "generator": session.trainer.generator.getstate(),
+        "seconds": session.seconds + seconds,
+    }
+    checkpoint.save(session.folder / "checkpoints", session.state, session.identity, ALONE)
+
+
+def _optimizer_options(config: TrainHypernetConfig) -> OptimizerOptions:
+    schedule = config.schedule
+    return OptimizerOptions(
+        learning_rate=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+    )
+
+
+def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, dict[str, Any]]:
+    """Load the model, and return its trainer and what the hypernetwork's JSON says beside its shape."""
+    source, schedule = config.model, config.schedule
+    name = source.pretrained_model_name_or_path
+    with blaming_data():
+        old = load_tokenizer(
+            source.tokenizer_name or name,
+            revision=source.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        options = LoadOptions(revision=source.revision, trust_remote_code=config.trust_remote_code)
+        model = load_causal_lm(name, old.vocab_size, options)
+        matrices = old_matrices(model, old)
+    writes = 2 if config.output_embeddings_mode == "untie" else len(matrices)
+    torch.manual_seed(schedule.seed)
+    hypernet = Hypernet(config.hypernet, matrices[0].shape[1], reads=len(matrices), writes=writes)
+    training = HypernetTraining(
+        steps=schedule.steps,
+        identity_steps=schedule.identity_steps,
+        batch_size=schedule.batch_size,
+        max_length=schedule.max_length,
+        tokenizer_texts=config.sampling.texts,
+        resample_every=schedule.resample_every,
+        distractors=config.sampling.distractors,
+        lexical_weight=schedule.lexical_weight,
+        seed=schedule.seed,
+    )
+    commit = getattr(model.config, "_commit_hash", None)
+    about = {
+        "base_model": {
+            "name": name,
+            "fingerprint": model_fingerprint(name, commit),
+            "rows": rows_digest(matrices),
+        },
+        "old_tokenizer": {"name": source.tokenizer_name or name, "fingerprint": old.fingerprint()},
+        "config": to_dict(config),
+    }
+    return HypernetTrainer(model, old, hypernet.fit_scale(matrices), _texts(mix), training), about
+
+
+def _texts(mix: Mix) -> Iterator[str]:
+    """Yield the texts of a mix; of conversations, what is said."""
+    for document in mix:
+        yield document.text or "\n".join(message.content for message in document.messages or ())
