@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from transfer import LOSSES, flags, machine, run
+from harness import machine
+from transfer import LOSSES, flags, run
 
 TRAINED = {
     "rows": ["--train-model-mode", "none"],
@@ -57,7 +58,7 @@ def main() -> None:
     if arguments.save:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
         command_line = f"python bench/hypernet_distillation.py {' '.join(sys.argv[1:])}"
-        content = {"command": command_line, "machine": machine(), "rows": rows}
+        content = {"command": command_line, "machine": machine("cpu"), "rows": rows}
         arguments.save.write_text(json.dumps(content, indent=1) + "\n")
 
 
