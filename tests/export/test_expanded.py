@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import byte_level_bpe, tiny_model
 from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.expanded import modeling_source
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
-from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.lora import LoraOptions, add_lora
 from tokenkit.tokenization.byteify import load_tokenizer
@@ -126,7 +126,7 @@ def test_a_fresh_process_needs_no_tokenkit_and_says_what_it_needs(tmp_path):
     exported(*byte_student("llama", tmp_path), tmp_path / "out")
     program = (
         "import sys; sys.modules['tokenkit'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer\n"
         f"load = {{'trust_remote_code': bool(int(sys.argv[1]))}}\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, **load)\n"
         f"t = AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r}, **load)\n"
@@ -141,6 +141,16 @@ def test_a_fresh_process_needs_no_tokenkit_and_says_what_it_needs(tmp_path):
         assert ("ByteExpansionForCausalLM [97, 98]" in done.stdout) is (trust == "1")
         assert "You are using a model of type" not in done.stderr
     assert "trust_remote_code=True" in done.stderr
+
+
+def test_an_expanded_folder_is_no_student_and_no_other_kind_of_model(tmp_path):
+    exported(*byte_student("llama", tmp_path), tmp_path / "out")
+    with pytest.raises(ValueError, match="byte model with input-id expansion"):
+        load_causal_lm(str(tmp_path / "out"), 261, LoadOptions(trust_remote_code=True))
+    with pytest.raises(ValueError, match="contains custom code"):
+        load_causal_lm(str(tmp_path / "out"), 261, LoadOptions())
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)  # the body would read bytes alone
 
 
 def test_code_that_is_not_transformers_own_is_refused():

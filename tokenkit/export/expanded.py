@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tokenkit.models.causal_lm import EXPANDED
 from tokenkit.models.expansion import TABLES, InputExpansion
 from tokenkit.tokenization.expansion import expand, index_of_pairs, names_at
 
@@ -44,7 +45,7 @@ BYTES = 256
 class ByteExpansionConfig({config}):
     """The configuration of {model}, and the sizes of the expansion."""
 
-    model_type = "byte_expansion_{model_type}"
+    model_type = "{model_type}"
     expansion_rows: int = 1
     expansion_blocks: int = 1
     expansion_edges: int = 1
@@ -154,7 +155,8 @@ def modeling_source(model: PreTrainedModel) -> str:
             )
     functions = (names_at, index_of_pairs, expand)
     source = "\n\n".join(inspect.getsource(function) for function in functions)
-    return MODELING.format(**names, model_type=model.config.model_type, expand=source)
+    model_type = f"{EXPANDED}{model.config.model_type}"
+    return MODELING.format(**names, model_type=model_type, expand=source)
 
 
 def with_expansion(model: PreTrainedModel, expansion: InputExpansion, folder: Path) -> PreTrainedModel:

@@ -27,6 +27,8 @@ from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXPANDED = "byte_expansion_"
+"""Begins the model type of an exported model with input-id expansion."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -314,6 +316,11 @@ def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> 
             f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
             "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
         ) from error
+    if str(model.config.model_type).startswith(EXPANDED):
+        raise ValueError(
+            f"{name_or_path!r} is a byte model with input-id expansion, which cannot be trained on, moved or "
+            "teach: start from the model that it was made from, or resume its run"
+        )
     return CausalLM(model, vocab_size)
 
 
