@@ -83,10 +83,8 @@ def main() -> None:
             rows.append({"model": model, "way": way, **transfer(arguments, model, way)})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(table(rows))
-    import transformers
-
-    facts = {"command": shlex.join(["python", *sys.argv]), "transformers": transformers.__version__}
-    save(arguments.save, "cpu", {**facts, "prompt": PROMPT, "rows": rows})
+    command = shlex.join(["python", *sys.argv])
+    save(arguments.save, "cpu", {"command": command, "prompt": PROMPT, "rows": rows})
     if arguments.plot:
         plot(rows, arguments.plot)
 
