@@ -23,7 +23,7 @@ import numpy as np
 from harness import print_table, run_command, save
 
 from tokenkit.pairing.bias_files import load_biases
-from tokenkit.pairing.covers import Writer
+from tokenkit.pairing.writing import Writer
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 
 PAIRS = ("llama3,qwen2.5", "llama2,gpt2", "qwen2.5,byte")

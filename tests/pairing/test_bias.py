@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pairing.definition import cover, cover_by_definition
 from tests.tiny import byte_level_bpe, sentencepiece_bpe
 from tests.tokenization.tiny import KINDS
 from tokenkit.pairing.bias import PairBiases, find_biases, find_pairs
-from tokenkit.pairing.covers import Writer, find_covers
+from tokenkit.pairing.covers import find_covers
 from tokenkit.pairing.rare import dropped_mass, frequent_continuations
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.families import FAMILIES
@@ -32,31 +33,6 @@ def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
     teacher = load_tokenizer(str(byte_level_bpe(root / "teacher", 330)))
     return teacher, load_tokenizer(str(sentencepiece_bpe(root / "student", 380)))
-
-
-def cover_by_definition(tokenizer, token_id):
-    """Return {continuation: token}: what the tokenizer writes across the end of this token."""
-    text = tokenizer.token_bytes[token_id]
-    others = {
-        other for i, other in enumerate(tokenizer.token_bytes) if other and not tokenizer.is_special_V[i]
-    }
-    tries = [(text[cut:], other) for cut in range(len(text)) for other in others]
-    longer = sorted({other[len(end) :] for end, other in tries if other.startswith(end) and other != end})
-    last = Writer(tokenizer).last_tokens([text + continuation for continuation in longer])
-    return {
-        continuation: token
-        for continuation, token in zip(longer, last, strict=True)
-        if token >= 0 and len(tokenizer.token_bytes[token]) > len(continuation)
-        and (text + continuation).endswith(tokenizer.token_bytes[token])
-    }  # fmt: skip
-
-
-def cover(tokenizer, covers, token_id):
-    here = slice(covers.offset_V[token_id], covers.offset_V[token_id + 1])
-    pairs = zip(covers.token_E[here].tolist(), covers.inside_E[here].tolist(), strict=True)
-    entries = [(tokenizer.token_bytes[token][inside:], token) for token, inside in pairs]
-    assert len(dict(entries)) == len(entries), "one continuation twice"
-    return dict(entries)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
