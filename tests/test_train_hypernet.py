@@ -1,20 +1,24 @@
-"""The door `tokenkit train-hypernet`, on a tiny model."""
+"""The door `tokenkit train-hypernet`, on a tiny model, and what `tokenkit zett` makes of its folder."""
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder
-from tokenkit.embeddings.hypernet_files import load_hypernet
+from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
+from tokenkit.config import EXIT_DATA
+from tokenkit.embeddings.hypernet_files import hypernet_rows, load_hypernet
 from tokenkit.embeddings.methods import InitOptions
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.train_hypernet import main
+from tokenkit.zett import main as zett
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +146,65 @@ def test_bad_input_is_one_line(root, capsys, words, message):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (root / "other").exists() or not any((root / "other").iterdir())
+
+
+def zett_flags(root, output, *more, model="model"):
+    return [
+        "--model.pretrained-model-name-or-path", str(root / model), "--target-tokenizer-name",
+        str(root / "target"), "--output", str(root / output), "--method", "hypernet",
+        "--hypernet", str(root / "first"), *more,
+    ]  # fmt: skip
+
+
+def test_the_door_of_zett_applies_it(root, capsys):
+    assert zett(zett_flags(root, "moved", "--pad-to-multiple-of", "64")) == 0
+    out = capsys.readouterr().out
+    assert "400 rows by hypernet" in out
+    moved = AutoModelForCausalLM.from_pretrained(root / "moved")
+    old, new = load_tokenizer(str(root / "model")), load_tokenizer(str(root / "target"))
+    network, _ = load_hypernet(root / "first")
+    model = load_causal_lm(str(root / "model"), old.vocab_size, LoadOptions())
+    matrices = [model.embedding.weight, model.output.weight]
+    rows = hypernet_rows(network, old, new, matrices, 448)
+    made = moved.get_input_embeddings().weight, moved.get_output_embeddings().weight
+    torch.testing.assert_close(made[0].detach(), rows.input_VD)
+    torch.testing.assert_close(made[1][:400].detach(), rows.output_VD[:400])
+    ids = AutoTokenizer.from_pretrained(root / "moved")("The cats sat", return_tensors="pt").input_ids
+    assert moved.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+def test_it_is_compared_with_the_others(root):
+    text = ["--ppl-eval-data", str(root / "text.txt")]
+    assert zett(zett_flags(root, "compared", "--compare", "fvt", "hypernet", *text)) == 0
+    scores = json.loads((root / "compared" / "compare.json").read_text())["methods"]
+    assert scores["fvt"]["bits_per_byte"] != scores["hypernet"]["bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "message"),
+    [
+        ("wide", "first", "width"),
+        ("other", "first", "the hypernetwork was trained on another base model"),
+        ("spelled", "first", "the hypernetwork was trained on another old tokenizer"),
+        ("model", "model", "holds no hypernetwork"),
+        ("model", "damaged", "no hypernetwork can be read from"),
+        ("model", "absent", "absent holds no hypernetwork"),
+    ],
+)
+def test_the_door_of_zett_refuses_another_one(root, capsys, model, folder, message):
+    if model == "wide":
+        tiny_folder(root / "wide", tie_word_embeddings=False, hidden_size=64)
+    elif model == "other":
+        tiny_folder(root / "other", tie_word_embeddings=False, seed=1)
+    elif model == "spelled":  # the same rows under another tokenizer
+        shutil.copytree(root / "model", root / "spelled")
+        byte_level_bpe(root / "spelled", 300, bos="<bos>")
+    if folder == "damaged":
+        shutil.copytree(root / "first", root / "damaged")
+        (root / "damaged" / "hypernet.safetensors").write_bytes(b"no weights")
+    words = zett_flags(root, "refused", "--hypernet", str(root / folder), model=model)
+    assert zett(words) == EXIT_DATA
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (root / "refused").exists()

@@ -1,10 +1,13 @@
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
+from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder, tiny_model
+from tests.tokenization.tiny import write
+from tokenkit.config import EXIT_DATA
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.zett import main
@@ -117,8 +120,49 @@ def test_an_output_that_is_not_empty_is_left_alone(root, capsys):
     assert [file.name for file in (root / "full").iterdir()] == ["mine.txt"]
 
 
+def refused(root, capsys, *words):
+    """Return the one line of an error of the data."""
+    assert main(flags(root, "bad", *words)) == EXIT_DATA
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert not (root / "bad").exists()
+    return error
+
+
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(root, capsys, tmp_path):
+    shutil.copytree(root / "model", tmp_path / "large")
     byte_level_bpe(tmp_path / "large", 420)
-    assert main(flags(root, "bad", "--model.tokenizer-name", str(tmp_path / "large"))) != 0
-    error = capsys.readouterr().err
-    assert "300 rows" in error or "is not the tokenizer of" in error
+    error = refused(root, capsys, "--model.pretrained-model-name-or-path", str(tmp_path / "large"))
+    assert "ids but the model's embedding only 300 rows" in error
+
+
+def test_rows_that_no_id_names_are_left_out(root, tmp_path):
+    """A model padded with rows of its own: they are in no mean, and in no new row."""
+    shutil.copytree(root / "model", tmp_path / "padded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    model.resize_token_embeddings(320, mean_resizing=False)
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        matrix.data[300:] = 1e6
+    model.save_pretrained(tmp_path / "padded")
+    for method in ("mean", "random_normal"):
+        made = [
+            moved(root, f"{method}-{name}", "--method", method, model=folder)
+            for name, folder in (("plain", "model"), ("padded", tmp_path / "padded"))
+        ]
+        for side in ("input", "output"):
+            rows = [getattr(model, f"get_{side}_embeddings")().weight for model in made]
+            assert torch.equal(*rows)
+
+
+def test_a_target_without_shared_bytes_is_refused(root, capsys, tmp_path):
+    for name, strings in (("old", ["a", "ab"]), ("new", ["c", "cd"])):
+        vocab = [["<unk>", 0.0], *([string, -1.0] for string in strings)]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+        write(tmp_path / name, {"model": model, "added_tokens": []}, unk_token="<unk>", eos_token="<unk>")
+    tiny_model(vocab_size=3).save_pretrained(tmp_path / "old")
+    words = ["--model.pretrained-model-name-or-path", str(tmp_path / "old")]
+    words += ["--target-tokenizer-name", str(tmp_path / "new")]
+    text = ["--data", str(root / "text.txt"), "--ppl-eval-data", str(root / "text.txt")]
+    for method in ("fvt", "mean", "overlap", "random_normal"):
+        assert "share no byte" in refused(root, capsys, *words, "--method", method)
+    assert "share no byte" in refused(root, capsys, *words, "--compare", "mean", *text)

@@ -195,8 +195,9 @@ def load_tokenizers(config: ZettConfig) -> tuple[Tokenizer, Tokenizer]:
     """Return the model's tokenizer and the target.
 
     Raises:
-        DataError, ConfigError: they cannot be read, or the first is not the model's.
+        DataError, ConfigError: they cannot be read or share nothing, or the first is not the model's.
     """
+    from tokenkit.embeddings.matching import need_something
     from tokenkit.tokenization.byteify import load_tokenizer
     from tokenkit.tokenization.spec import parse_spec
     from tokenkit.training.build import check_is_the_models_own
@@ -210,6 +211,8 @@ def load_tokenizers(config: ZettConfig) -> tuple[Tokenizer, Tokenizer]:
         old = load_tokenizer(spec, revision=source.revision, trust_remote_code=remote)
         new = load_tokenizer(target, tokens_to_add=to_add, trust_remote_code=remote)
     check_is_the_models_own(old, source)
+    with blaming_data():
+        need_something(old, new)
     return old, new
 
 

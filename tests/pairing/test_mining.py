@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe
+from tests.tokenization.tiny import write
+from tokenkit.config import EXIT_CONFIG
 from tokenkit.mined_mapping import main
 from tokenkit.pairing import mining
 from tokenkit.pairing.mining import mine_mapping
@@ -106,6 +108,19 @@ def test_counts_that_are_no_numbers_are_named(content, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"teacher_counts {path} must be an npy file" in error
     assert "pickle" not in error
+
+
+def test_a_pair_without_shared_bytes_is_refused(tmp_path, capsys):
+    for name, strings in (("teacher", ["a", "ab"]), ("student", ["c", "cd"])):
+        vocab = [["<unk>", 0.0], *([string, -1.0] for string in strings)]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+        write(tmp_path / name, {"model": model, "added_tokens": []}, unk_token="<unk>", eos_token="<unk>")
+    flags = ["--teacher-tokenizer-name", str(tmp_path / "teacher"), "--output", str(tmp_path / "out")]
+    assert main([*flags, "--target-tokenizer-name", str(tmp_path / "student")]) == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert "share no bytes" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_real_pair_is_mapped_as_by_the_definition_on_a_sample(shared_data):

@@ -69,10 +69,12 @@ def mine_mapping(
         progress: called with the number of tokens that found their partner.
 
     Raises:
-        ValueError: if the counts are of another vocabulary, or the teacher has no text token.
+        ValueError: if the counts are of another vocabulary, the teacher has no text token, or no byte of one
+            vocabulary occurs in the other.
     """
     order_W = _preference(teacher, teacher_counts)
     candidates = _Candidates(teacher, order_W)
+    _check_shares_bytes(student, teacher)
     V = student.vocab_size
     teacher_V, distance_V = np.full(V, -1, np.int64), np.zeros(V, np.int32)
     for role, token_id in student.special_ids.items():
@@ -107,6 +109,18 @@ def _preference(teacher: Tokenizer, counts: NDArray[np.integer] | None) -> NDArr
             f"{counts.shape}; are they those of the other tokenizer?"
         )
     return np.argsort(-counts.astype(np.float64), kind="stable")
+
+
+def _check_shares_bytes(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Refuse a pair in which every token is as far from all others as they are long."""
+    ours, theirs = (
+        set(b"".join(t.token_bytes[i] for i in np.flatnonzero(~t.is_special_V))) for t in (student, teacher)
+    )
+    if not ours & theirs:
+        raise ValueError(
+            f"tokenizers {student.spec} and {teacher.spec} share no bytes, so no token is near to another: "
+            "check that both name what they are meant to"
+        )
 
 
 class _Candidates:
