@@ -214,3 +214,19 @@ def test_latents_and_a_head_of_its_own(make_config, expand, tmp_path):
     config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert ("auto_map" in config) is expand
+
+
+def test_bytes_can_be_left_again(make_config, workspace, tmp_path):
+    bytes_only = {**BYTES, "expand_input_ids": False, "train_model_mode": "full"}
+    train(make_config(**bytes_only, steps=1, save_interval=1, output_dir=tmp_path / "there"))
+    back = {
+        "student__pretrained_model_name_or_path": tmp_path / "there" / "export",
+        "max_length_teacher": 100,
+    }
+    parts = build(make_config(**back, target_tokenizer_name=workspace / "model"), SINGLE)
+    new, byte_rows = parts.tokenizers.target, parts.run.model.teacher.embedding.weight
+    cats = new.token_bytes.index(b" cats")
+    row_D = parts.student.embedding.weight[cats]
+    torch.testing.assert_close(row_D, byte_rows[list(b" cats")].mean(0))
+    assert torch.equal(parts.student.embedding.weight[new.token_bytes.index(b"c")], byte_rows[ord("c")])
+    assert torch.tensor(train_step(parts.run, next(parts.batches)).loss).isfinite()
