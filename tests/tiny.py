@@ -89,6 +89,15 @@ def sentencepiece_bpe(folder: Path, vocab_size: int = 400) -> Path:
     return _save(folder, Tokenizer.from_str(json.dumps(raw)), "<s>", "</s>", unk_token="<unk>")
 
 
+def is_written(tokenizer: Any) -> list[bool]:
+    """Return which tokens may stand in a text; those made here have a letter behind the byte piece of it."""
+    raws = tokenizer.token_bytes
+    return [
+        not special and raw not in raws[i + 1 :]
+        for i, (raw, special) in enumerate(zip(raws, tokenizer.is_special_V, strict=True))
+    ]
+
+
 def _save(folder: Path, tokenizer: Tokenizer, bos: str, eos: str, **more: str) -> Path:
     bos_id = tokenizer.token_to_id(bos)
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
+from tests.tiny import byte_level_bpe, is_written, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.rows import LABELS
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
@@ -73,7 +74,8 @@ def test_every_row_has_a_method_and_bytes_always_reach_some_old_row(tokenizers, 
     report = sources.report()
     assert sum(report.values()) == tokenizers[new].vocab_size
     without = np.flatnonzero(sources.method_V == LABELS.index("mean_of_all"))
-    assert all(tokenizers[new].is_special_V[i] for i in without), "all old ones here can write any byte"
+    written = is_written(tokenizers[new])
+    assert not any(written[i] for i in without), "all old ones here can write any byte"
 
 
 def test_a_piece_inside_a_word_is_not_written_with_the_space_that_begins_a_text(tokenizers):
@@ -99,6 +101,50 @@ def test_a_byte_piece_does_not_stand_for_a_character_that_has_a_token(tokenizers
     sources = row_sources(old, tokenizers["small"])
     new_id = tokenizers["small"].token_bytes.index(b"a")
     assert sources.old_ids_K[sources.offset_V[new_id]] == byte
+
+
+def test_what_is_never_written_takes_no_part_of_what_is(tokenizers):
+    new = tokenizers["pieces"]
+    spare = [i for i, raw in enumerate(new.token_bytes) if raw in new.token_bytes[i + 1 :]]
+    assert b"a" in [new.token_bytes[i] for i in spare]
+    small = tokenizers["small"]
+    old_WD = torch.randn(small.vocab_size, 8)
+    rows_VD = row_sources(small, new).rows(old_WD, new.vocab_size)
+    torch.testing.assert_close(rows_VD[spare], old_WD.mean(0).expand(len(spare), 8))
+
+
+@pytest.mark.parametrize("name", ["pieces", "small"])
+def test_a_vocabulary_that_only_grows_keeps_every_row(tokenizers, name):
+    old = tokenizers[name]
+    new = load_tokenizer(str(old.spec), tokens_to_add=["<|mine|>", "dog"])
+    old_WD = torch.randn(old.vocab_size, 8)
+    rows_VD = row_sources(old, new).rows(old_WD, new.vocab_size)
+    kept = [i for i in range(old.vocab_size) if i not in new.control.values() or i in old.control.values()]
+    assert len(kept) >= old.vocab_size - 1
+    assert torch.equal(rows_VD[kept], old_WD[kept])
+
+
+@pytest.mark.parametrize("old", ["small", "pieces", "byte"])
+def test_an_added_token_begins_as_the_mean_of_its_pieces(tokenizers, old):
+    old = tokenizers[old]
+    new = load_tokenizer(str(tokenizers["large"].spec), tokens_to_add=["<|mine|>", "dog"])
+    old_WD = torch.randn(old.vocab_size, 8)
+    sources = row_sources(old, new)
+    rows_VD = sources.rows(old_WD, new.vocab_size)
+    for string in ("<|mine|>", "dog"):
+        pieces = old.try_encode_batch([string], before="text")[0].ids
+        assert LABELS[sources.method_V[new.control[string]]] == "mean_of_pieces"
+        torch.testing.assert_close(rows_VD[new.control[string]], old_WD[pieces].mean(0))
+    apart = row_sources(old, new, Matching(special=False))
+    assert LABELS[apart.method_V[new.control["<|mine|>"]]] == "mean_of_all"
+
+
+def test_an_added_token_that_the_old_vocabulary_has_keeps_its_row(tokenizers):
+    old = load_tokenizer(str(tokenizers["small"].spec), tokens_to_add=["<|mine|>"])
+    new = load_tokenizer(str(tokenizers["large"].spec), tokens_to_add=["<|mine|>"])
+    old_WD = torch.randn(old.vocab_size, 8)
+    rows_VD = row_sources(old, new).rows(old_WD, new.vocab_size)
+    assert torch.equal(rows_VD[new.control["<|mine|>"]], old_WD[old.control["<|mine|>"]])
 
 
 @given(st.integers(0, 100), st.integers(1, 9))

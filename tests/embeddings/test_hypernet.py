@@ -123,7 +123,7 @@ def test_special_tokens_and_tokens_without_pieces_keep_their_rows(sources):
     means_VD = mean_rows(found, old_WD)
     changed_V = (rows_VD != means_VD).any(1)
     assert torch.equal(changed_V, found.is_read_V)
-    assert 0 < int((~found.is_read_V).sum()) < 10
+    assert 0 < int((~found.is_read_V).sum()) < 40  # special tokens, and bytes of letters that have a token
 
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp", "transformer"])

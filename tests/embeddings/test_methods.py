@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
+from tests.tiny import byte_level_bpe, is_written, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings import rows as rows_module
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.matching import Matching
@@ -38,7 +38,7 @@ def make(name, pair, old_matrices, size=None, **options):
 
 
 def is_text(new):
-    return torch.from_numpy(~new.is_special_V)
+    return torch.tensor(is_written(new))
 
 
 def test_weighted_sums_worked_out_by_hand():

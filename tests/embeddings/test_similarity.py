@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe
+from tests.tiny import TEXT, byte_level_bpe, is_written, sentencepiece_bpe
 from tokenkit.embeddings.auxiliary import MIN_COUNT, Auxiliary, vectors_of_model, vectors_of_text
 from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.methods import METHODS, InitOptions
@@ -108,7 +108,7 @@ def test_rows_are_weighted_sums_of_shared_tokens(pair, auxiliary, name):
     assert sum(report.values()) == new.vocab_size
     torch.testing.assert_close(made.output_WD, made.embedding_WD * 2)
     is_shared = np.array([raw in old.token_bytes for raw in new.token_bytes])
-    shared = np.flatnonzero(is_shared & ~new.is_special_V).tolist()
+    shared = np.flatnonzero(is_shared & is_written(new)).tolist()
     copied = torch.stack([old_WD[old.token_bytes.index(new.token_bytes[i])] for i in shared])
     torch.testing.assert_close(made.embedding_WD[shared], copied)
     if name == "focus":
@@ -118,7 +118,7 @@ def test_rows_are_weighted_sums_of_shared_tokens(pair, auxiliary, name):
 def test_the_space_decides(pair):
     """Anchors that point where a new token does make its row, whatever the text says."""
     old, new = pair
-    ordinary = [i for i in range(new.vocab_size) if not new.is_special_V[i] and new.token_bytes[i]]
+    ordinary = np.flatnonzero(is_written(new)).tolist()
     anchor = next(i for i in ordinary if new.token_bytes[i] == b"c")
     target = next(i for i in ordinary if new.token_bytes[i] not in old.token_bytes)
     vectors = torch.randn(new.vocab_size, 32)

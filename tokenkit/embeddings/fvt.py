@@ -1,9 +1,9 @@
 """Fast vocabulary transfer: every row of the new vocabulary as a mean of rows of the old one.
 
-    special token     the old token of the same role (BOS, EOS, end of turn, ...)
+    special token     the old token of the same role (BOS, EOS, end of turn, ...), else of the same string
     same bytes        that old token
-    otherwise         mean of the old tokens that the old tokenizer writes the bytes with
-    nothing to write  mean of all old rows, as for padding rows
+    otherwise         mean of the old tokens that the old tokenizer writes the bytes with; `tokens_to_add` too
+    never written     mean of all old rows, as for padding rows; other special tokens too
 
 Input and output embedding are made separately, from the same old ids.
 
@@ -20,7 +20,7 @@ from tokenkit.embeddings.matching import (
     copied_ids,
     ids_by_bytes,
     need_something,
-    ordinary_ids,
+    to_make,
 )
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
 
@@ -37,7 +37,7 @@ def row_sources(old: Tokenizer, new: Tokenizer, matching: Matching | None = None
     need_something(old, new)
     copied = copied_ids(old, new, matching)
     pieces, label_V = copied.ids, copied.label_V
-    to_write = [i for i in ordinary_ids(new) if not pieces[i]]
+    to_write = to_make(new, copied, matching)
     written = write_with(old, [new.token_bytes[i] for i in to_write], ids_by_bytes(old))
     for token_id, ids in zip(to_write, written, strict=True):
         if ids:

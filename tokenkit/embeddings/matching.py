@@ -46,11 +46,44 @@ def copied_ids(old: Tokenizer, new: Tokenizer, matching: Matching | None = None)
         if matching.bos_eos if is_end else matching.special:
             ids[token_id], label_V[token_id] = pair, LABELS.index("special")
     if matching.same_bytes:
-        by_bytes = ids_by_bytes(old)
-        for token_id in ordinary_ids(new):
-            if (found := by_bytes.get(new.token_bytes[token_id])) is not None:
-                ids[token_id], label_V[token_id] = (found,), LABELS.index("same_bytes")
+        for token_id, found in same_bytes(old, new).items():
+            ids[token_id], label_V[token_id] = (found,), LABELS.index("same_bytes")
     return Copied(ids, label_V)
+
+
+def same_bytes(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
+    """Return {new id: old id} of ordinary tokens with the same bytes.
+
+    Where a vocabulary spells the same bytes twice (a character and its byte piece), what is written takes the
+    row of what was written. What is never written takes that of what never was, or none: in a head it would
+    otherwise take half of the other's probability.
+    """
+    written, by_bytes = ids_by_bytes(new), ids_by_bytes(old)
+    spare: dict[bytes, list[int]] = {}
+    for token_id in ordinary_ids(old):
+        if by_bytes[raw := old.token_bytes[token_id]] != token_id:
+            spare.setdefault(raw, []).append(token_id)
+    result = {}
+    for token_id in ordinary_ids(new):
+        raw = new.token_bytes[token_id]
+        if written[raw] == token_id:
+            found = by_bytes.get(raw)
+        else:
+            found = spare[raw].pop(0) if spare.get(raw) else None
+        if found is not None:
+            result[token_id] = found
+    return result
+
+
+def to_make(new: Tokenizer, copied: Copied, matching: Matching | None = None) -> list[int]:
+    """Return the ids whose rows have to be made: what is written in texts, and `tokens_to_add`.
+
+    All other rows that are not copied are the mean of all: special tokens, and tokens that are never written.
+    """
+    added = [new.control[string] for string in new.tokens_to_add]
+    if matching is not None and not matching.special:
+        added = []
+    return sorted({i for i in (*ids_by_bytes(new).values(), *added) if not copied.ids[i]})
 
 
 def ids_by_bytes(old: Tokenizer) -> dict[bytes, int]:

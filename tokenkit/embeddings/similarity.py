@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from tokenkit.embeddings.auxiliary import Auxiliary
 from tokenkit.embeddings.fvt import write_with
-from tokenkit.embeddings.matching import Matching, copied_ids, ids_by_bytes, need_something, ordinary_ids
+from tokenkit.embeddings.matching import Matching, copied_ids, ids_by_bytes, need_something, to_make
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def anchored_sources(
         )
     ids: list[NDArray[np.int64]] = [np.asarray(row, np.int64) for row in copied.ids]
     weights = [np.full(len(row), 1 / max(1, len(row))) for row in ids]
-    left = [i for i in ordinary_ids(new) if not is_same_V[i]]
+    left = to_make(new, copied, matching)
     anchor_old_O = np.array([copied.ids[i][0] for i in anchors.tolist()])
     anchor_OA = auxiliary.vector_VA[torch.from_numpy(anchors)].float()
     targets = np.array([i for i in left if known[i]], np.int64)
