@@ -1,6 +1,6 @@
 import pytest
 
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.families import FAMILIES
 
 
@@ -62,3 +62,30 @@ def test_added_tokens_come_last_and_are_never_text(folders):
 def test_an_added_token_with_whitespace_around_it_is_refused(folders, string):
     with pytest.raises(ValueError, match="without whitespace around it"):
         load_tokenizer(str(folders["byte-level"]), tokens_to_add=[string])
+
+
+@pytest.mark.parametrize("name", ["Llama3", "Gemma2", "Qwen2", "Phi3", "Mistral"])
+def test_a_template_says_which_token_plays_which_role(tmp_path, name):
+    named = load_tokenizer(f"byte:target={name}")
+    named.save(tmp_path)
+    read = load_tokenizer(str(tmp_path))
+    assert read.family.name == "generic"
+    assert read.special_ids == named.special_ids
+    assert "end_turn" in read.special_ids
+
+
+def test_a_tokenizer_that_only_has_a_template_is_renamed_by_its_roles(tmp_path):
+    load_tokenizer("byte:target=Llama3").save(tmp_path)
+    before, after = load_tokenizer(str(tmp_path)), load_tokenizer(f"{tmp_path}:target=Gemma2")
+    roles = {"start": "<start_of_turn>", "end_turn": "<end_of_turn>", "bos": "<bos>", "eos": "<eos>"}
+    assert {role: after.control[string] for role, string in roles.items()} == {
+        role: before.special_ids[role] for role in roles
+    }
+
+
+def test_a_template_that_cannot_be_read_leaves_the_tokenizers_own_roles(folders):
+    tokenizer = load_tokenizer(str(folders["byte-level"]))
+    broken = Tokenizer(tokenizer.spec, tokenizer.document, tokenizer.family, "{{ raise_exception('no') }}")
+    assert broken.special_ids == {
+        role: tokenizer.control[string] for role, string in tokenizer.family.tokens.items()
+    }

@@ -237,24 +237,36 @@ def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
     return tokenizer.encode(tokenizer.normalize(SAMPLE)).ids
 
 
-def _ids_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> list[int]:
+def _difference_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> str | None:
+    """Return in what the tokenizer differs that `AutoTokenizer` makes of the folder."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
-    return list(loaded(tokenizer.normalize(SAMPLE), add_special_tokens=False)["input_ids"])
+    got = list(loaded(tokenizer.normalize(SAMPLE), add_special_tokens=False)["input_ids"])
+    ids = _sample_ids(tokenizer).tolist()
+    if got != ids:
+        return f"gives {got} instead of {ids}"
+    for role in ("bos", "eos", "pad"):
+        own, theirs = getattr(tokenizer, f"{role}_id"), getattr(loaded, f"{role}_token_id")
+        if theirs != own:
+            return f"has {theirs} as {role}_token_id instead of {own}"
+    if len(loaded) > tokenizer.vocab_size:
+        return f"has {len(loaded)} tokens instead of {tokenizer.vocab_size}"
+    return None
 
 
 def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
     """Keep `AutoTokenizer` from rebuilding the tokenizer in the way of the model's architecture.
 
     For some model types (qwen2, phi3) transformers 5 ignores the class that tokenizer_config.json names
-    and puts the new vocabulary behind the old architecture's pre-tokenizer: other ids, no warning. A class
-    of the folder's own takes precedence, and where its code is not trusted the file is read as it is.
+    and puts the new vocabulary behind the old architecture's pre-tokenizer, or adds its pad token: other ids,
+    no warning. A class of the folder's own takes precedence, and where its code is not trusted the file is
+    read as it is.
 
     Where the model has a class of its own, AutoTokenizer must trust its code: it asks the model's
     configuration for the model type first.
     """
-    if _ids_of_reload(folder, tokenizer, trusts_code=has_own_class) == _sample_ids(tokenizer).tolist():
+    if _difference_of_reload(folder, tokenizer, trusts_code=has_own_class) is None:
         return
     (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -263,17 +275,19 @@ def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> None:
+    if (difference := _difference_of_reload(folder, tokenizer, trusts_code=trusts_code)) is not None:
+        raise ExportError(f"{folder}: the tokenizer, loaded back, {difference}")
+
+
 @torch.no_grad()
 def _check(
     folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, expansion: InputExpansion | None
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    ids = _sample_ids(tokenizer).tolist()
     has_own_class = expansion is not None  # its code was written here, a moment ago
-    got = _ids_of_reload(folder, tokenizer, trusts_code=has_own_class)
-    if got != ids:
-        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
+    _check_tokenizer(folder, tokenizer, trusts_code=has_own_class)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
@@ -289,10 +303,7 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
     from transformers import AutoModelForCausalLM
 
-    ids = _sample_ids(tokenizer).tolist()
-    got = _ids_of_reload(folder, tokenizer, trusts_code=False)
-    if got != ids:
-        raise ExportError(f"{folder}: the tokenizer, loaded back, gives {got} instead of {ids}")
+    _check_tokenizer(folder, tokenizer, trusts_code=False)
     ids_BT = _sample_batch(model, tokenizer)
     expected_TV, dtype = model(input_ids=ids_BT).logits[0].float(), model.dtype
     model.to("meta")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +37,7 @@ from tokenkit.tokenization.special_tokens import (
     with_special_tokens,
 )
 from tokenkit.tokenization.spelling import Speller, place_bytes
-from tokenkit.tokenization.template import family_of_template
+from tokenkit.tokenization.template import family_of_template, tokens_by_role
 from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
 
 if TYPE_CHECKING:
@@ -63,9 +64,17 @@ class Tokenizer:
     """One tokenizer, seen as bytes. Made by `load_tokenizer`."""
 
     def __init__(
-        self, spec: TokenizerSpec, document: dict[str, Any], family: Family, chat_template: str | None = None
+        self,
+        spec: TokenizerSpec,
+        document: dict[str, Any],
+        family: Family,
+        chat_template: str | None = None,
+        tokens_to_add: Sequence[str] = (),
     ) -> None:
-        """Build the view of a parsed tokenizer.json whose special tokens are those of `family`."""
+        """Build the view of a parsed tokenizer.json whose special tokens are those of `family`.
+
+        It holds `tokens_to_add` already; they are named for who makes embeddings for them.
+        """
         self.spec, self.family, self.chat_template, self.document = spec, family, chat_template, document
         self.vocabulary = read_vocabulary(document, prebyteified=spec.conversion == "prebyteified")
         self.token_bytes = self.vocabulary.token_bytes
@@ -73,11 +82,11 @@ class Tokenizer:
         self.is_special_V: NDArray[np.bool_] = self.vocabulary.is_special_V
         self.byte_length_V: NDArray[np.int32] = self.vocabulary.lengths()
         self.control = self.vocabulary.control
-        self.special_ids = {
-            role: self.control[string] for role, string in family.tokens.items() if string in self.control
-        }
-        self.bos_id, self.eos_id = self.special_ids.get("bos"), self.special_ids.get("eos")
-        self.pad_id, self.unk_id = self.special_ids.get("pad"), self.vocabulary.unk_id
+        self.tokens_to_add = tuple(dict.fromkeys(tokens_to_add))
+        self.bos_id, self.eos_id, self.pad_id = (
+            self.control.get(family.tokens.get(role, "")) for role in ("bos", "eos", "pad")
+        )
+        self.unk_id = self.vocabulary.unk_id
         self.prefix = find_prefix(document)
         if spec.conversion == "manual_add_prefix_space":
             self.prefix = Prefix("always", even_before_space=True, is_manual=True)
@@ -227,6 +236,12 @@ class Tokenizer:
             )
         return family_of_template(self.family, self.chat_template, self.control)
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of special tokens by role (`bos`, `end_turn`, ...): the family's, and those of its turns."""
+        tokens = tokens_by_role(self.family, self.chat_template, self.control)
+        return {role: self.control[string] for role, string in tokens.items() if string in self.control}
+
     def to_huggingface(self) -> PreTrainedTokenizerFast:
         """Return the transformers tokenizer with the same ids, special tokens and chat template."""
         return to_huggingface(self)
@@ -324,7 +339,7 @@ def load_tokenizer(
         name = spec.target or spec.source
         family = FAMILIES[name] if name else BYTE_FAMILY
         document = byte_document([*family.tokens.values(), *tokens_to_add])
-        return Tokenizer(spec, document, family)
+        return Tokenizer(spec, document, family, tokens_to_add=tokens_to_add)
     files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     document, chat_template = files.document, files.chat_template
     if spec.conversion == "byte":
@@ -333,12 +348,13 @@ def load_tokenizer(
     if spec.source:
         check_has_family(control_strings(document), family, spec.name_or_path)
     if spec.target:
-        target = FAMILIES[spec.target]
-        document, family, chat_template = to_family(document, family, target), target, None
+        tokens = tokens_by_role(family, chat_template, control_strings(document))
+        document = to_family(document, replace(family, tokens=tokens), FAMILIES[spec.target])
+        family, chat_template = FAMILIES[spec.target], None
     if tokens_to_add:
         document = with_special_tokens(document, tokens_to_add)
     try:
-        return Tokenizer(spec, document, family, chat_template)
+        return Tokenizer(spec, document, family, chat_template, tokens_to_add)
     except ValueError as error:
         raise ValueError(f"tokenizer {spec} cannot be read byte for byte: {error}") from error
 

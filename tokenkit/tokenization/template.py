@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from tokenkit.tokenization.families import (
@@ -55,7 +56,9 @@ def family_of_template(family: Family, chat_template: str, control: Collection[s
     user_end, assistant_header = split.shared_start(to_answer, last_user)
     bos, eos = family.tokens.get(BOS, ""), family.tokens.get(EOS, "")
     repeats_bos = family.writes_bos and bool(bos) and user_header.startswith(bos) and first == user_header
-    writes_bos = family.writes_bos or (bool(bos) and first == bos + user_header)
+    # the template alone decides: transformers writes no BOS of its own in front of a rendered conversation
+    starts = bos + user_header if user_header.startswith(bos) else bos
+    writes_bos = repeats_bos or (bool(bos) and first.startswith(starts))
     user_header = user_header.removeprefix(bos) if repeats_bos else user_header
     turns = {
         "user": Turn(split.header(user_header, assistant_header), split.end(user_end)),
@@ -75,6 +78,27 @@ def family_of_template(family: Family, chat_template: str, control: Collection[s
         ends_chat_with_eos=bool(eos) and end == assistant_end + eos,
         trims_content=not answer_behind_padding.startswith(_PADDING),
     )
+
+
+def tokens_by_role(family: Family, chat_template: str | None, control: Collection[str]) -> dict[str, str]:
+    """Return the family's special tokens by role, and those that its turns are written with.
+
+    Turns have the roles `start`, `end_header` and `end_turn`; a special token that is a whole header has the
+    name of the message's role. A template that cannot be read says nothing.
+    """
+    if not family.turns and chat_template is not None:
+        with suppress(ValueError):
+            family = family_of_template(family, chat_template, control)
+    roles = dict(family.tokens)
+    if not family.turns:
+        return roles
+    for message_role in ("assistant", *family.turns):
+        turn = family.turns[message_role]
+        for piece in (*turn.header, *turn.end):
+            role = message_role if piece.atoms == HEADER else piece.atoms[0]
+            if piece.text.strip() in control:
+                roles.setdefault(role, piece.text.strip())
+    return roles
 
 
 def template_of_family(family: Family) -> str:
