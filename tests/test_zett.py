@@ -120,6 +120,17 @@ def test_an_output_that_is_not_empty_is_left_alone(root, capsys):
     assert [file.name for file in (root / "full").iterdir()] == ["mine.txt"]
 
 
+def test_a_bos_that_is_lost_is_explained_once(root, capsys):
+    words = flags(root, "bos")
+    words[words.index(str(root / "new"))] = "byte:target=Qwen2"
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("BOS on one side only") == 1
+    assert "the model's own tokenizer begins documents with '<s>'" in captured.err
+    assert main(flags(root, "both")) == 0
+    assert "BOS on one side only" not in capsys.readouterr().err
+
+
 def refused(root, capsys, *words):
     """Return the one line of an error of the data."""
     assert main(flags(root, "bad", *words)) == EXIT_DATA

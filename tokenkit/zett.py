@@ -7,6 +7,7 @@ tokenkit zett ... --compare --ppl-eval-data text.txt --output FOLDER
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,7 +180,11 @@ def zett(config: ZettConfig) -> None:
     folder = Path(config.output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output {folder} is not empty: move it away or name another folder")
+    from tokenkit.tokenization.one_sided import explain_changed_bos
+
     tokenizers = load_tokenizers(config)
+    if (note := explain_changed_bos(*tokenizers)) is not None:
+        print(note, file=sys.stderr)
     is_comparison = config.comparison.compare is not None
     names = list(config.comparison.compare or available(config)) if is_comparison else [config.method]
     with blaming_data():

@@ -3,24 +3,65 @@
 import numpy as np
 import pytest
 
+from tests.tiny import byte_level_bpe
 from tokenkit.align import main
 from tokenkit.structs import UNPAIRED
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import Document, encode_documents
-from tokenkit.tokenization.one_sided import explain_one_sided_bos
+from tokenkit.tokenization.families import FAMILIES
+from tokenkit.tokenization.one_sided import explain_changed_bos, explain_one_sided_bos, fitting_families
 
 WITH, WITHOUT = "byte:target=Llama3", "byte:target=Qwen2"
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "having", "family"),
-    [(WITH, WITHOUT, "student", "Qwen2"), (WITHOUT, WITH, "teacher", "Llama3")],
+    [
+        (WITH, WITHOUT, "student", "Qwen2"),
+        (WITHOUT, WITH, "teacher", "Llama3"),
+        (WITHOUT, "byte:target=Gemma2", "teacher", "Gemma2"),
+        (WITH, "byte:target=Phi3", "student", "Phi3"),
+    ],
 )
 def test_the_side_its_token_and_the_way_out_are_named(student, teacher, having, family):
-    said = explain_one_sided_bos(load_tokenizer(student), load_tokenizer(teacher), "direct_encode")
-    assert f"'<|begin_of_text|>' for the {having}" in said
-    assert f"such as {family}" in said
+    pair = load_tokenizer(student), load_tokenizer(teacher)
+    said = explain_one_sided_bos(*pair, "direct_encode")
+    bos = pair[having == "teacher"].family.tokens["bos"]
+    assert f"{bos!r} for the {having}" in said
+    assert f"in ':target={family}' (docs" in said
     assert "direct_encode_no_force_bos" in said
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_that_fits_is_found_by_its_tokens_and_its_turns(tmp_path, name):
+    load_tokenizer(f"byte:target={name}").save(tmp_path)
+    read = load_tokenizer(str(tmp_path))
+    assert read.family.name == "generic"
+    same = [other for other, family in FAMILIES.items() if family.turns == FAMILIES[name].turns]
+    assert name in fitting_families(read)
+    assert set(fitting_families(read)) <= set(same)
+
+
+def test_a_tokenizer_like_no_family_gets_an_example(tmp_path):
+    byte_level_bpe(tmp_path, bos="<first>", eos="<last>")
+    said = explain_one_sided_bos(load_tokenizer(WITHOUT), load_tokenizer(str(tmp_path)), "direct_encode")
+    assert "':target=' and a family that writes BOS, such as Llama3 (docs" in said
+
+
+def test_several_families_that_fit_are_all_named(tmp_path):
+    byte_level_bpe(tmp_path)  # <s> and </s>, no template
+    said = explain_one_sided_bos(load_tokenizer(WITHOUT), load_tokenizer(str(tmp_path)), "direct_encode")
+    assert "':target=Llama2' or ':target=TinyLlama' or ':target=Mistral'" in said
+
+
+def test_a_model_that_moves_untrained_is_told_what_it_meets():
+    bos, none = load_tokenizer(WITH), load_tokenizer(WITHOUT)
+    assert explain_changed_bos(bos, bos) is explain_changed_bos(none, none) is None
+    lost, gained = explain_changed_bos(bos, none), explain_changed_bos(none, bos)
+    assert "own tokenizer begins documents with '<|begin_of_text|>', the target with no BOS" in lost
+    assert "the target begins documents with '<|begin_of_text|>'" in gained
+    assert "in ':target=Llama3' (docs" in lost
+    assert "in ':target=Qwen2' (docs" in gained
 
 
 @pytest.mark.parametrize("name", [WITH, WITHOUT])

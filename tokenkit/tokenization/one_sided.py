@@ -1,8 +1,14 @@
-"""What to tell a user whose student or teacher alone writes BOS."""
+"""What to tell a user where one of two tokenizers alone writes BOS."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.families import FAMILIES
+from tokenkit.tokenization.special_tokens import lacking_of_family
+
+SPECS = "(docs/tokenizer_specs.md)"
 
 
 def explain_one_sided_bos(student: Tokenizer, teacher: Tokenizer, mode: str) -> str | None:
@@ -13,18 +19,13 @@ def explain_one_sided_bos(student: Tokenizer, teacher: Tokenizer, mode: str) -> 
         teacher: the teacher's.
         mode: `chat_template_mode`.
     """
-    sides = {"student": student, "teacher": teacher}
-    writes = {name: _writes_bos(tokenizer) for name, tokenizer in sides.items()}
-    if writes["student"] == writes["teacher"]:
+    if _writes_bos(student) == _writes_bos(teacher):
         return None
-    (having,) = (name for name, does in writes.items() if does)
-    (lacking,) = (name for name, does in writes.items() if not does)
+    sides = {"student": student, "teacher": teacher}
+    having, lacking = sides if _writes_bos(student) else reversed(sides)
     bos = sides[having].family.tokens["bos"]
     scope = "conversations begin" if "no_force_bos" in mode else "documents begin"
-    way_out = (
-        f"To change this, end the student's spec in ':target=' and a family {_wanted(lacking == 'student')} "
-        "(docs/tokenizer_specs.md)"
-    )
+    way_out = f"To change this, end the student's spec in {_wanted(teacher)} {SPECS}"
     if "no_force_bos" not in mode:
         way_out += ", or leave BOS out of plain text on both sides with chat_template_mode "
         way_out += "direct_encode_no_force_bos"
@@ -36,9 +37,53 @@ def explain_one_sided_bos(student: Tokenizer, teacher: Tokenizer, mode: str) -> 
     )
 
 
+def explain_changed_bos(old: Tokenizer, new: Tokenizer) -> str | None:
+    """Return what a model meets that moves from `old` to `new` untrained; None where BOS is no change."""
+    if _writes_bos(old) == _writes_bos(new):
+        return None
+    if _writes_bos(old):
+        bos = old.family.tokens["bos"]
+        change = f"the model's own tokenizer begins documents with {bos!r}, the target with no BOS"
+        follows = "The model reads text where it always read BOS, and nothing predicts a first token."
+    else:
+        bos = new.family.tokens["bos"]
+        change = f"the target begins documents with {bos!r}, the model's own tokenizer with no BOS"
+        follows = "The model has never read such a token, and its row is not one of a BOS."
+    return (
+        f"BOS on one side only: {change}.\n"
+        f"  {follows}\n"
+        f"  To change this, end the target's spec in {_wanted(old)} {SPECS}."
+    )
+
+
 def _writes_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.family.writes_bos and tokenizer.bos_id is not None
 
 
-def _wanted(needs_bos: bool) -> str:
-    return "that writes BOS, such as Llama3" if needs_bos else "that writes none, such as Qwen2"
+def _wanted(other: Tokenizer) -> str:
+    """Name the families that begin a document as `other` does."""
+    names = fitting_families(other)
+    if not names:
+        example = "writes BOS, such as Llama3" if _writes_bos(other) else "writes none, such as Qwen2"
+        return f"':target=' and a family that {example}"
+    return " or ".join(f"':target={name}'" for name in names)
+
+
+def fitting_families(tokenizer: Tokenizer) -> list[str]:
+    """Return the families whose special tokens a tokenizer has, and that write BOS where it does.
+
+    Those that write messages as it does go before all others.
+    """
+    if tokenizer.family.name in FAMILIES:
+        return [tokenizer.family.name]
+    fits = [
+        family
+        for family in FAMILIES.values()
+        if family.writes_bos == _writes_bos(tokenizer)
+        and not lacking_of_family(tokenizer.control, family)
+        and (not family.writes_bos or family.tokens["bos"] == tokenizer.family.tokens["bos"])
+    ]
+    with suppress(ValueError):  # no template
+        turns = tokenizer.chat.turns
+        fits = [family for family in fits if family.turns == turns] or fits
+    return [family.name for family in fits]

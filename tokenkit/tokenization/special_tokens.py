@@ -17,16 +17,18 @@ def check_has_family(control: Mapping[str, int], family: Family, name: str) -> N
     Raises:
         ValueError: names the strings that are missing.
     """
-    missing = {
-        role: string
-        for role, string in family.tokens.items()
-        if role not in _OPTIONAL and string not in control
-    }
-    if missing:
+    if missing := lacking_of_family(control, family):
         raise ValueError(
             f"tokenizer {name!r} is said to have the special tokens of {family.name} but lacks "
-            f"{', '.join(map(repr, missing.values()))}: leave ':source=' out or name its own family"
+            f"{', '.join(map(repr, missing))}: leave ':source=' out or name its own family"
         )
+
+
+def lacking_of_family(control: Mapping[str, int], family: Family) -> list[str]:
+    """Return the strings of a family that are no special tokens here, but for those that many leave out."""
+    return [
+        string for role, string in family.tokens.items() if role not in _OPTIONAL and string not in control
+    ]
 
 
 def to_family(document: Mapping[str, Any], source: Family, target: Family) -> dict[str, Any]:
