@@ -1,4 +1,4 @@
-"""The prefix stage in 16 bits and with recomputed activations: the same rows move, by nearly the same steps."""
+"""The prefix stage in 16 bits and with recomputed activations: the same rows, by nearly the same steps."""
 
 import pytest
 import torch

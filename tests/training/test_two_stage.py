@@ -18,9 +18,9 @@ from tokenkit.training.build import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
-    "--dtype float32 --steps 4 --warmup-steps 0 --batch-size 4 --gradient-accumulation-steps 1 --eval-interval 4 "
-    "--max-length-new 48 --max-length-teacher 64 --model-lora-rank 4 --optimizer.learning-rate 0.01 "
-    "--data.heldout.fraction 0.1 --data.num-workers 0 --eval-at-step-zero"
+    "--dtype float32 --steps 4 --warmup-steps 0 --batch-size 4 --gradient-accumulation-steps 1 "
+    "--eval-interval 4 --max-length-new 48 --max-length-teacher 64 --model-lora-rank 4 "
+    "--optimizer.learning-rate 0.01 --data.heldout.fraction 0.1 --data.num-workers 0 --eval-at-step-zero"
 ).split()
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 
