@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transfer import LOSSES, flags, machine, run
+from harness import machine
+from transfer import LOSSES, flags, run
 
 
 class Stage(NamedTuple):
@@ -70,7 +71,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
                 if arguments.save:
                     arguments.save.parent.mkdir(parents=True, exist_ok=True)
-                    content = {"machine": machine(), "settings": facts, "rows": rows}
+                    content = {"machine": machine("cpu"), "settings": facts, "rows": rows}
                     arguments.save.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
