@@ -116,7 +116,8 @@ class Prefix:
 
     prefix_trainable: PrefixTrainable = "non_overlapping_embeddings"
     """What it trains. non_overlapping_embeddings: the input embeddings of those tokens that the old
-    vocabulary does not have, all other rows keep their bits; embeddings: all rows."""
+    vocabulary does not have, all other rows keep their bits; embeddings: all rows; all: all rows, and what
+    the main stage trains in the first n_prefix_layers layers."""
 
     def __post_init__(self) -> None:
         at_least("n_prefix_layers", self.n_prefix_layers, 0)
@@ -180,6 +181,12 @@ class Training:
             raise ConfigError(
                 "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or run "
                 "the embeddings alone first (train_model_mode none) and start the next run from its export"
+            )
+
+        if self.prefix.prefix_trainable == "all" and self.train_model_mode == "none":
+            raise ConfigError(
+                "prefix_trainable is all, and train_model_mode none trains no layer: set prefix_trainable to "
+                "embeddings, or train_model_mode to lora or full"
             )
 
     @property

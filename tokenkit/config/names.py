@@ -62,7 +62,7 @@ ChatTemplateMode = Literal[
 ]
 LossMaskMode = Literal["assistant", "all"]
 SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
-PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings"]
+PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings", "all"]
 
 ZettMethod = Literal["fvt", "mean", "overlap", "random_normal", "omp", "focus", "hypernet"]
 Dtype = Literal["float32", "float16", "bfloat16"]

@@ -133,7 +133,8 @@ def build(config: TrainConfig, world: World) -> Parts:
         if prefix.prefix_trainable == "non_overlapping_embeddings":
             is_new_V = torch.from_numpy(new_tokens(tokenizers.old, tokenizers.target))
         options = dataclasses.replace(options, learning_rate=prefix.prefix_lr)
-        stage = build_prefix_stage(model, options, prefix_steps, is_new_V, world)
+        moves_layers = prefix.prefix_trainable == "all"
+        stage = build_prefix_stage(model, options, prefix_steps, is_new_V, world, moves_layers=moves_layers)
     return Parts(run, student, tokenizers, batches, collator, heldout, stage, transfer)
 
 

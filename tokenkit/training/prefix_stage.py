@@ -4,7 +4,8 @@ For `prefix_steps` steps student and teacher run only their embedding and their 
 layers, and the hidden states behind them are drawn together at the last tokens of aligned chunks: the
 loss of `losses/latents.py`, which needs no head. Only embedding rows move, at a rate that falls linearly
 from `prefix_lr` to 0; with `non_overlapping_embeddings` only those of tokens that the old vocabulary does
-not have. Nothing is decayed, so a row that gets no gradient keeps its bits.
+not have, with `all` also what is trained in these layers. Nothing is decayed, so a row that gets no gradient
+keeps its bits.
 
 The main stage then begins with an optimizer and a schedule of its own.
 """
@@ -40,12 +41,14 @@ class PrefixStage:
 
     steps: int
     optimizer: Optimizer
-    """Of the embedding alone."""
+    """Of what moves."""
     learning_rate: LearningRate
     embedding_VD: nn.Parameter
     """The student's; this rank's shard where it is sharded."""
     frozen_V: Tensor | None
     """bool, true for the rows here that stay as they are. None: all move."""
+    layers: tuple[nn.Parameter, ...] = ()
+    """What moves in the first layers."""
 
 
 def prefix_options(
@@ -77,7 +80,13 @@ def prefix_options(
 
 
 def build_prefix_stage(
-    model: Distillation, options: OptimizerOptions, steps: int, is_new_V: Tensor | None, world: World
+    model: Distillation,
+    options: OptimizerOptions,
+    steps: int,
+    is_new_V: Tensor | None,
+    world: World,
+    *,
+    moves_layers: bool = False,
 ) -> PrefixStage:
     """Return the stage, after sharding.
 
@@ -87,9 +96,11 @@ def build_prefix_stage(
         steps: length of the stage.
         is_new_V: bool, the ids whose rows move; None: all rows do.
         world: rows are cut over its processes as FSDP2 cuts them.
+        moves_layers: what is trained in the stage's layers moves too.
 
     Raises:
-        ValueError: no row would move, or the embedding is not trained as a matrix of its own.
+        ValueError: no row would move, the embedding is not trained as a matrix of its own, or nothing is
+            trained in layers that shall move.
     """
     weight: Any = effective_weight(model.student.embedding)
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
@@ -116,13 +127,28 @@ def build_prefix_stage(
         lr_scheduler_type=None,
         lr_min_ratio=0.0,
     )
+    layers = _trained_layers(model) if moves_layers else {}
     return PrefixStage(
         steps=steps,
-        optimizer=build_optimizer([("embedding", weight)], own),
+        optimizer=build_optimizer([("embedding", weight), *layers.items()], own),
         learning_rate=LearningRate(own, steps),
         embedding_VD=weight,
         frozen_V=frozen_V,
+        layers=tuple(layers.values()),
     )
+
+
+def _trained_layers(model: Distillation) -> dict[str, nn.Parameter]:
+    """Return what is trained in the layers that the stage runs, by name."""
+    assert model.prefix is not None
+    layers = nn.ModuleList(list(model.student.layers)[: model.prefix.n_layers])
+    trained = {name: parameter for name, parameter in layers.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"prefix_trainable is all, and nothing is trained in the first {len(layers)} layers: set it to "
+            "embeddings, or let model_lora_layers, model_lora_targets or model_lora_target_regex name them"
+        )
+    return trained
 
 
 def _local_rows(values_V: Tensor, weight: Tensor, world: World) -> Tensor:
@@ -208,15 +234,17 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
 
 
 def _prepare_gradient(stage: PrefixStage, run: Run) -> Tensor:
-    """Unscale the embedding's gradient, empty the rows that stay, clip; return the norm before clipping."""
-    gradient = stage.embedding_VD.grad
-    if gradient is not None:
-        local_VD = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    """Unscale the gradients, empty the rows that stay, clip; return the norm before clipping."""
+    moving = [stage.embedding_VD, *stage.layers]
+    for parameter in moving:
+        if (gradient := parameter.grad) is None:
+            continue
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if run.loss_scale.enabled:
-            local_VD.div_(run.loss_scale.value)
-        if stage.frozen_V is not None:
-            local_VD[stage.frozen_V] = 0.0
-    return clip_grad_norm([stage.embedding_VD], run.max_grad_norm)
+            local.div_(run.loss_scale.value)
+        if stage.frozen_V is not None and parameter is stage.embedding_VD:
+            local[stage.frozen_V] = 0.0
+    return clip_grad_norm(moving, run.max_grad_norm)
 
 
 def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
