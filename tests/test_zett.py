@@ -96,6 +96,10 @@ def test_methods_are_compared(root, capsys):
     ("words", "message"),
     [
         (["--method", "fvtt"], "method"),
+        (["--output", ""], "output must name a folder, got ''"),
+        (["--seed", str(2**70)], "seed must lie in [0, 2**63)"),
+        (["--pad-to-multiple-of", "100000000000"], "pad_to_multiple_of must lie in [1, 65536]"),
+        (["--output", "text.txt/below"], "text.txt: is a file, so --output"),
         (["--method", "focus"], "give a text with --data"),
         (["--compare"], "set ppl_eval_data"),
         (["--no-extend-output-embeddings", "--output-embeddings-mode", "untie"], "exclude each other"),
@@ -105,6 +109,7 @@ def test_methods_are_compared(root, capsys):
 )
 def test_bad_input_is_one_line(root, capsys, words, message):
     words = [str(root / "model") if word == "AUX" else word for word in words]
+    words = [str(root / word) if word.startswith("text.txt") else word for word in words]
     assert main(flags(root, "bad", *words)) != 0
     error = capsys.readouterr().err.strip()
     assert message in error

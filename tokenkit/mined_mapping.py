@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
-from tokenkit.config.errors import ConfigError
+from tokenkit.config.errors import ConfigError, blaming_data, names_a_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+MAX_WORKERS = 1024  # many more threads than cores take all that the system has, and mine no faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class MinedMappingConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers must be at least 0, got {self.num_workers}")
+        names_a_folder("output", self.output)
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise ConfigError(f"num_workers must lie in [0, {MAX_WORKERS}], got {self.num_workers}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +67,16 @@ def mine(config: MinedMappingConfig) -> None:
     from tokenkit.pairing.mining import FILES, mine_mapping, save_mapping
     from tokenkit.pairing.vacant import check_vacant
     from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.spec import parse_spec
 
     folder = Path(config.output).expanduser()
     check_vacant(folder, FILES)
-    student = load_tokenizer(config.target_tokenizer_name)
-    teacher = load_tokenizer(config.teacher_tokenizer_name)
+    specs = [parse_spec(name) for name in (config.target_tokenizer_name, config.teacher_tokenizer_name)]
     counts = None
-    if config.teacher_counts is not None:
-        counts = _read_counts(Path(config.teacher_counts).expanduser())
+    with blaming_data():
+        student, teacher = map(load_tokenizer, specs)
+        if config.teacher_counts is not None:
+            counts = _read_counts(Path(config.teacher_counts).expanduser())
     began = time.perf_counter()
     with tqdm(total=student.vocab_size, unit="token", disable=not sys.stderr.isatty()) as bar:
         mapping = mine_mapping(
@@ -102,6 +108,8 @@ def _read_counts(path: Path) -> NDArray[Any]:
         ) from error
     if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
         raise ValueError(f"teacher_counts {path} must be an npy file of one array of numbers")
+    if not (counts >= 0).all():  # nor NaN
+        raise ValueError(f"teacher_counts {path} must hold counts: got a negative number or NaN")
     return counts
 
 

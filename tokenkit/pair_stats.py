@@ -6,7 +6,6 @@ tokenkit pair-stats --teacher-tokenizer-name llama3 --target-tokenizer-name gpt2
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
-from tokenkit.config.errors import ConfigError
+from tokenkit.config.errors import ConfigError, blaming_data, names_a_folder
 from tokenkit.data.options import DataOptions
 
 
@@ -52,6 +51,7 @@ class PairStatsConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
+        names_a_folder("output", self.output)
         for name in ("teacher_subsample_percent", "student_subsample_percent"):
             if not 0 < getattr(self, name) <= 100:
                 raise ConfigError(f"{name} must lie in (0, 100], got {getattr(self, name)}")
@@ -59,8 +59,10 @@ class PairStatsConfig:
         if not 0 <= least < 1:
             raise ConfigError(f"min_continuation_probability must lie in [0, 1), got {least}")
         constant = self.additive_smoothing_constant
-        if not (constant >= 0 and math.isfinite(constant)):
-            raise ConfigError(f"additive_smoothing_constant must be at least 0 and finite, got {constant}")
+        if not 0 <= constant <= 1:
+            raise ConfigError(
+                f"additive_smoothing_constant is a share of all tokens and must lie in [0, 1], got {constant}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,11 +84,13 @@ def measure(config: PairStatsConfig) -> None:
     from tokenkit.pairing.bias_files import FILES, save_biases
     from tokenkit.pairing.vacant import check_vacant
     from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.spec import parse_spec
 
     folder = Path(config.output).expanduser()
     check_vacant(folder, FILES)
-    teacher = load_tokenizer(config.teacher_tokenizer_name)
-    student = load_tokenizer(config.target_tokenizer_name)
+    specs = [parse_spec(name) for name in (config.teacher_tokenizer_name, config.target_tokenizer_name)]
+    with blaming_data():
+        teacher, student = map(load_tokenizer, specs)
     check_any_pair(teacher, student)
     sides = {
         "teacher": Counted(teacher, config.teacher_subsample_percent),
@@ -94,7 +98,7 @@ def measure(config: PairStatsConfig) -> None:
     }
     quiet = not sys.stderr.isatty()
     began = time.perf_counter()
-    with tqdm(unit="document", disable=quiet) as bar:
+    with tqdm(unit="document", disable=quiet) as bar, blaming_data():
         counts = count_tokens(config.data, sides, folder, seed=config.seed, progress=bar.update)
     counted = time.perf_counter()
     smoothing = config.additive_smoothing_constant

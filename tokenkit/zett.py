@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
-from tokenkit.config.errors import ConfigError, at_least, blaming_data
+from tokenkit.config.errors import ConfigError, at_least, blaming_data, names_a_folder
 from tokenkit.config.models import ModelSource
 from tokenkit.config.names import Dtype, ZettMethod
 from tokenkit.config.schema import flat
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Tokenizers = tuple[Tokenizer, Tokenizer]
 
+MAX_PADDING = 2**16
 ALIASES = {"source_model": "model", "target_tokenizer": "target_tokenizer_name"}
 
 
@@ -68,7 +69,10 @@ class Rows:
 
     def __post_init__(self) -> None:
         """Check what excludes each other."""
-        at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        if not 1 <= self.pad_to_multiple_of <= MAX_PADDING:
+            raise ConfigError(
+                f"pad_to_multiple_of must lie in [1, {MAX_PADDING}], got {self.pad_to_multiple_of}"
+            )
         asked = {
             "extend_output_embeddings=false (ties the head)": not self.extend_output_embeddings,
             "combine_output_embed_with_input": self.combine_output_embed_with_input,
@@ -164,6 +168,12 @@ class ZettConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model or tokenizer."""
 
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        names_a_folder("output", self.output)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -177,8 +187,11 @@ def zett(config: ZettConfig) -> None:
         ValueError, FileNotFoundError: model, tokenizers or texts that cannot be read or do not fit.
         FileExistsError: the output is not empty.
     """
+    from tokenkit.pairing.vacant import check_vacant
+
     folder = Path(config.output).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_vacant(folder, ())
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"output {folder} is not empty: move it away or name another folder")
     from tokenkit.tokenization.one_sided import explain_changed_bos
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe
 from tests.tokenization.tiny import write
-from tokenkit.config import EXIT_CONFIG
+from tokenkit.config import EXIT_CONFIG, EXIT_DATA
 from tokenkit.mined_mapping import main
 from tokenkit.pairing import mining
 from tokenkit.pairing.mining import mine_mapping
@@ -108,6 +108,29 @@ def test_counts_that_are_no_numbers_are_named(content, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"teacher_counts {path} must be an npy file" in error
     assert "pickle" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--output", " "], EXIT_CONFIG, "output must name a folder"),
+        (["--num-workers", "100000"], EXIT_CONFIG, "num_workers must lie in [0, 1024], got 100000"),
+        (["--num-workers", "-1"], EXIT_CONFIG, "num_workers must lie in [0, 1024], got -1"),
+        (["--output", "{root}/counts.npy/below"], EXIT_DATA, "counts.npy: is a file, so --output"),
+        (["--teacher-tokenizer-name", "{root}/absent"], EXIT_DATA, "there is no tokenizer folder"),
+        (["--teacher-counts", "{root}/absent.npy"], EXIT_DATA, "absent.npy"),
+        (["--teacher-counts", "{root}/counts.npy"], EXIT_DATA, "got a negative number or NaN"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, words, code, message):
+    np.save(tmp_path / "counts.npy", np.full(261, np.nan))
+    flags = ["--teacher-tokenizer-name", "byte", "--target-tokenizer-name", "byte"]
+    flags += ["--output", str(tmp_path / "out"), *(word.format(root=tmp_path) for word in words)]
+    assert main(flags) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pair_without_shared_bytes_is_refused(tmp_path, capsys):

@@ -73,7 +73,9 @@ def test_statistics_that_exist_are_not_overwritten(written, capsys):
     ("words", "message"),
     [
         (["--teacher-subsample-percent", "0"], "teacher_subsample_percent must lie in (0, 100], got 0"),
-        (["--additive-smoothing-constant", "-1"], "additive_smoothing_constant must be at least 0"),
+        (["--additive-smoothing-constant", "-1"], "must lie in [0, 1], got -1.0"),
+        (["--additive-smoothing-constant", "1e308"], "must lie in [0, 1], got 1e+308"),
+        (["--output", ""], "output must name a folder, got ''"),
         (["--min-continuation-probability", "1"], "min_continuation_probability must lie in [0, 1), got 1"),
         (["--data.dataset-name", "/absent.txt"], "/absent.txt"),
     ],
@@ -137,7 +139,7 @@ def test_counts_of_other_tokenizers_are_not_taken_over(written, tmp_path, capsys
     for name in FILES:
         (tmp_path / "half" / name).unlink()
     words = flags(written, "x", "--output", str(tmp_path / "half"), "--target-tokenizer-name", "byte")
-    assert main(words) == EXIT_CONFIG
+    assert main(words) == EXIT_DATA
     error = capsys.readouterr().err
     assert "holds counts of other sides: give --output another folder" in error
     assert len(error.strip().splitlines()) == 1
@@ -160,6 +162,61 @@ def test_a_pair_without_shared_bytes_is_refused_before_it_counts(written, tmp_pa
 def test_a_file_in_place_of_the_folder_is_named(written, capsys):
     assert main(flags(written, "text.txt")) == EXIT_DATA
     assert "text.txt must be a folder and is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["{", "[]", "{}", '{"about": []}', "outside", "lost", "junk", "short"])
+def test_counts_that_are_damaged_are_named(written, tmp_path, capsys, state):
+    folder = tmp_path / "half"
+    shutil.copytree(written / "stats", folder)
+    for name in FILES:
+        (folder / name).unlink()
+    (counts,) = folder.glob("counting_*.npz")
+    if state == "lost":
+        counts.unlink()
+    elif state == "junk":
+        counts.write_bytes(b"junk")
+    elif state == "short":
+        np.savez(counts, teacher=np.ones(3, int), student=np.ones(3, int))
+    elif state == "outside":
+        shutil.copy(counts, tmp_path / "counts.npz")
+        about = json.loads((folder / "counting.json").read_text())
+        (folder / "counting.json").write_text(json.dumps({**about, "counts": "../counts.npz"}))
+    else:
+        (folder / "counting.json").write_text(state)
+    assert main(flags(written, "x", "--output", str(folder))) == EXIT_DATA
+    error = capsys.readouterr().err
+    assert "does not hold the counts that an interrupted pass left" in error
+    assert len(error.strip().splitlines()) == 1
+    assert (folder / "counting.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher-tokenizer-name", "{root}/broken"], "is not valid JSON"),
+        (["--data.dataset-name", "{root}/empty.txt"], "is empty"),
+        (["--output", "{root}/text.txt/below"], "text.txt: is a file, so --output"),
+    ],
+)
+def test_files_at_fault_are_faults_of_the_data(written, capsys, words, message):
+    (written / "broken").mkdir(exist_ok=True)
+    (written / "broken" / "tokenizer.json").write_text("{")
+    (written / "empty.txt").write_text("")
+    assert main(flags(written, "other", *(word.format(root=written) for word in words))) == EXIT_DATA
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_ctrl_c_is_one_line(written, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenkit.pairing.bias.find_covers", interrupt)
+    assert main(flags(written, "stopped")) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "tokenkit: interrupted"
+    monkeypatch.undo()
+    assert main(flags(written, "stopped")) == 0, "the counts that were taken are not in the way"
 
 
 def test_a_folder_without_statistics_is_named(written):

@@ -75,6 +75,16 @@ def at_least(name: str, value: float | None, smallest: float) -> None:
         raise ConfigError(f"{name} must be at least {smallest}, got {value}")
 
 
+def names_a_folder(name: str, value: str) -> None:
+    """Refuse an empty name: as a path it would be the current folder.
+
+    Raises:
+        ConfigError: the value is empty.
+    """
+    if not value.strip():
+        raise ConfigError(f"{name} must name a folder, got {value!r}")
+
+
 def check_parts(name: str, value: str, valid: tuple[str, ...]) -> None:
     """Check a value whose parts are joined with `+`.
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +142,7 @@ def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
     path = folder / STATE
     if not path.is_file():
         return
-    counted = json.loads(path.read_text(encoding="utf-8"))["about"]
+    counted = _state(path)["about"]
     other = [key for key in ("data", "seed", "sides") if counted.get(key) != about[key]]
     if other:
         raise ValueError(
@@ -163,11 +164,35 @@ def _load(folder: Path, counts: dict[str, Counts]) -> dict[str, Any] | None:
     path = folder / STATE
     if not path.is_file():
         return None
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    with np.load(folder / state["counts"], allow_pickle=False) as stored:
-        for name in counts:
-            counts[name] = stored[name]
+    state = _state(path)
+    try:
+        with np.load(folder / state["counts"], allow_pickle=False) as stored:
+            for name, count_V in counts.items():
+                if stored[name].shape != count_V.shape:
+                    raise ValueError(f"{name} has {stored[name].shape} counts, expected {count_V.shape}")
+                counts[name] = stored[name]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise _damaged(folder / state["counts"]) from error
     return state
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """Read where a pass stands."""
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        name = f"counting_{state['mix']['documents']}.npz"
+        if isinstance(state["about"], dict) and state["counts"] == name and "done" in state:
+            return state
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise _damaged(path)
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} does not hold the counts that an interrupted pass left: give --output another folder, or "
+        f"move {STATE} and its counts away"
+    )
 
 
 def _save(folder: Path, state: dict[str, Any], counts: Mapping[str, Counts]) -> None:
