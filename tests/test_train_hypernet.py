@@ -26,6 +26,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("hypernet")
     tiny_folder(root / "model", tie_word_embeddings=False)
     sentencepiece_bpe(root / "target")
+    sentencepiece_bpe(root / "small", 290)
     (root / "text.txt").write_text("\n<|endoftext|>\n".join(TEXT), encoding="utf-8")
     assert main(flags(root, "first")) == 0
     return root
@@ -103,11 +104,38 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
     assert "nothing to resume" in capsys.readouterr().err
 
 
+def test_a_crash_between_weights_and_json_is_resumed(root, monkeypatch):
+    from tokenkit.embeddings import hypernet_files
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hypernet_files, "write_durably", crash)
+        assert main(flags(root, "crashed", "--save-interval", "4")) == 130
+    assert (root / "crashed" / "hypernet.safetensors").is_file()
+    assert main(flags(root, "crashed", "--save-interval", "4", "--resume")) == 0
+    states = [load_hypernet(root / name)[0].state_dict() for name in ("first", "crashed")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_another_configuration_is_not_resumed(root, capsys):
     assert main(flags(root, "half", "--save-interval", "4")) == 0
     (root / "half" / "hypernet.json").rename(root / "half.json")
     assert main(flags(root, "half", "--save-interval", "4", "--resume", "--learning-rate", "1")) == 64
     assert "learning_rate: 0.003 -> 1.0" in capsys.readouterr().err
+
+
+def test_what_diverges_or_has_nothing_to_predict_says_so(root, capsys):
+    assert main(flags(root, "wild", "--learning-rate", "1e30")) == 70
+    assert "lower learning_rate" in capsys.readouterr().err
+    (root / "empty.txt").write_text("\n<|endoftext|>\n".join("ab"), encoding="utf-8")
+    about = tiny_folder(root / "no_bos") / "tokenizer_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "bos_token": None}))
+    words = ["--data.dataset-name", str(root / "empty.txt")]
+    words += ["--model.pretrained-model-name-or-path", str(root / "no_bos")]
+    assert main(flags(root, "nothing", *words)) == 64
+    assert "has two tokens: give longer texts" in capsys.readouterr().err
 
 
 def test_the_base_model_is_not_changed(root):
@@ -138,6 +166,9 @@ def test_the_warm_up_learns_fvt_s_rows(root):
         (["--sampling.max-tokens", "3"], "sampling.max_tokens must be at least 64, got 3"),
         (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),
         (["--data.dataset-name", "/absent.txt"], "/absent.txt"),
+        (["--max-length", "129"], "max_length is 129, but the model has 128 positions"),
+        (["--model.tokenizer-name", "{root}/small"], "is not the tokenizer of"),
+        (["--hypernet.residual-alpha", "0"], "hypernet.residual_alpha must be finite and not 0, got 0"),
     ],
 )
 def test_bad_input_is_one_line(root, capsys, words, message):

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.rows import RowSources, mean_row
 from tokenkit.run_folder import write_durably
 from tokenkit.tokenization.byteify import Tokenizer
@@ -41,6 +42,8 @@ class HypernetRows(NamedTuple):
 def save_hypernet(folder: Path, hypernet: Hypernet, about: Mapping[str, Any]) -> None:
     """Write a hypernetwork; the JSON comes last, so that a folder with one is complete.
 
+    Weights without a JSON are what a crash left between the two, and are replaced.
+
     Args:
         folder: exists.
         hypernet: the network.
@@ -52,13 +55,18 @@ def save_hypernet(folder: Path, hypernet: Hypernet, about: Mapping[str, Any]) ->
     """
     from safetensors.torch import save_file
 
-    for name in (WEIGHTS, ABOUT):
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder / name} exists: choose another folder, or move it away")
+    if (folder / ABOUT).exists():
+        raise FileExistsError(f"{folder / ABOUT} exists: choose another folder, or move it away")
     state = {name: tensor.detach().contiguous() for name, tensor in hypernet.state_dict().items()}
     temporary = folder / f".{WEIGHTS}.{secrets.token_hex(4)}"  # a crash leaves no half of it under its name
-    save_file(state, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    try:
+        save_file(state, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / WEIGHTS)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     shape = {name: getattr(hypernet, name) for name in ("width", "reads", "writes", "max_pieces")}
     content = {"format": FORMAT, "options": asdict(hypernet.options), **shape, **about}
     write_durably(folder / ABOUT, json.dumps(content, indent=1) + "\n")
@@ -136,7 +144,12 @@ def check_hypernet(
 
 @torch.no_grad()
 def hypernet_rows(
-    hypernet: Hypernet, old: Tokenizer, new: Tokenizer, matrices: Sequence[Tensor], size: int
+    hypernet: Hypernet,
+    old: Tokenizer,
+    new: Tokenizer,
+    matrices: Sequence[Tensor],
+    size: int,
+    matching: Matching | None = None,
 ) -> HypernetRows:
     """Write rows for `new`, `size` of them; those beyond its ids are the mean of all old rows.
 
@@ -146,11 +159,12 @@ def hypernet_rows(
         new: any tokenizer.
         matrices: [W, D], the rows that the hypernetwork reads: input, and output of an untied model.
         size: number of rows, at least `new.vocab_size`.
+        matching: which special tokens keep their old row; the others are the mean of all.
 
     Raises:
         ValueError: matrices of another width or number than the hypernetwork's.
     """
-    sources = row_sources(old, new)
+    sources = row_sources(old, new, matching)
     olds = [matrix.detach()[: old.vocab_size].float() for matrix in matrices]
     written = hypernet(surfaces(sources, hypernet.max_pieces), olds)
     padded = []

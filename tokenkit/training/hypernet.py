@@ -48,7 +48,6 @@ from tokenkit.training_state import State
 class HypernetTraining:
     """How long, on what and towards what a hypernetwork is trained."""
 
-    steps: int
     identity_steps: int = 0
     batch_size: int = 16
     """Texts of a step."""
@@ -215,11 +214,20 @@ class HypernetTrainer:
         lead, length = vocabulary.lead, self.options.max_length
         ids = [([0] * lead + [i + lead for i in one])[:length] for one in encoded]
         longest = max(map(len, ids))
+        if longest < 2:
+            raise ValueError(
+                f"none of the {len(texts)} texts of a step has two tokens: give longer texts, or a larger "
+                "batch_size"
+            )
         ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
         is_token_BT = torch.arange(longest) < torch.tensor([[len(one)] for one in ids])
         bias_V = None if self.bias_W is None else mean_rows(vocabulary.surfaces, self.bias_W[:, None])[:, 0]
         predicted = Predicted(self.model, rows[0], rows[-1], bias_V)
         states = self.model(ids_BT, predicted)
+        if not bool(states.hidden_BTD.isfinite().all()):
+            raise FloatingPointError(
+                "the model's hidden states are not finite under the predicted rows: lower learning_rate"
+            )
         is_trained_BT = is_token_BT[:, 1:]
         target_N = ids_BT[:, 1:][is_trained_BT]
         logp_N = linear_logprob(states.hidden_BTD[:, :-1][is_trained_BT], states.head, target_N).logp_N

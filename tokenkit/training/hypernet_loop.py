@@ -15,7 +15,7 @@ import torch
 from tokenkit import checkpoint
 from tokenkit.checkpoint import Identity, State
 from tokenkit.config import to_dict
-from tokenkit.config.errors import blaming_data
+from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
 from tokenkit.embeddings.hypernet import Hypernet
@@ -28,6 +28,7 @@ from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer
 from tokenkit.parallel import World
 from tokenkit.run_folder import RunLock, prepare_output
 from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.training.build import check_is_the_models_own
 from tokenkit.training.hypernet import HypernetTrainer, HypernetTraining, old_matrices, take_step
 from tokenkit.training.signals import StopRequest
 
@@ -163,11 +164,17 @@ def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, di
         options = LoadOptions(revision=source.revision, trust_remote_code=config.trust_remote_code)
         model = load_causal_lm(name, old.vocab_size, options)
         matrices = old_matrices(model, old)
+    check_is_the_models_own(old, source)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and schedule.max_length > limit:
+        raise ConfigError(
+            f"max_length is {schedule.max_length}, but the model has {limit} positions: set it to at most "
+            f"{limit}"
+        )
     writes = 2 if config.output_embeddings_mode == "untie" else len(matrices)
     torch.manual_seed(schedule.seed)
     hypernet = Hypernet(config.hypernet, matrices[0].shape[1], reads=len(matrices), writes=writes)
     training = HypernetTraining(
-        steps=schedule.steps,
         identity_steps=schedule.identity_steps,
         batch_size=schedule.batch_size,
         max_length=schedule.max_length,
