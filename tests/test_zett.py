@@ -105,6 +105,9 @@ def test_methods_are_compared(root, capsys):
         (["--no-extend-output-embeddings", "--output-embeddings-mode", "untie"], "exclude each other"),
         (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),
         (["--method", "omp", "--auxiliary-model", "AUX"], "is not the target"),
+        (["--hypernet", "trained"], "hypernet is read by method hypernet, and the method is fvt"),
+        (["--data", "text.txt", "--method", "mean"], "data is read by method focus and omp"),
+        (["--ppl-eval-data", "text.txt"], "set compare, or leave it out"),
     ],
 )
 def test_bad_input_is_one_line(root, capsys, words, message):

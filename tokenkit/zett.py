@@ -173,6 +173,20 @@ class ZettConfig:
         names_a_folder("output", self.output)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
+        if self.comparison.compare is None:
+            self._check_read()
+
+    def _check_read(self) -> None:
+        """Refuse what the method would not read: whoever names a hypernetwork does not want `fvt`."""
+        readers = {"data": ("focus", "omp"), "auxiliary_model": ("focus", "omp"), "hypernet": ("hypernet",)}
+        for name, methods in readers.items():
+            if getattr(self.sources, name) is not None and self.method not in methods:
+                raise ConfigError(
+                    f"{name} is read by method {' and '.join(methods)}, and the method is {self.method}: set "
+                    f"method to {' or '.join(methods)}, or leave {name} out"
+                )
+        if self.comparison.ppl_eval_data is not None:
+            raise ConfigError("ppl_eval_data is what compare scores: set compare, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, mean_rows, surfaces
 from tokenkit.embeddings.hypernet_files import ABOUT, WEIGHTS, load_hypernet, rows_digest, save_hypernet
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.methods import InitOptions
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
@@ -190,6 +191,16 @@ def test_it_is_a_method_of_transfer(saved):
         assert len(made) == 448
         torch.testing.assert_close(made[:400].detach(), rows_VD.detach())
         torch.testing.assert_close(made[447].detach(), old_WD.mean(0))
+
+
+def test_special_tokens_are_copied_only_where_matching_says_so(saved):
+    model, old, new, folder, _ = saved
+    old_WD = model.embedding.weight.detach().clone()
+    matching = Matching(special=False, bos_eos=False)
+    options = InitOptions(hypernet=str(folder), matching=matching)
+    transfer_vocabulary(model, old, new, output_embeddings="untie", method="hypernet", options=options)
+    for special in (new.bos_id, new.eos_id):
+        torch.testing.assert_close(model.embedding.weight[special].detach(), old_WD.mean(0))
 
 
 def test_what_was_saved_is_read_again_and_never_overwritten(saved):

@@ -131,6 +131,20 @@ def test_the_space_decides(pair):
     torch.testing.assert_close(made.embedding_WD[target], 3 * row, rtol=0, atol=1e-4)
 
 
+def test_a_vector_of_zeros_makes_no_row_of_zeros(pair):
+    """As a row of the head it would draw more probability than an average token."""
+    old, new = pair
+    new_V = np.array([raw not in old.token_bytes for raw in new.token_bytes]) & ~new.is_special_V
+    vectors = torch.randn(new.vocab_size, 32)
+    vectors[torch.from_numpy(new_V)] = 0
+    given = Matrices(torch.randn(old.vocab_size, 6), None, None)
+    options = InitOptions(auxiliary=Auxiliary(vectors, np.ones(new.vocab_size, bool)))
+    made, report = METHODS["omp"](old, new, given, new.vocab_size, options)
+    by_fvt, _ = METHODS["fvt"](old, new, given, new.vocab_size, options)
+    assert report["weighted_anchors"] == 0
+    torch.testing.assert_close(made.embedding_WD, by_fvt.embedding_WD)
+
+
 @pytest.mark.parametrize("name", ["focus", "omp"])
 def test_what_cannot_work_is_said(pair, auxiliary, name):
     given = Matrices(torch.randn(pair[0].vocab_size, 4), None, None)

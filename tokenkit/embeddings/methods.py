@@ -131,7 +131,7 @@ def hypernet(
     second = matrices.embedding_WD if matrices.output_WD is None else matrices.output_WD
     read = [matrices.embedding_WD, second][: network.reads]
     check_hypernet(network, about, read, old)
-    made = hypernet_rows(network, old, new, read, size)
+    made = hypernet_rows(network, old, new, read, size, options.matching)
     output_VD = made.output_VD if made.output_VD is not None else made.input_VD.clone()
     bias_V = None if matrices.bias_W is None else made.sources.rows(matrices.bias_W[:, None], size)[:, 0]
     return (

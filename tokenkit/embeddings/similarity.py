@@ -8,7 +8,7 @@ vocabularies that have a vector.
             that is most parallel to what is left enters, then all weights are fitted again
 
 and in either case row_v = Σ_o weights_v,o · old row of o, the same weights for input, output and bias. Tokens
-without a vector are made as by FVT.
+without a vector, and OMP's whose vector is 0, are made as by FVT.
 
 Sources: Dobler and de Melo, "FOCUS: Effective Embedding Initialization for Monolingual Specialization of
 Multilingual Models", EMNLP 2023, arXiv:2305.14481; Goddard and Fernandes Neto, "Training-Free Tokenizer
@@ -83,9 +83,11 @@ def anchored_sources(
         index_NK, weight_NK = weigh(auxiliary.vector_VA[torch.from_numpy(piece)].float(), anchor_OA)
         for token_id, index_K, weight_K in zip(piece.tolist(), index_NK, weight_NK, strict=True):
             used = weight_K != 0
+            if not used.any():  # a vector of zeros; a row of zeros would draw probability
+                continue
             ids[token_id], weights[token_id] = anchor_old_O[index_K[used].numpy()], weight_K[used].numpy()
             copied.label_V[token_id] = WEIGHTED_LABELS.index("weighted_anchors")
-    spelled = [i for i in left if not known[i]]
+    spelled = [i for i in left if not len(ids[i])]
     for token_id, row in zip(
         spelled, write_with(old, [new.token_bytes[i] for i in spelled], ids_by_bytes(old)), strict=True
     ):
