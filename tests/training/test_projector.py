@@ -240,5 +240,7 @@ def test_what_does_not_fit_the_model_is_refused(make_config, changes, message):
 def test_impossible_shapes_are_refused(make_config):
     with pytest.raises(ConfigError, match=r"hypernet\.num_layers must be at least 1, got 0"):
         make_config(hypernet__num_layers=0)
+    with pytest.raises(ConfigError, match="the network writes the rows without them"):
+        make_config(hypernet__residual=False, n_prefix_layers=1, prefix_steps=2)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         make_config(train_model_mode="none", train_embeddings=False, hypernet__architecture="identity")

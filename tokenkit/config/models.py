@@ -182,7 +182,12 @@ class Training:
                 "prefix_steps trains the embeddings, and train_embeddings is false: set it to true, or run "
                 "the embeddings alone first (train_model_mode none) and start the next run from its export"
             )
-
+        rows_of_network_alone = self.has_hypernet and self.hypernet is not None and not self.hypernet.residual
+        if self.prefix.prefix_steps and rows_of_network_alone:
+            raise ConfigError(
+                "prefix_steps trains the embeddings, and with hypernet.residual=false the network writes the "
+                "rows without them: set it to true, or prefix_steps and n_prefix_layers to 0"
+            )
         if self.prefix.prefix_trainable == "all" and self.train_model_mode == "none":
             raise ConfigError(
                 "prefix_trainable is all, and train_model_mode none trains no layer: set prefix_trainable to "

@@ -1,5 +1,6 @@
 """The shape of a hypernetwork, as configurations and files spell it. Imports no torch: `--help` reads it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,3 +41,8 @@ class HypernetOptions:
         for name in ("num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"hypernet.{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.residual_alpha and math.isfinite(self.residual_alpha)):
+            raise ValueError(
+                f"hypernet.residual_alpha must be finite and not 0, got {self.residual_alpha}: to have no "
+                "network set hypernet.architecture to identity"
+            )

@@ -155,9 +155,11 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
 
     old = of(config.student)
     name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
+    revision = None
     if name is None and to_add:
         name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
-    target = old if name is None else load(name, tokens_to_add=to_add)
+        revision = config.student.revision
+    target = old if name is None else load(name, tokens_to_add=to_add, revision=revision)
     return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
 
 
