@@ -4,12 +4,21 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings import hypernet as module
+from tokenkit.embeddings import hypernet_files
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, mean_rows, surfaces
-from tokenkit.embeddings.hypernet_files import ABOUT, WEIGHTS, load_hypernet, rows_digest, save_hypernet
+from tokenkit.embeddings.hypernet_files import (
+    ABOUT,
+    WEIGHTS,
+    hypernet_rows,
+    load_hypernet,
+    rows_digest,
+    save_hypernet,
+)
 from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.methods import InitOptions
@@ -181,7 +190,9 @@ def apply(model, old, new, folder, mode="untie"):
     )
 
 
-def test_it_is_a_method_of_transfer(saved):
+@pytest.mark.parametrize("tokens", [37, 4096])
+def test_it_is_a_method_of_transfer(saved, monkeypatch, tokens):
+    monkeypatch.setattr(hypernet_files, "TOKENS", tokens)
     model, old, new, folder, network = saved
     old_WD = model.embedding.weight.detach().clone()
     report = apply(model, old, new, folder)
@@ -201,6 +212,38 @@ def test_special_tokens_are_copied_only_where_matching_says_so(saved):
     transfer_vocabulary(model, old, new, output_embeddings="untie", method="hypernet", options=options)
     for special in (new.bos_id, new.eos_id):
         torch.testing.assert_close(model.embedding.weight[special].detach(), old_WD.mean(0))
+
+
+def test_beside_the_rows_nothing_as_large_as_they_are_is_made(saved, monkeypatch):
+    _, old, new, _, network = saved
+    monkeypatch.setattr(hypernet_files, "TOKENS", 20)
+    monkeypatch.setattr("tokenkit.embeddings.rows.CHUNK_BYTES", 4 * WIDTH * 20)
+    old_WD = torch.randn(old.vocab_size, WIDTH)
+    large = {}
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for made in result if isinstance(result, (tuple, list)) else [result]:
+                is_matrix = isinstance(made, torch.Tensor) and made.is_floating_point()
+                if is_matrix and (storage := made.untyped_storage()).nbytes() >= old_WD.nbytes:
+                    large[storage.data_ptr()] = storage
+            return result
+
+    with Sizes():
+        made = hypernet_rows(network, old, new, [old_WD], new.vocab_size)
+    own = {t.untyped_storage().data_ptr() for t in (old_WD, made.input_VD, made.output_VD)}
+    assert large.keys() == own
+
+
+def test_in_training_no_copy_of_the_old_rows_is_kept(sources, monkeypatch):
+    monkeypatch.setattr(module, "SLAB", 64)  # many slabs, which are computed again
+    old_WD = torch.randn(100_000, WIDTH)
+    network = moved(Hypernet(HypernetOptions(num_heads=4), WIDTH).fit_scale([old_WD]))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        network(surfaces(sources), [old_WD])[0].sum()
+    assert max(tensor.untyped_storage().nbytes() for tensor in kept) < old_WD.nbytes / 2
 
 
 def test_what_was_saved_is_read_again_and_never_overwritten(saved):

@@ -178,8 +178,6 @@ class Hypernet(nn.Module):
 
     def _written(self, surfaces: Surfaces, old: Sequence[Tensor]) -> Tensor:
         """Run the networks, a slab of tokens at a time: [V, O, D]; zeros for tokens without pieces."""
-        scaled_WE = torch.cat([m / s for m, s in zip(old, self.scale_I.unbind(), strict=True)], dim=1)
-        scaled_WE = scaled_WE.to(next(self.networks.parameters()).dtype)
         cuts = self._cuts(surfaces.count_L)
         pieces = sum((stop - start) * longest for start, stop, longest in cuts)
         recompute = torch.is_grad_enabled() and pieces > KEPT_SLABS * SLAB
@@ -188,10 +186,10 @@ class Hypernet(nn.Module):
             token_U = surfaces.order_V[start:stop]
             pieces_UM, length_U = surfaces.pieces_VL[token_U, :longest], surfaces.length_V[token_U]
             if recompute:
-                slabs.append(checkpoint(self._slab, scaled_WE, pieces_UM, length_U, use_reentrant=False))
+                slabs.append(checkpoint(self._slab, old, pieces_UM, length_U, use_reentrant=False))
             else:
-                slabs.append(self._slab(scaled_WE, pieces_UM, length_U))
-        rows_VF = torch.cat(slabs) if slabs else scaled_WE.new_zeros(0, self.writes * self.width)
+                slabs.append(self._slab(old, pieces_UM, length_U))
+        rows_VF = torch.cat(slabs) if slabs else old[0].new_zeros(0, self.writes * self.width)
         rows_VF = torch.cat([rows_VF.new_zeros(surfaces.count_L[0], rows_VF.shape[1]), rows_VF])
         return rows_VF[surfaces.place_V].unflatten(1, (self.writes, self.width))
 
@@ -210,8 +208,10 @@ class Hypernet(nn.Module):
             start += count
         return cuts
 
-    def _slab(self, scaled_WE: Tensor, pieces_UM: Tensor, length_U: Tensor) -> Tensor:
-        rows_UME = scaled_WE[pieces_UM]
+    def _slab(self, old: Sequence[Tensor], pieces_UM: Tensor, length_U: Tensor) -> Tensor:
+        dtype = next(self.networks.parameters()).dtype
+        scaled = [m[pieces_UM].to(dtype) / s for m, s in zip(old, self.scale_I.unbind(), strict=True)]
+        rows_UME = torch.cat(scaled, dim=2)
         return torch.cat([network(rows_UME, length_U) for network in self.networks], dim=1)
 
     def check(self, old: Sequence[Tensor]) -> None:

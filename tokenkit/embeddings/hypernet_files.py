@@ -22,12 +22,14 @@ from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.rows import RowSources, mean_row
+from tokenkit.embeddings.rows import RowSources
 from tokenkit.run_folder import write_durably
 from tokenkit.tokenization.byteify import Tokenizer
 
 WEIGHTS, ABOUT = "hypernet.safetensors", "hypernet.json"
 FORMAT = 1
+TOKENS = 4096
+"""Whose rows are written at a time."""
 
 
 class HypernetRows(NamedTuple):
@@ -165,11 +167,12 @@ def hypernet_rows(
         ValueError: matrices of another width or number than the hypernetwork's.
     """
     sources = row_sources(old, new, matching)
-    olds = [matrix.detach()[: old.vocab_size].float() for matrix in matrices]
-    written = hypernet(surfaces(sources, hypernet.max_pieces), olds)
-    padded = []
-    for index, rows_VD in enumerate(written):
-        source = min(index, len(olds) - 1)
-        padding = mean_row(olds[source]).expand(size - len(rows_VD), -1)
-        padded.append(torch.cat([rows_VD, padding]).to(matrices[source].dtype))
-    return HypernetRows(padded[0], padded[1] if len(padded) > 1 else None, sources)
+    olds = [matrix.detach()[: old.vocab_size] for matrix in matrices]
+    rows = [sources.rows(olds[min(index, len(olds) - 1)], size) for index in range(hypernet.writes)]
+    for start in range(0, new.vocab_size, TOKENS):  # in place: a few matrices of 128k rows exceed a model
+        stop = min(start + TOKENS, new.vocab_size)
+        found = surfaces(sources.part(start, stop), hypernet.max_pieces)
+        written = hypernet(found, olds, [rows_VD[start:stop] for rows_VD in rows])
+        for rows_VD, part_VD in zip(rows, written, strict=True):
+            rows_VD[start:stop] = part_VD
+    return HypernetRows(rows[0], rows[1] if len(rows) > 1 else None, sources)

@@ -78,6 +78,19 @@ class RowSources:
         new[without] = mean_row(old_WD).to(new.dtype)
         return new
 
+    def part(self, start: int, stop: int) -> RowSources:
+        """Return the sources of the rows from `start` to before `stop`."""
+        first = int(self.offset_V[start])
+        ids = slice(first, int(self.offset_V[stop]) if stop < len(self.offset_V) else len(self.old_ids_K))
+        weight_K = None if self.weight_K is None else self.weight_K[ids]
+        return RowSources(
+            self.old_ids_K[ids],
+            self.offset_V[start:stop] - first,
+            self.method_V[start:stop],
+            self.labels,
+            weight_K,
+        )
+
     def _pieces(self, end_V: Tensor, old_WD: Tensor) -> Iterator[tuple[int, int]]:
         """Cut the rows where their old ids together reach a chunk."""
         limit = max(1, CHUNK_BYTES // (4 * old_WD.shape[1]))
