@@ -116,7 +116,7 @@ def test_what_is_never_written_takes_no_part_of_what_is(tokenizers):
 @pytest.mark.parametrize("name", ["pieces", "small"])
 def test_a_vocabulary_that_only_grows_keeps_every_row(tokenizers, name):
     old = tokenizers[name]
-    new = load_tokenizer(str(old.spec), tokens_to_add=["<|mine|>", "dog"])
+    new = load_tokenizer(str(old.spec), tokens_to_add=["<|mine|>", "<dog>"])
     old_WD = torch.randn(old.vocab_size, 8)
     rows_VD = row_sources(old, new).rows(old_WD, new.vocab_size)
     kept = [i for i in range(old.vocab_size) if i not in new.control.values() or i in old.control.values()]
@@ -127,11 +127,11 @@ def test_a_vocabulary_that_only_grows_keeps_every_row(tokenizers, name):
 @pytest.mark.parametrize("old", ["small", "pieces", "byte"])
 def test_an_added_token_begins_as_the_mean_of_its_pieces(tokenizers, old):
     old = tokenizers[old]
-    new = load_tokenizer(str(tokenizers["large"].spec), tokens_to_add=["<|mine|>", "dog"])
+    new = load_tokenizer(str(tokenizers["large"].spec), tokens_to_add=["<|mine|>", "<dog>"])
     old_WD = torch.randn(old.vocab_size, 8)
     sources = row_sources(old, new)
     rows_VD = sources.rows(old_WD, new.vocab_size)
-    for string in ("<|mine|>", "dog"):
+    for string in ("<|mine|>", "<dog>"):
         pieces = old.try_encode_batch([string], before="text")[0].ids
         assert LABELS[sources.method_V[new.control[string]]] == "mean_of_pieces"
         torch.testing.assert_close(rows_VD[new.control[string]], old_WD[pieces].mean(0))

@@ -51,17 +51,25 @@ def test_a_tokenizer_that_lacks_its_family_is_refused(folders):
 
 def test_added_tokens_come_last_and_are_never_text(folders):
     before = load_tokenizer(str(folders["byte-level"]))
-    after = load_tokenizer(str(folders["byte-level"]), tokens_to_add=["<a>", "word", "<a>", "<|im_end|>"])
+    after = load_tokenizer(str(folders["byte-level"]), tokens_to_add=["<a>", "<b>", "<a>", "<|im_end|>"])
     assert after.control["<a>"] == before.vocab_size
-    assert after.control["word"] == before.vocab_size + 1
+    assert after.control["<b>"] == before.vocab_size + 1
     assert after.vocab_size == before.vocab_size + 2
-    assert not set(after.encode("<a> word").ids.tolist()) & {after.control["<a>"], after.control["word"]}
+    assert not set(after.encode("<a> <b>").ids.tolist()) & {after.control["<a>"], after.control["<b>"]}
 
 
 @pytest.mark.parametrize("string", ["", " a", "a\n"])
 def test_an_added_token_with_whitespace_around_it_is_refused(folders, string):
     with pytest.raises(ValueError, match="without whitespace around it"):
         load_tokenizer(str(folders["byte-level"]), tokens_to_add=[string])
+
+
+@pytest.mark.parametrize("spec", ["byte", "byte-level"])
+@pytest.mark.parametrize("string", ["a", ".", "word", "naïve", "42"])
+def test_an_added_token_that_text_holds_is_refused(folders, spec, string):
+    name = str(folders.get(spec, spec))
+    with pytest.raises(ValueError, match="give it marks that text does not have, such as"):
+        load_tokenizer(name, tokens_to_add=["<fine>", string])
 
 
 @pytest.mark.parametrize("name", ["Llama3", "Gemma2", "Qwen2", "Phi3", "Mistral"])

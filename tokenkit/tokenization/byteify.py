@@ -32,6 +32,7 @@ from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
 from tokenkit.tokenization.special_tokens import (
     byte_document,
     check_has_family,
+    check_tokens_to_add,
     control_strings,
     to_family,
     with_special_tokens,
@@ -331,10 +332,11 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: no such folder or hub repository.
-        ValueError: a bad spec, files that are not those of a BPE or Unigram tokenizer, or a tokenizer
-            without the special tokens of its `source` family.
+        ValueError: a bad spec, a token to add that text may hold, files that are not those of a BPE or
+            Unigram tokenizer, or a tokenizer without the special tokens of its `source` family.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
+    check_tokens_to_add(tokens_to_add)
     if spec.name_or_path == BYTE:
         name = spec.target or spec.source
         family = FAMILIES[name] if name else BYTE_FAMILY

@@ -46,17 +46,27 @@ def to_family(document: Mapping[str, Any], source: Family, target: Family) -> di
     return dict(document)
 
 
-def with_special_tokens(document: Mapping[str, Any], strings: Iterable[str]) -> dict[str, Any]:
-    """Append control tokens; a string that the vocabulary has already keeps its id and becomes control.
+def check_tokens_to_add(strings: Iterable[str]) -> None:
+    """Refuse control tokens that ordinary text would hold: whoever reads a saved tokenizer finds them there.
 
     Raises:
-        ValueError: an empty string, or one that begins or ends with whitespace.
+        ValueError: an empty string, one with whitespace at an end, a single character or a word.
     """
-    added = list(document.get("added_tokens") or [])
-    known = _all_strings(document)
     for string in strings:
         if not string or string != string.strip():
             raise ValueError(f"a token to add is a string without whitespace around it: got {string!r}")
+        if len(string) == 1 or string.isalnum():
+            raise ValueError(
+                f"tokens_to_add are control tokens, and {string!r} occurs in ordinary text, which they would "
+                f"cut: give it marks that text does not have, such as '<|{string}|>'"
+            )
+
+
+def with_special_tokens(document: Mapping[str, Any], strings: Iterable[str]) -> dict[str, Any]:
+    """Append control tokens; a string that the vocabulary has already keeps its id and becomes control."""
+    added = list(document.get("added_tokens") or [])
+    known = _all_strings(document)
+    for string in strings:
         by_string = {token["content"]: index for index, token in enumerate(added)}
         if string in by_string:
             index = by_string[string]
