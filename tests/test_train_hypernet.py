@@ -88,20 +88,22 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
         return and_stop
 
     assert main(flags(root, "whole", *words)) == 0
-    monkeypatch.setattr(hypernet_loop, "take_step", stopping_at(5))  # between two tokenizers it stops at 6
+    monkeypatch.setattr(hypernet_loop, "take_step", stopping_at(5))  # between two draws of a tokenizer
     assert main(flags(root, "stopped", *words)) == 75
     monkeypatch.setattr(hypernet_loop, "take_step", take_step)
     assert sorted(p.name for p in (root / "stopped" / "checkpoints").iterdir()) == [
         "step_00000004",
-        "step_00000006",
+        "step_00000005",
     ]
     assert main(flags(root, "stopped", *words, "--resume")) == 0
-    assert "resuming after step 6" in capsys.readouterr().err
+    assert "resuming after step 5" in capsys.readouterr().err
     states = [load_file(root / name / "hypernet.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert figures(root, "whole") == figures(root, "stopped")
     assert main(flags(root, "stopped", *words, "--resume")) == 0
     assert "nothing to resume" in capsys.readouterr().err
+    assert main(flags(root, "stopped", *words, "--resume", "--steps", "13")) == 64
+    assert "steps: 12 -> 13" in capsys.readouterr().err
 
 
 def test_a_crash_between_weights_and_json_is_resumed(root, monkeypatch):
@@ -117,6 +119,12 @@ def test_a_crash_between_weights_and_json_is_resumed(root, monkeypatch):
     assert main(flags(root, "crashed", "--save-interval", "4", "--resume")) == 0
     states = [load_hypernet(root / name)[0].state_dict() for name in ("first", "crashed")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_several_processes_are_refused(root, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(flags(root, "two")) == 64
+    assert "runs in one process: start it without torchrun" in capsys.readouterr().err
 
 
 def test_another_configuration_is_not_resumed(root, capsys):

@@ -289,7 +289,7 @@ def restore(
     if folder is None:
         return None
     manifest = read_manifest(folder)
-    changes = differences(manifest, identity, may_differ)
+    changes = differences(Identity(manifest.config, manifest.fingerprints), identity, may_differ)
     if changes:
         raise ValueError(
             f"{folder} is of another configuration (saved -> now):\n  " + "\n  ".join(changes) + "\n"
@@ -299,14 +299,16 @@ def restore(
     return folder
 
 
-def differences(manifest: Manifest, identity: Identity, may_differ: Collection[str] = ()) -> list[str]:
-    """Return one line per field that is not what it was when the checkpoint was saved."""
-    saved = _flat("", manifest.config) | _flat("", {"fingerprints": manifest.fingerprints})
-    now = _flat("", _plain(identity.config)) | _flat("", {"fingerprints": _plain(identity.fingerprints)})
+def differences(saved: Identity, now: Identity, may_differ: Collection[str] = ()) -> list[str]:
+    """Return one line per field that is not what it was when `saved` was written."""
+    old, new = (
+        _flat("", _plain(x.config)) | _flat("", {"fingerprints": _plain(x.fingerprints)})
+        for x in (saved, now)
+    )
     return [
-        f"{name}: {saved.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
         and not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     ]
 

@@ -170,7 +170,8 @@ class Context:
 
     teacher_head: Head | None = None
     student_head: Head | None = None
-    """In the teacher's half."""
+    """In the teacher's half. Where a hypernetwork writes the student's rows, the head holds them only if a
+    loss asked for "embedded"; otherwise its shape alone is the student's."""
     student_embedded_BTD: Tensor | None = None
     """The student's input embeddings, in the teacher's half, where a loss asked for "embedded"."""
     modules: nn.Module | None = None

@@ -1,5 +1,7 @@
 """A hypernetwork inside distillation: what it writes, how it is trained, sharded, resumed and exported."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from tests.training.test_resume import run_in_rank
 from tokenkit.config.errors import ConfigError
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import surfaces
+from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.parallel import World
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
@@ -244,3 +247,38 @@ def test_impossible_shapes_are_refused(make_config):
         make_config(hypernet__residual=False, n_prefix_layers=1, prefix_steps=2)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         make_config(train_model_mode="none", train_embeddings=False, hypernet__architecture="identity")
+
+
+def counted(parts):
+    """Return the list that grows with every forward of the student's projector."""
+    calls = []
+    parts.student.projector.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+@pytest.mark.parametrize(("losses", "expected"), [(["clm", "alm_unconstrained"], 2), (["baseline_dskd"], 4)])
+def test_it_runs_once_for_each_micro_batch_but_where_the_teacher_s_half_reads_rows(
+    make_config, losses, expected
+):
+    parts = build(make_config(**NETWORK, losses=losses, gradient_accumulation_steps=2), SINGLE)
+    calls = counted(parts)
+    train_step(parts.run, next(parts.batches))
+    assert len(calls) == expected
+
+
+def test_an_evaluation_runs_it_once_and_measures_what_the_model_uses(make_config):
+    parts = build(make_config(**NETWORK), SINGLE)
+    shaken(parts.student)
+    heldout = parts.heldout * 3
+    calls, model = counted(parts), parts.run.model
+    measured = bits_per_byte(model, heldout, SINGLE)
+    assert len(calls) == 1
+    one_by_one = sum(float(model(batch.batch, "evaluate")[0]) for batch in heldout)
+    assert len(calls) == 1 + len(heldout)
+    assert measured.student == pytest.approx(one_by_one / measured.num_bytes / math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_it_reads_the_teacher_s_own_matrices_where_the_student_teaches_itself(make_config, mode):
+    parts = build(make_config(**NETWORK, train_model_mode=mode), SINGLE)
+    assert parts.student.projector.old[0] is parts.run.model.teacher.embedding.weight

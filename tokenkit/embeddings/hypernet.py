@@ -23,7 +23,7 @@ matrices that it reads, O matrices that it writes, U tokens of one slab, M piece
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ class Surfaces:
     """int64, where each token stands in that order."""
     count_L: tuple[int, ...]
     """How many tokens have 0, 1, … L pieces; on the host, where slabs are cut."""
+
+    def to(self, device: torch.device) -> Surfaces:
+        """Return the same surfaces on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count_L"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def surfaces(sources: RowSources, max_pieces: int = MAX_PIECES, size: int | None = None) -> Surfaces:

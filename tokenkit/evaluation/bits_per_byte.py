@@ -159,10 +159,11 @@ def bits_per_byte(
     model.eval()
     nats = torch.zeros(2, dtype=torch.float64, device=world.device)
     num_bytes = torch.zeros((), dtype=torch.float64, device=world.device)
+    rows = model(None, "rows")  # once, not for every batch
     for start in range(0, len(batches), world.world_size):
         index = start + world.rank
         heldout = batches[min(index, len(batches) - 1)]
-        values = model(heldout.batch.to(world.device), "evaluate").double()
+        values = model(heldout.batch.to(world.device), "evaluate", rows).double()
         if index < len(batches):
             nats += values
             num_bytes += heldout.num_bytes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -69,14 +69,15 @@ class Vocabulary(nn.Module):
 
 
 class OwnVocabulary:
-    """A model's own embedding and head as they are now: what its projector writes, where it has one.
+    """A model's own embedding and head as they are now. Made anew in each forward, and used in it.
 
-    Made anew in each forward, and used in it.
+    Args:
+        model: the model.
+        written: what its projector writes; None: its parameters.
     """
 
-    def __init__(self, model: CausalLM):
-        self._model = model
-        self._written = None if model.projector is None else model.projector(model.matrices())
+    def __init__(self, model: CausalLM, written: Sequence[Tensor] | None):
+        self._model, self._written = model, written
 
     def embedding(self, ids_BT: Tensor) -> Tensor:
         """Return the input embeddings, expanded where the model has an expansion."""
@@ -166,7 +167,7 @@ class CausalLM(nn.Module):
 
     def own(self) -> OwnVocabulary:
         """Return this model's own embedding and head, to be used in one forward."""
-        return OwnVocabulary(self)
+        return OwnVocabulary(self, None if self.projector is None else self.projector(self.matrices()))
 
     def head(self) -> Head:
         """Return the head of `own()`."""

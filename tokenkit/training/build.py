@@ -248,7 +248,7 @@ def build_models(
         teacher = _load(config, config.student, tokenizers.old, compute)
     else:
         teacher = student.vocabulary()
-    old = [] if not config.training.has_hypernet else _old_rows(student, teacher)
+    old = [] if not config.training.has_hypernet else _old_rows(config, student, teacher)
     if config.target.expand_input_ids:
         tables = expansion_tables(ids_by_bytes(tokenizers.old))
         old_WD = student.embedding.weight[: tokenizers.old.vocab_size]
@@ -281,12 +281,12 @@ def build_models(
     return student, teacher, report
 
 
-def _old_rows(student: CausalLM, teacher: CausalLM | Vocabulary) -> list[nn.Parameter]:
+def _old_rows(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary) -> list[nn.Parameter]:
     """Return the rows that a hypernetwork reads, before the student gets new ones."""
-    if isinstance(teacher, CausalLM):
+    if config.teacher is not None:
         return [nn.Parameter(m.detach().clone(), requires_grad=False) for m in student.matrices()]
     shared: list[Any] = [effective_weight(teacher.embedding), effective_weight(teacher.output)]
-    return shared[:1] if student.is_tied else shared  # one copy for both
+    return [m.requires_grad_(False) for m in shared[: 1 if student.is_tied else 2]]  # one copy for both
 
 
 def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype: torch.dtype) -> CausalLM:

@@ -93,20 +93,19 @@ class Distillation(nn.Module):
             half: "teacher" returns, by loss, what the student's half needs, with its `.count`;
                 "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
                 the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
-                the nats of the trained tokens under student and teacher; "prefix_teacher" and "prefix" are
+                the nats of the trained tokens under student and teacher, `prepared` being what "rows"
+                returned; "prefix_teacher" and "prefix" are
                 the two halves of the prefix stage's only loss, and return no mapping; "rows" returns what the
-                student's projector writes.
+                student's projector writes, None where it has none.
             prepared: what the teacher's half returned for this batch.
         """
         if half == "rows":
-            assert self.student.projector is not None
-            with torch.no_grad():
-                return self.student.projector(self.student.matrices())
+            return self._rows()
         assert batch is not None
         if half == "teacher":
             return self._teacher_half(batch)
         if half == "evaluate":
-            return self._evaluate(batch)
+            return self._evaluate(batch, prepared)
         if half == "prefix_teacher":
             return self._prefix_teacher(batch)
         assert prepared is not None
@@ -127,7 +126,8 @@ class Distillation(nn.Module):
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
         needed = any(active.loss.needs_teacher for active in self.losses)
         states = self._teacher_states(batch, self.collect) if needed else None
-        own = self.student.own()
+        # a projector runs over the whole vocabulary: not for those who want to know its size
+        own = self.student.own() if "embedded" in self.collect else OwnVocabulary(self.student, None)
         context = Context(
             teacher_head=None if states is None else states.head,
             student_head=self._head(own.head(), states),
@@ -172,8 +172,14 @@ class Distillation(nn.Module):
         return embedded_BTD if self.compute_dtype is None else embedded_BTD.to(self.compute_dtype)
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> Tensor:
-        student = clm_loss(self._student_states(batch), batch)
+    def _rows(self) -> list[Tensor] | None:
+        projector = self.student.projector
+        return None if projector is None else projector(self.student.matrices())
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, rows: list[Tensor] | None) -> Tensor:
+        own = None if rows is None else OwnVocabulary(self.student, rows)
+        student = clm_loss(self._student_states(batch, own=own), batch)
         swapped = replace(batch, student=batch.teacher)
         teacher = clm_loss(self._teacher_states(batch), swapped)
         return torch.stack([student.total, teacher.total])
@@ -196,9 +202,11 @@ class Distillation(nn.Module):
             states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
         return LOSSES["alm_latents"].function(states, prepared, batch, self.prefix.latents, Context())
 
-    def _student_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
+    def _student_states(
+        self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
+    ) -> HiddenStates:
         with self._autocast(batch):
-            states = self.student(batch.student.ids_BT, collect=collect)
+            states = self.student(batch.student.ids_BT, own, collect)
         return self._in_compute_dtype(states)
 
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:

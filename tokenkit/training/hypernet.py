@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class HypernetTrainer:
     """A hypernetwork, its optimizer and the texts that it is trained on.
 
     Args:
-        model: frozen here, and set to evaluation.
+        model: frozen here, and set to evaluation; where it is, the rest is computed too.
         old: its tokenizer.
         hypernet: what is trained.
         texts: endless.
@@ -164,13 +165,21 @@ class HypernetTrainer:
         self.bias_W = None if bias_W is None else bias_W.detach()[: old.vocab_size]
         self.generator = random.Random(options.seed)
         self.pieces = [old.token_bytes[i] for i in self.writer.by_bytes.values()]
+        self.device = self.old_matrices[0].device
         self._vocabulary: SampledVocabulary | None = None
         self._pool: list[str] = []
+        self._drawn_with = self.generator.getstate()
 
     def loss(self, step: int, sampler: SamplerOptions) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of `step`, counted from 0, and what to report of it."""
-        if self._vocabulary is None or step % self.options.resample_every == 0:
-            self._vocabulary = self._sampled(sampler)
+        if step % self.options.resample_every == 0 or not self._pool:
+            self._pool = list(islice(self.texts, self.options.tokenizer_texts))
+            self._drawn_with = self.generator.getstate()
+            self._vocabulary = self._sampled(sampler, self.generator)
+        elif self._vocabulary is None:  # resumed: draw it again, as it was drawn
+            generator = random.Random()
+            generator.setstate(self._drawn_with)
+            self._vocabulary = self._sampled(sampler, generator)
         vocabulary = self._vocabulary
         rows = self.hypernet(vocabulary.surfaces, self.old_matrices)
         which = [min(index, len(self.old_matrices) - 1) for index in range(len(rows))]
@@ -200,12 +209,25 @@ class HypernetTrainer:
         ]
         return torch.stack(terms).mean() if terms else pairs[0][0].sum()
 
-    def _sampled(self, sampler: SamplerOptions) -> SampledVocabulary:
-        self._pool = list(islice(self.texts, self.options.tokenizer_texts))
-        tokenizer = sample_tokenizer(self._pool, sampler, self.generator)
-        number = self.generator.randint(0, self.options.distractors)
-        more = distractors(self.pieces, number, 6, self.generator)
-        return self.writer.vocabulary(tokenizer, more, self.hypernet.max_pieces)
+    def state_dict(self) -> dict[str, Any]:
+        """Return what draws the tokenizer of now again, and those to come; JSON."""
+        generators = {"generator": self.generator.getstate(), "drawn_with": self._drawn_with}
+        return {"pool": self._pool, **generators}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._pool, self._vocabulary = list(state["pool"]), None
+        version, internal, gauss = state["drawn_with"]
+        self._drawn_with = (version, tuple(internal), gauss)
+        version, internal, gauss = state["generator"]
+        self.generator.setstate((version, tuple(internal), gauss))
+
+    def _sampled(self, sampler: SamplerOptions, generator: random.Random) -> SampledVocabulary:
+        tokenizer = sample_tokenizer(self._pool, sampler, generator)
+        number = generator.randint(0, self.options.distractors)
+        more = distractors(self.pieces, number, 6, generator)
+        found = self.writer.vocabulary(tokenizer, more, self.hypernet.max_pieces)
+        return replace(found, surfaces=found.surfaces.to(self.device), same_V=found.same_V.to(self.device))
 
     def _clm(self, vocabulary: SampledVocabulary, rows: Sequence[Tensor]) -> tuple[Tensor, float]:
         """Return nats per byte, differentiable, and the same in bits."""
@@ -219,8 +241,9 @@ class HypernetTrainer:
                 f"none of the {len(texts)} texts of a step has two tokens: give longer texts, or a larger "
                 "batch_size"
             )
-        ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
-        is_token_BT = torch.arange(longest) < torch.tensor([[len(one)] for one in ids])
+        ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids], device=self.device)
+        length_B1 = torch.tensor([[len(one)] for one in ids], device=self.device)
+        is_token_BT = torch.arange(longest, device=self.device) < length_B1
         bias_V = None if self.bias_W is None else mean_rows(vocabulary.surfaces, self.bias_W[:, None])[:, 0]
         predicted = Predicted(self.model, rows[0], rows[-1], bias_V)
         states = self.model(ids_BT, predicted)
@@ -231,8 +254,8 @@ class HypernetTrainer:
         is_trained_BT = is_token_BT[:, 1:]
         target_N = ids_BT[:, 1:][is_trained_BT]
         logp_N = linear_logprob(states.hidden_BTD[:, :-1][is_trained_BT], states.head, target_N).logp_N
-        lengths = torch.tensor([len(token.encode()) for token in vocabulary.tokenizer.tokens])
-        nats = -logp_N.sum() / lengths[target_N - lead].sum()
+        num_bytes = sum(len(vocabulary.tokenizer.tokens[i - lead].encode()) for i in target_N.tolist())
+        nats = -logp_N.sum() / num_bytes
         return nats, float(nats.detach()) / math.log(2)
 
 

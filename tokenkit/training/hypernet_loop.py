@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,19 @@ from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
 from tokenkit.embeddings.hypernet import Hypernet
-from tokenkit.embeddings.hypernet_files import ABOUT, rows_digest, save_hypernet
+from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest, save_hypernet
 from tokenkit.embeddings.unigram_sampler import SamplerOptions
 from tokenkit.metrics import ExitCode, MetricsFile, Progress, draw_curves
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer
-from tokenkit.parallel import World
+from tokenkit.parallel import World, start
 from tokenkit.run_folder import RunLock, prepare_output
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import check_is_the_models_own
 from tokenkit.training.hypernet import HypernetTrainer, HypernetTraining, old_matrices, take_step
 from tokenkit.training.signals import StopRequest
 
-ALONE = World(0, 1, torch.device("cpu"), None)
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
 
 
@@ -45,11 +45,9 @@ class Session:
     mix: Mix
     trainer: HypernetTrainer
     state: State
-    identity: Identity
     about: dict[str, Any]
     """What hypernet.json says beside the network's shape."""
-    seconds: float
-    """Of training, before this process."""
+    world: World
 
 
 def train(config: TrainHypernetConfig) -> int:
@@ -61,40 +59,57 @@ def train(config: TrainHypernetConfig) -> int:
         FloatingPointError: a loss that is not finite.
     """
     folder = Path(config.output).expanduser()
-    if config.resume and (folder / ABOUT).is_file():
-        print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
-        return ExitCode.DONE
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("train-hypernet runs in one process: start it without torchrun")
     with blaming_data():
         mix, _ = open_data(config.data, config.schedule.seed)
-    trainer, about = _trainer(config, mix)
+    world = start()
+    trainer, about = _trainer(config, mix, world)
+    if config.resume and (folder / ABOUT).is_file():
+        _check_finished(folder, about)
+        print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
+        return ExitCode.DONE
     prepare_output(folder, resume=config.resume)
     with RunLock(folder):
-        return _train(_begin(config, folder, mix, trainer, about))
+        optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
+        session = Session(config, folder, mix, trainer, State(trainer.hypernet, optimizer), about, world)
+        return _train(session, _restore(session) if config.resume else 0.0)
 
 
-def _begin(
-    config: TrainHypernetConfig, folder: Path, mix: Mix, trainer: HypernetTrainer, about: dict[str, Any]
-) -> Session:
-    """Build the optimizer, and restore the newest checkpoint if asked to."""
-    optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
-    state = State(module=trainer.hypernet, optimizer=optimizer)
-    fingerprints = {
-        "model": about["base_model"]["fingerprint"],
-        "tokenizer": about["old_tokenizer"]["fingerprint"],
-    }
-    identity, seconds = Identity(to_dict(config), fingerprints), 0.0
-    if config.resume:
-        found = checkpoint.restore(folder / "checkpoints", state, identity, ALONE, may_differ=MAY_DIFFER)
-        if found is not None:
-            mix.load_state_dict(state.extra["data"])
-            version, internal, gauss = state.extra["generator"]
-            trainer.generator.setstate((version, tuple(internal), gauss))
-            seconds = state.extra["seconds"]
-            print(f"resuming after step {state.step} from {found}", file=sys.stderr)
-    return Session(config, folder, mix, trainer, state, identity, about, seconds)
+def _identity(about: Mapping[str, Any]) -> Identity:
+    names = ("base_model", "old_tokenizer")
+    return Identity(about["config"], {name: about[name]["fingerprint"] for name in names})
 
 
-def _train(session: Session) -> int:
+def _check_finished(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse to call a run done that another configuration has done.
+
+    Raises:
+        ValueError: with each difference.
+    """
+    done = _identity(load_hypernet(folder)[1])
+    if changes := checkpoint.differences(done, _identity(about), MAY_DIFFER):
+        raise ValueError(
+            f"{folder} holds a hypernetwork that was trained otherwise (then -> now):\n  "
+            + "\n  ".join(changes)
+            + "\nchoose another output"
+        )
+
+
+def _restore(session: Session) -> float:
+    """Go on from the newest checkpoint, if there is one; return the seconds that it took to get there."""
+    state, root = session.state, session.folder / "checkpoints"
+    found = checkpoint.restore(root, state, _identity(session.about), session.world, may_differ=MAY_DIFFER)
+    if found is None:
+        return 0.0
+    session.mix.load_state_dict(state.extra["data"])
+    session.trainer.load_state_dict(state.extra["trainer"])
+    print(f"resuming after step {state.step} from {found}", file=sys.stderr)
+    return float(state.extra["seconds"])
+
+
+def _train(session: Session, seconds: float) -> int:
+    """Take the steps that are left and write; `seconds` were spent before."""
     config, state, folder = session.config, session.state, session.folder
     schedule = config.schedule
     rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
@@ -103,7 +118,7 @@ def _train(session: Session) -> int:
     )
     metrics = MetricsFile(folder, step=state.step, is_main=True)
     progress = Progress(schedule.steps, state.step, is_main=True)
-    began, saved = time.perf_counter(), state.step
+    began = time.perf_counter() - seconds
     try:
         with StopRequest() as stop_request:
             while state.step < schedule.steps:
@@ -112,12 +127,10 @@ def _train(session: Session) -> int:
                 is_last = state.step == schedule.steps
                 if state.step % schedule.logging_interval == 0 or state.step == 1 or is_last:
                     metrics.write(state.step, figures)
-                between = state.step % schedule.resample_every == 0 and not is_last
-                stopping = stop_request.asked and between
-                if between and (stopping or state.step - saved >= config.save_interval):
+                stopping = stop_request.asked and not is_last
+                if stopping or (state.step % config.save_interval == 0 and not is_last):
                     metrics.sync()
                     _save(session, time.perf_counter() - began)
-                    saved = state.step
                 if stopping:
                     print(
                         f"stopped by a signal after step {state.step}: go on with --resume", file=sys.stderr
@@ -126,7 +139,7 @@ def _train(session: Session) -> int:
     finally:
         progress.close()
         metrics.close()
-    seconds = round(session.seconds + time.perf_counter() - began, 1)
+    seconds = round(time.perf_counter() - began, 1)
     save_hypernet(folder, session.trainer.hypernet, {**session.about, "seconds": seconds})
     draw_curves(folder)
     print(f"{schedule.steps} steps in {seconds:.0f} s: {folder}")
@@ -136,10 +149,10 @@ def _train(session: Session) -> int:
 def _save(session: Session, seconds: float) -> None:
     session.state.extra = {
         "data": session.mix.state_dict(),
-        "generator": session.trainer.generator.getstate(),
-        "seconds": session.seconds + seconds,
+        "trainer": session.trainer.state_dict(),
+        "seconds": seconds,
     }
-    checkpoint.save(session.folder / "checkpoints", session.state, session.identity, ALONE)
+    checkpoint.save(session.folder / "checkpoints", session.state, _identity(session.about), session.world)
 
 
 def _optimizer_options(config: TrainHypernetConfig) -> OptimizerOptions:
@@ -151,7 +164,7 @@ def _optimizer_options(config: TrainHypernetConfig) -> OptimizerOptions:
     )
 
 
-def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, dict[str, Any]]:
+def _trainer(config: TrainHypernetConfig, mix: Mix, world: World) -> tuple[HypernetTrainer, dict[str, Any]]:
     """Load the model, and return its trainer and what the hypernetwork's JSON says beside its shape."""
     source, schedule = config.model, config.schedule
     name = source.pretrained_model_name_or_path
@@ -162,7 +175,7 @@ def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, di
             trust_remote_code=config.trust_remote_code,
         )
         options = LoadOptions(revision=source.revision, trust_remote_code=config.trust_remote_code)
-        model = load_causal_lm(name, old.vocab_size, options)
+        model = load_causal_lm(name, old.vocab_size, options).to(world.device)
         matrices = old_matrices(model, old)
     check_is_the_models_own(old, source)
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -194,7 +207,8 @@ def _trainer(config: TrainHypernetConfig, mix: Mix) -> tuple[HypernetTrainer, di
         "old_tokenizer": {"name": source.tokenizer_name or name, "fingerprint": old.fingerprint()},
         "config": to_dict(config),
     }
-    return HypernetTrainer(model, old, hypernet.fit_scale(matrices), _texts(mix), training), about
+    hypernet = hypernet.to(world.device).fit_scale(matrices)
+    return HypernetTrainer(model, old, hypernet, _texts(mix), training), about
 
 
 def _texts(mix: Mix) -> Iterator[str]:
