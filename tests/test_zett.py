@@ -102,6 +102,7 @@ def test_methods_are_compared(root, capsys):
         (["--output", "text.txt/below"], "text.txt: is a file, so --output"),
         (["--method", "focus"], "give a text with --data"),
         (["--compare"], "set ppl_eval_data"),
+        (["--compare", "mean", "--method", "omp", "--ppl-eval-data", "text.txt"], "list it behind compare"),
         (["--no-extend-output-embeddings", "--output-embeddings-mode", "untie"], "exclude each other"),
         (["--model.pretrained-model-name-or-path", "/absent/model"], "/absent/model"),
         (["--method", "omp", "--auxiliary-model", "AUX"], "is not the target"),

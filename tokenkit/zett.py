@@ -175,6 +175,11 @@ class ZettConfig:
             raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.comparison.compare is None:
             self._check_read()
+        elif self.method != "fvt":
+            raise ConfigError(
+                f"compare names the methods itself, and method is {self.method}: list it behind compare, or "
+                "leave compare out"
+            )
 
     def _check_read(self) -> None:
         """Refuse what the method would not read: whoever names a hypernetwork does not want `fvt`."""
