@@ -6,8 +6,8 @@ import pytest
 from tests.tiny import byte_level_bpe
 from tokenkit.align import main
 from tokenkit.structs import UNPAIRED
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.chat import Document, encode_documents
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.chat import Document, Message, encode_documents
 from tokenkit.tokenization.families import FAMILIES
 from tokenkit.tokenization.one_sided import explain_changed_bos, explain_one_sided_bos, fitting_families
 
@@ -73,6 +73,50 @@ def test_two_sides_that_agree_need_no_words(name):
 def test_without_bos_in_plain_text_conversations_alone_are_named():
     pair = load_tokenizer(WITH), load_tokenizer(WITHOUT)
     assert "conversations begin" in explain_one_sided_bos(*pair, "direct_encode_no_force_bos")
+
+
+@pytest.fixture
+def silent_template(tmp_path):
+    """A tokenizer that begins a text with BOS, and whose template writes none."""
+    load_tokenizer(WITH).save(tmp_path)
+    read = load_tokenizer(str(tmp_path))
+    template = read.chat_template.replace('"<|begin_of_text|>"', "''")
+    return Tokenizer(read.spec, read.document, read.family, template)
+
+
+@pytest.mark.parametrize(
+    ("mode", "other", "expected"),
+    [
+        ("direct_encode", WITH, "conversations begin with '<|begin_of_text|>' for the teacher"),
+        ("direct_encode_no_force_bos", WITH, "conversations begin with '<|begin_of_text|>' for the teacher"),
+        ("surround_instruct", WITH, "documents begin with '<|begin_of_text|>' for the teacher"),
+        ("direct_encode", WITHOUT, "documents begin with '<|begin_of_text|>' for the student"),
+        ("direct_encode_no_force_bos", WITHOUT, None),
+        ("surround_instruct", WITHOUT, None),
+    ],
+)
+def test_the_template_decides_where_the_template_is_written(silent_template, mode, other, expected):
+    pair = silent_template, load_tokenizer(other)
+    said = explain_one_sided_bos(*pair, mode)
+    assert said is None if expected is None else expected in said
+    messages = tuple(Message(role, "Hi") for role in ("user", "assistant"))
+    documents = [Document(text="Hi"), Document(messages=messages)][mode == "direct_encode_no_force_bos" :]
+    written = encode_documents(documents, pair, mode=mode)
+    begins = [[s.ids[0] == t.bos_id for s, t in zip(sides, pair, strict=True)] for sides in written]
+    assert any(a != b for a, b in begins) == (said is not None)
+
+
+def test_where_conversations_alone_differ_plain_text_is_no_way_out(silent_template):
+    said = explain_one_sided_bos(silent_template, load_tokenizer(WITH), "direct_encode")
+    assert "':target=Llama3' (docs" in said
+    assert "plain text" not in said
+    pair = silent_template, load_tokenizer(WITH)
+    assert explain_one_sided_bos(*pair, "direct_encode", use_chat_template=False) is None
+
+
+def test_without_a_template_only_texts_are_compared(tmp_path):
+    plain = load_tokenizer(str(byte_level_bpe(tmp_path)))
+    assert explain_one_sided_bos(plain, load_tokenizer(WITH), "direct_encode_no_force_bos") is None
 
 
 def test_what_is_said_of_tokens_holds():

@@ -11,22 +11,36 @@ from tokenkit.tokenization.special_tokens import lacking_of_family
 SPECS = "(docs/tokenizer_specs.md)"
 
 
-def explain_one_sided_bos(student: Tokenizer, teacher: Tokenizer, mode: str) -> str | None:
+def explain_one_sided_bos(
+    student: Tokenizer, teacher: Tokenizer, mode: str, *, use_chat_template: bool = True
+) -> str | None:
     """Return what follows from a BOS that one side alone writes; None where both do or neither does.
 
     Args:
         student: the student's target tokenizer.
         teacher: the teacher's.
-        mode: `chat_template_mode`.
+        mode: `chat_template_mode`. A text may begin with BOS where a conversation does not, or the other
+            way round: what the mode writes decides, plain texts first.
+        use_chat_template: False: conversations are plain texts.
     """
-    if _writes_bos(student) == _writes_bos(teacher):
-        return None
+    scopes = {
+        "documents begin": "no_force_bos" not in mode,
+        "conversations begin": "direct" in mode and use_chat_template,
+    }
+    for scope, is_written in scopes.items():
+        in_chat = scope == "conversations begin" or mode == "surround_instruct"
+        writes = [_writes_bos(tokenizer, in_chat=in_chat) for tokenizer in (student, teacher)]
+        if is_written and set(writes) == {False, True}:
+            return _explained(student, teacher, scope, in_chat=in_chat)
+    return None
+
+
+def _explained(student: Tokenizer, teacher: Tokenizer, scope: str, *, in_chat: bool) -> str:
     sides = {"student": student, "teacher": teacher}
-    having, lacking = sides if _writes_bos(student) else reversed(sides)
+    having, lacking = sides if _writes_bos(student, in_chat=in_chat) else reversed(sides)
     bos = sides[having].family.tokens["bos"]
-    scope = "conversations begin" if "no_force_bos" in mode else "documents begin"
-    way_out = f"To change this, end the student's spec in {_wanted(teacher)} {SPECS}"
-    if "no_force_bos" not in mode:
+    way_out = f"To change this, end the student's spec in {_wanted(teacher, in_chat=in_chat)} {SPECS}"
+    if scope == "documents begin":
         way_out += ", or leave BOS out of plain text on both sides with chat_template_mode "
         way_out += "direct_encode_no_force_bos"
     return (
@@ -56,20 +70,26 @@ def explain_changed_bos(old: Tokenizer, new: Tokenizer) -> str | None:
     )
 
 
-def _writes_bos(tokenizer: Tokenizer) -> bool:
-    return tokenizer.family.writes_bos and tokenizer.bos_id is not None
+def _writes_bos(tokenizer: Tokenizer, *, in_chat: bool = False) -> bool | None:
+    """Whether a plain text, or a conversation, begins with BOS; None where no conversation can be written."""
+    try:
+        family = tokenizer.chat if in_chat else tokenizer.family
+    except ValueError:
+        return None
+    return family.writes_bos and tokenizer.bos_id is not None
 
 
-def _wanted(other: Tokenizer) -> str:
+def _wanted(other: Tokenizer, *, in_chat: bool = False) -> str:
     """Name the families that begin a document as `other` does."""
-    names = fitting_families(other)
+    names = fitting_families(other, in_chat=in_chat)
     if not names:
-        example = "writes BOS, such as Llama3" if _writes_bos(other) else "writes none, such as Qwen2"
+        writes = _writes_bos(other, in_chat=in_chat)
+        example = "writes BOS, such as Llama3" if writes else "writes none, such as Qwen2"
         return f"':target=' and a family that {example}"
     return " or ".join(f"':target={name}'" for name in names)
 
 
-def fitting_families(tokenizer: Tokenizer) -> list[str]:
+def fitting_families(tokenizer: Tokenizer, *, in_chat: bool = False) -> list[str]:
     """Return the families whose special tokens a tokenizer has, and that write BOS where it does.
 
     Those that write messages as it does go before all others.
@@ -79,7 +99,7 @@ def fitting_families(tokenizer: Tokenizer) -> list[str]:
     fits = [
         family
         for family in FAMILIES.values()
-        if family.writes_bos == _writes_bos(tokenizer)
+        if family.writes_bos == _writes_bos(tokenizer, in_chat=in_chat)
         and not lacking_of_family(tokenizer.control, family)
         and (not family.writes_bos or family.tokens["bos"] == tokenizer.family.tokens["bos"])
     ]

@@ -359,7 +359,9 @@ def _describe(parts: Parts, config: TrainConfig) -> str:
     if parts.student.projector is not None:
         size = sum(p.numel() for p in parts.student.projector.parameters() if p.requires_grad)
         lines.append(f"hypernetwork: {size:,} parameters write the embedding rows")
-    if (note := explain_one_sided_bos(*pair, config.text.chat_template_mode)) is not None:
+    text = config.text
+    note = explain_one_sided_bos(*pair, text.chat_template_mode, use_chat_template=text.use_chat_template)
+    if note is not None:
         lines.append(note)
     return "\n".join(lines)
 
