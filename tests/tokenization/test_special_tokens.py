@@ -91,9 +91,18 @@ def test_a_tokenizer_that_only_has_a_template_is_renamed_by_its_roles(tmp_path):
     }
 
 
-def test_a_template_that_cannot_be_read_leaves_the_tokenizers_own_roles(folders):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ '{name}'.format(role='user') }}",
+        "{{ 1 / 0 }}",
+        "{{ range(10**9) }}",
+    ],
+)
+def test_a_template_that_cannot_be_read_leaves_the_tokenizers_own_roles(folders, template):
     tokenizer = load_tokenizer(str(folders["byte-level"]))
-    broken = Tokenizer(tokenizer.spec, tokenizer.document, tokenizer.family, "{{ raise_exception('no') }}")
+    broken = Tokenizer(tokenizer.spec, tokenizer.document, tokenizer.family, template)
     assert broken.special_ids == {
         role: tokenizer.control[string] for role, string in tokenizer.family.tokens.items()
     }

@@ -149,7 +149,6 @@ def _quoted(text: str) -> str:
 
 
 def _renderer(family: Family, chat_template: str) -> Render:
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(roles: Sequence[str], padding: str = "") -> list[str]:
@@ -163,7 +162,7 @@ def _renderer(family: Family, chat_template: str) -> Render:
             rendered, _ = render_jinja_template(
                 conversations=[messages], chat_template=chat_template, add_generation_prompt=False, **names
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"it fails: {error}") from error
         pieces = re.split("|".join(markers), rendered[0])
         if re.findall("|".join(markers), rendered[0]) != list(markers):
