@@ -214,7 +214,8 @@ def test_the_door_of_zett_applies_it(root, capsys):
 
 def test_it_is_compared_with_the_others(root):
     text = ["--ppl-eval-data", str(root / "text.txt")]
-    assert zett(zett_flags(root, "compared", "--compare", "fvt", "hypernet", *text)) == 0
+    words = ["--method", "fvt", "--compare", "fvt", "hypernet", *text]
+    assert zett(zett_flags(root, "compared", *words)) == 0
     scores = json.loads((root / "compared" / "compare.json").read_text())["methods"]
     assert scores["fvt"]["bits_per_byte"] != scores["hypernet"]["bits_per_byte"]
 
