@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import byte_level_bpe, tiny_model
-from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.expanded import modeling_source
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
@@ -17,6 +16,7 @@ from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.lora import LoraOptions, add_lora
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.expansion import expansion_tables
+from tokenkit.tokenization.written import ids_by_bytes
 
 TEXTS = ["The cats sat on the mat", "naïve", "Once upon a time"]
 

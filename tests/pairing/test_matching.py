@@ -31,16 +31,37 @@ def test_pairs_are_equal_bytes_or_equal_roles_and_no_id_comes_twice(pair):
     assert len(pairs.student_P) == len(text[0] & text[1]) + len(roles)
 
 
+def test_of_two_tokens_with_the_same_bytes_the_one_that_is_written_counts(pair):
+    pieces, letters = pair
+    byte, letter = (pieces.document["model"]["vocab"][string] for string in ("<0x61>", "a"))
+    assert pieces.token_bytes[byte] == pieces.token_bytes[letter] == b"a"
+    assert letter in pieces.encode("xa").ids
+    there = dict(zip(*matching_tokens(pieces, letters), strict=True))
+    assert letters.token_bytes[there[letter]] == b"a"
+    assert byte not in there
+    assert byte not in projection_entries(letters, pieces).teacher_M
+    assert byte not in projection_entries(pieces, letters).student_M
+
+
 def test_swapping_the_tokenizers_swaps_the_pairs(pair):
     there, back = matching_tokens(*pair), matching_tokens(*pair[::-1])
     assert set(zip(*there, strict=True)) == {(s, t) for t, s in zip(*back, strict=True)}
 
 
-def test_a_special_token_is_not_text_that_reads_like_it():
-    def tokenizer(token_bytes, special, roles):
-        mask_V = np.array([raw in special for raw in token_bytes])
-        return SimpleNamespace(token_bytes=token_bytes, is_special_V=mask_V, special_ids=roles)
+def tokenizer(token_bytes, special=(), roles=None):
+    """Only what pairs are made of; of equal bytes it writes the first."""
+    return SimpleNamespace(
+        token_bytes=token_bytes,
+        is_special_V=np.array([raw in special for raw in token_bytes]),
+        byte_length_V=np.array([len(raw) for raw in token_bytes]),
+        special_ids=roles or {},
+        try_encode_batch=lambda texts, before: [
+            SimpleNamespace(ids=[token_bytes.index(text.encode())]) for text in texts
+        ],
+    )
 
+
+def test_a_special_token_is_not_text_that_reads_like_it():
     student = tokenizer([b"<s>", b"a", b"</s>"], [b"<s>", b"</s>"], {"bos": 0, "eos": 2})
     teacher = tokenizer([b"a", b"<s>", b"<|end|>", b"a"], [b"<|end|>"], {"eos": 2})
     pairs = matching_tokens(student, teacher)
@@ -48,10 +69,8 @@ def test_a_special_token_is_not_text_that_reads_like_it():
 
 
 def test_vocabularies_with_nothing_in_common_are_named():
-    nothing = SimpleNamespace(token_bytes=[b"a"], is_special_V=np.array([False]), special_ids={})
-    other = SimpleNamespace(token_bytes=[b"b"], is_special_V=np.array([False]), special_ids={})
     with pytest.raises(ValueError, match="share no token"):
-        matching_tokens(nothing, other)
+        matching_tokens(tokenizer([b"a"]), tokenizer([b"b"]))
 
 
 def test_equal_tokenizers_match_everywhere(pair):
@@ -91,12 +110,7 @@ def test_real_tokenizers_share_most_of_what_is_short(load_real):
 
 def test_two_roles_of_one_teacher_token_make_one_pair():
     """A teacher whose BOS and EOS are one token faces the student's first of the two alone."""
-    special = np.array([True, True, False])
-    student = SimpleNamespace(
-        token_bytes=[b"<s>", b"</s>", b"a"], is_special_V=special, special_ids={"bos": 0, "eos": 1}
-    )
-    teacher = SimpleNamespace(
-        token_bytes=[b"<|end|>", b"a"], is_special_V=special[1:], special_ids={"bos": 0, "eos": 0}
-    )
+    student = tokenizer([b"<s>", b"</s>", b"a"], [b"<s>", b"</s>"], {"bos": 0, "eos": 1})
+    teacher = tokenizer([b"<|end|>", b"a"], [b"<|end|>"], {"bos": 0, "eos": 0})
     pairs = matching_tokens(student, teacher)
     assert list(zip(*(ids.tolist() for ids in pairs), strict=True)) == [(0, 0), (2, 1)]

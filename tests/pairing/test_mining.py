@@ -58,6 +58,16 @@ def test_every_text_token_gets_its_nearest_and_the_preferred_of_equals(pair, mon
         assert (mapping.teacher_V[i], mapping.distance_V[i]) == (teacher_id, distance), student.token_bytes[i]
 
 
+def test_of_two_tokens_with_the_same_bytes_the_one_that_is_written_is_meant(pair):
+    pieces, letters = pair
+    letter = pieces.document["model"]["vocab"]["a"]
+    assert pieces.token_bytes.index(b"a") < letter
+    assert letter in pieces.encode("xa").ids
+    for counts in (None, np.arange(pieces.vocab_size)):  # the letter behind its byte piece, and in front
+        mapping = mine_mapping(letters, pieces, teacher_counts=counts, workers=1)
+        assert mapping.teacher_V[letters.token_bytes.index(b"a")] == letter
+
+
 def test_special_tokens_map_by_role(pair):
     student, teacher = pair
     mapping = mine_mapping(student, teacher, workers=1)

@@ -277,10 +277,14 @@ def test_latents_of_another_width_are_told_to_be_projected(config_of, files):
 
 
 def test_of_student_ids_with_one_nearest_teacher_id_the_one_of_its_bytes_is_its_pair():
-    tokenizers = [SimpleNamespace(token_bytes=list(texts)) for texts in ((b"ab", b"a", b"c"), (b"a", b"d"))]
+    texts = [b"ab", b"a", b"c", b"a"]  # the byte piece of a letter stands in front of it
+    student = SimpleNamespace(
+        token_bytes=texts, is_special_V=np.zeros(4, bool), byte_length_V=np.array([2, 1, 1, 1]),
+        try_encode_batch=lambda texts, before: [SimpleNamespace(ids=[3]) for _ in texts],
+    )  # fmt: skip
     source = SimpleNamespace(
-        mapping=lambda: torch.tensor([0, 0, 1]), student=tokenizers[0], teacher=tokenizers[1],
-        device=torch.device("cpu"),
+        mapping=lambda: torch.tensor([0, 0, 1, 0]), student=student,
+        teacher=SimpleNamespace(token_bytes=[b"a", b"d"]), device=torch.device("cpu"),
     )  # fmt: skip
     pairs = _mined_pairs(source)
-    assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([1, 2], [0, 1])
+    assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([2, 3], [1, 0])

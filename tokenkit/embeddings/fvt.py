@@ -15,14 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenkit.embeddings.matching import (
-    Matching,
-    copied_ids,
-    ids_by_bytes,
-    need_something,
-    to_make,
-)
+from tokenkit.embeddings.matching import Matching, copied_ids, need_something, to_make
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
+from tokenkit.tokenization.written import ids_by_bytes
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.byteify import Tokenizer

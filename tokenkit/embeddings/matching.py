@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.embeddings.rows import LABELS
+from tokenkit.tokenization.written import ids_by_bytes
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.byteify import Tokenizer
@@ -84,26 +85,6 @@ def to_make(new: Tokenizer, copied: Copied, matching: Matching | None = None) ->
     if matching is not None and not matching.special:
         added = []
     return sorted({i for i in (*ids_by_bytes(new).values(), *added) if not copied.ids[i]})
-
-
-def ids_by_bytes(old: Tokenizer) -> dict[bytes, int]:
-    """Return the ordinary token of each byte string.
-
-    Where several tokens have the same bytes (a character of Gemma and its byte piece) it is the one that
-    the tokenizer writes: the others were never trained.
-    """
-    result: dict[bytes, int] = {}
-    repeated: dict[bytes, str] = {}
-    for token_id in np.flatnonzero(~old.is_special_V & (old.byte_length_V > 0)).tolist():
-        raw = old.token_bytes[token_id]
-        if raw in result:
-            repeated[raw] = raw.decode("utf-8", errors="ignore")
-        result[raw] = token_id
-    encoded = old.try_encode_batch(list(repeated.values()), before="text")
-    for raw, tokens in zip(repeated, encoded, strict=True):
-        if tokens is not None and len(tokens.ids) == 1 and old.token_bytes[tokens.ids[0]] == raw:
-            result[raw] = int(tokens.ids[0])
-    return result
 
 
 def special_pairs(old: Tokenizer, new: Tokenizer) -> dict[int, tuple[int, ...]]:

@@ -29,8 +29,9 @@ from torch.nn.functional import normalize
 
 from tokenkit.embeddings.auxiliary import Auxiliary
 from tokenkit.embeddings.fvt import write_with
-from tokenkit.embeddings.matching import Matching, copied_ids, ids_by_bytes, need_something, to_make
+from tokenkit.embeddings.matching import Matching, copied_ids, need_something, to_make
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
+from tokenkit.tokenization.written import ids_by_bytes
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.byteify import Tokenizer

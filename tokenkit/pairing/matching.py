@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.written import ids_by_bytes
 
 MOST_PIECES = 4
 """Teacher tokens that a student token is carried to at most, as in arXiv:2605.21699."""
@@ -38,13 +39,13 @@ class ProjectionEntries(NamedTuple):
 def matching_tokens(student: Tokenizer, teacher: Tokenizer) -> TokenPairs:
     """Return the pairs of text tokens with the same bytes, and of special tokens with the same role.
 
-    Where a vocabulary spells the same bytes twice (a byte and its fallback piece), its lowest id counts.
+    Where a vocabulary spells the same bytes twice (a letter and its byte piece), what is written counts.
 
     Raises:
         ValueError: the two vocabularies share no token.
     """
-    by_bytes = _text_ids(teacher)
-    pairs = {i: by_bytes[raw] for raw, i in _text_ids(student).items() if raw in by_bytes}
+    by_bytes = ids_by_bytes(teacher)
+    pairs = {i: by_bytes[raw] for raw, i in ids_by_bytes(student).items() if raw in by_bytes}
     taken = set(pairs.values())
     for role, i in student.special_ids.items():
         partner = teacher.special_ids.get(role)
@@ -68,7 +69,7 @@ def projection_entries(student: Tokenizer, teacher: Tokenizer) -> ProjectionEntr
     """
     pairs = matching_tokens(student, teacher)
     rows = {int(s): [int(t)] for s, t in zip(*pairs, strict=True)}
-    alone = {i: raw for raw, i in _text_ids(student).items() if i not in rows}
+    alone = {i: raw for raw, i in ids_by_bytes(student).items() if i not in rows}
     texts = {i: text for i, raw in alone.items() if (text := _decoded(raw)) is not None}
     encoded = teacher.try_encode_batch(list(texts.values()), "text")
     for i, tokens in zip(texts, encoded, strict=True):
@@ -81,15 +82,6 @@ def projection_entries(student: Tokenizer, teacher: Tokenizer) -> ProjectionEntr
             entries[i, teacher_id] = entries.get((i, teacher_id), 0.0) + weight / sum(weights)
     ids = np.array(list(entries), dtype=np.int64)
     return ProjectionEntries(ids[:, 0], ids[:, 1], np.array(list(entries.values()), dtype=np.float32))
-
-
-def _text_ids(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """Return the lowest id of each token's bytes, special tokens and empty ones left out."""
-    found: dict[bytes, int] = {}
-    for i, raw in enumerate(tokenizer.token_bytes):
-        if raw and not tokenizer.is_special_V[i]:
-            found.setdefault(raw, i)
-    return found
 
 
 def _decoded(raw: bytes) -> str | None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tokenkit.pairing.vacant import check_vacant
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.written import ids_by_bytes
 
 BOUNDS = (1, 2, 3, 4, 6, 9, 14, 24, 60)
 BLOCK = 256  # student tokens compared at once: 256 x 128k distances of 16 bits are 64 MiB
@@ -130,10 +131,13 @@ class _Candidates:
         ids = order_W.tolist()
         self.id_of_text: dict[bytes, int] = {}
         self.id_of_special: dict[bytes, int] = {}
+        written = ids_by_bytes(teacher)
         for token_id in ids:
-            known = self.id_of_special if teacher.is_special_V[token_id] else self.id_of_text
-            known.setdefault(teacher.token_bytes[token_id], token_id)
-        self.id_of_text.pop(b"", None)
+            text = teacher.token_bytes[token_id]
+            if teacher.is_special_V[token_id]:
+                self.id_of_special.setdefault(text, token_id)
+            elif written.get(text) == token_id:
+                self.id_of_text[text] = token_id
         if not self.id_of_text:
             raise ValueError(f"teacher tokenizer {teacher.spec} has no text token to map to")
         self.text_C = np.array([text.decode("latin-1") for text in self.id_of_text], dtype=object)

@@ -19,7 +19,6 @@ from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
-from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
@@ -41,6 +40,7 @@ from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.spec import parse_spec
+from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training.distillation import ActiveLoss, Distillation
 from tokenkit.training.losses import active_losses, latents_options, read_biases
 from tokenkit.training.prefix_stage import PrefixStage, build_prefix_stage, prefix_options

@@ -29,7 +29,6 @@ from torch.func import functional_call
 
 from tokenkit.embeddings.fvt import write_with
 from tokenkit.embeddings.hypernet import Hypernet, Surfaces, mean_rows, surfaces
-from tokenkit.embeddings.matching import ids_by_bytes
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
 from tokenkit.embeddings.unigram_sampler import (
     SampledTokenizer,
@@ -42,6 +41,7 @@ from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.structs import Head
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training_state import State
 
 

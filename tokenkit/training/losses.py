@@ -34,6 +34,7 @@ from tokenkit.pairing.bias_files import load_biases
 from tokenkit.pairing.matching import matching_tokens, projection_entries
 from tokenkit.structs import ChunkKind
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training.distillation import ActiveLoss
 
 CHUNKS: dict[str, ChunkKind] = {"naive": "unconstrained", "space": "space"}
@@ -202,11 +203,18 @@ def _side_path(source: _Source, loss: Loss) -> SidePathOptions:
 def _mined_pairs(source: _Source) -> dict[str, Any]:
     """Return the mined pairs, each teacher id once: probabilities of what repeats add up to more than 1.
 
-    Of several student ids with one nearest teacher id, the one with its bytes counts, else the lowest.
+    Of several student ids with one nearest teacher id, the one that is written with its bytes counts, else
+    the lowest.
     """
     mapping_V = source.mapping().cpu()
     student, teacher = source.student.token_bytes, source.teacher.token_bytes
-    is_same_V = torch.tensor([student[s] == teacher[t] for s, t in enumerate(mapping_V.tolist())])
+    written = ids_by_bytes(source.student)
+    is_same_V = torch.tensor(
+        [
+            student[s] == teacher[t] and written.get(student[s], s) == s
+            for s, t in enumerate(mapping_V.tolist())
+        ]
+    )
     order_V = (~is_same_V).long().argsort(stable=True)
     winner: dict[int, int] = {}
     for s in order_V.tolist():
