@@ -3,9 +3,9 @@
 The student changes its tokenizer and learns from another real model of another width; all of it is trained.
 Curves differ by float32 rounding alone, which the steps themselves make larger: losses by 5e-5 at most and
 gradient norms by 2.8e-4, relative, when this was written. ULD, GOLD and DSKD are exceptions: the slope of two
-jumps where two sorted probabilities cross, the third counts positions whose first choice is right, and AdamW
-makes whole steps of gradients that are rounding alone: curves part by up to a percent. There one run is
-followed, and both losses are taken with their gradients at each of its steps, which differ by 1e-5 at most.
+jumps where two sorted probabilities cross, the third counts positions whose first choice is right, and curves
+part by up to a percent. There one run is followed, and both losses are taken with their gradients at each of
+its steps, which differ by 1e-5 at most.
 """
 
 import dataclasses
