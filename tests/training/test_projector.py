@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from tests.ranks import run_ranks
 from tests.tiny import tiny_folder
+from tests.training.test_expansion import three_steps
 from tests.training.test_resume import run_in_rank
 from tokenkit.config.errors import ConfigError
 from tokenkit.embeddings.fvt import row_sources
@@ -141,13 +142,6 @@ def test_the_gradient_reaches_the_network_from_both_ends(make_config):
                 ends.append(by_hand({**weights, name: weights[name] + step * direction}))
         slope = (ends[0] - ends[1]) / 2e-2
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=3e-2, atol=3e-2)
-
-
-def three_steps(world, config):
-    torch.manual_seed(0)
-    parts = build(config, world)
-    reports = [train_step(parts.run, next(parts.batches)) for _ in range(3)]
-    return [[*report.losses.values(), report.grad_norm] for report in reports]
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

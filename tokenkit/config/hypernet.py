@@ -108,7 +108,7 @@ class TrainHypernetConfig:
     """Run code that comes with the model."""
 
     save_interval: int = 100
-    """Steps between checkpoints; each waits until the next tokenizer is due."""
+    """Steps between checkpoints."""
 
     resume: bool = False
     """Go on from the newest intact checkpoint in output; without one, start."""

@@ -81,9 +81,9 @@ class OwnVocabulary:
 
     def embedding(self, ids_BT: Tensor) -> Tensor:
         """Return the input embeddings, expanded where the model has an expansion."""
-        model, embedded_BTD = self._model, None
+        model = self._model
         if self._written is None:
-            embedded_BTD = model.embedding(ids_BT)
+            embedded_BTD: Tensor = model.embedding(ids_BT)
         else:  # through the module: some scale what they embed
             embedded_BTD = functional_call(model.embedding, {"weight": self._written[0]}, (ids_BT,))
         return embedded_BTD if model.expansion is None else embedded_BTD + model.expansion(ids_BT)
