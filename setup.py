@@ -28,7 +28,10 @@ EXTRAS = {
     "dev": [
         "pytest",
         "pytest-benchmark",
+        "pytest-xdist",
         "hypothesis",
+        "trl",
+        "lightning",
         "liger-kernel",
         "sentencepiece",
         "protobuf",
