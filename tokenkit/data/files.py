@@ -1,4 +1,4 @@
-"""Rows of local files: txt, jsonl, json, csv (also .gz) and parquet.
+"""Rows of local files: txt, jsonl, json, csv, tsv (also packed), parquet and arrow.
 
 A reader yields one mapping per row, in the order of the file, or a `BadRow` where a row cannot be read:
 the row keeps its place, so the number of every other row stays what it was. Bytes that are not UTF-8
@@ -8,31 +8,24 @@ become lone surrogates, which no document may hold; `rows.py` refuses them.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
+from tokenkit.data.folders import FORMATS, format_of
+from tokenkit.data.json_values import Value, begins_values, read_value, values_of
+from tokenkit.data.opening import PACKED, opened, too_large
 from tokenkit.data.options import BadRowOptions
 
 Row = Mapping[str, Any]
 
 DOCUMENT_END = b"<|endoftext|>"  # a line that holds nothing else separates the documents of a text file
-_SUFFIXES = {
-    ".txt": "txt",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
 _JSON_ESCAPES = 4  # a character of text takes up to four times its bytes in JSON, with room for other fields
-_MAX_GZIP_RATIO = 100  # text shrinks 3 to 20 times; an archive made to fill the memory, 1000 times
-_SMALL_FILE = 2**24  # bytes that any archive may hold
+_ARROW_ROWS = 64  # that are unpacked at once: a small file may hold huge rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,100 +33,28 @@ class BadRow:
     """A row that could not be read, and why."""
 
     reason: str
-
-
-def data_files(path: Path) -> list[Path]:
-    """Return the file itself, or every data file below a folder in the order of their names.
-
-    Raises:
-        FileNotFoundError: if there is nothing, or no data file.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"data path {path} does not exist: give a file, a folder or the name of a data set"
-        )
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and format_of(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not files:
-        raise FileNotFoundError(
-            f"folder {path} holds no data file: expected an ending of {', '.join(_SUFFIXES)}, or .gz of these"
-        )
-    return files
-
-
-def format_of(path: Path) -> str | None:
-    """Return the format that a file's ending names; None: it names none."""
-    name = path.name.lower().removesuffix(".gz")
-    return _SUFFIXES.get(Path(name).suffix)
+    place: str = field(default="", compare=False)
+    """File and line, for a message."""
 
 
 def read_rows(path: Path, format_name: str | None, limits: BadRowOptions) -> Iterator[Row | BadRow]:
     """Yield the rows of one file, in memory that does not depend on its size (json: one file at a time).
 
     Args:
-        path: a file; one that ends in `.gz` is decompressed.
-        format_name: `txt`, `jsonl`, `json`, `parquet` or `csv`; None: by the file's ending.
+        path: a file, which may be packed.
+        format_name: one of `options.Format`; None: by the file's ending.
         limits: largest row and file.
 
     Raises:
         ValueError: if the format is unknown, or the file is damaged or too large.
     """
     format_name = format_name or format_of(path)
-    if format_name == "parquet":
-        yield from _parquet_rows(path)
-        return
     if format_name not in _READERS:
         raise ValueError(
-            f"{path} has no known format: expected an ending of {', '.join(_SUFFIXES)} (or .gz of these), "
-            "or the option 'format'"
+            f"{path} has no known format: expected an ending of {', '.join(FORMATS)} (all but parquet and "
+            f"arrow also with {', '.join(PACKED)} behind it), or the option 'format'"
         )
-    try:
-        yield from _READERS[format_name](path, limits)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}; fetch or compress it again") from error
-
-
-class _Capped(io.RawIOBase):
-    """A file that refuses to give more than a number of bytes: a small archive may hold a huge one."""
-
-    def __init__(self, file: IO[bytes], path: Path, max_bytes: int) -> None:
-        super().__init__()
-        self._file, self._path, self._max_bytes = file, path, max_bytes
-        self._left = max_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError(
-                f"{self._path} holds more than {self._max_bytes} bytes: raise data.bad_rows.max_file_bytes, "
-                f"or decompress a .gz that really shrank more than {_MAX_GZIP_RATIO} times"
-            )
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open(path: Path, max_bytes: int) -> io.BufferedReader:
-    if path.name.lower().endswith(".gz"):
-        max_bytes = min(max_bytes, max(_SMALL_FILE, _MAX_GZIP_RATIO * path.stat().st_size))
-        file = cast("IO[bytes]", gzip.open(path))  # noqa: SIM115, closed with the reader around it
-    else:
-        file = path.open("rb")
-    return io.BufferedReader(_Capped(file, path, max_bytes), 2**20)
+    yield from _READERS[format_name](path, limits)
 
 
 def _lines(file: io.BufferedReader, max_bytes: int) -> Iterator[bytes | None]:
@@ -153,29 +74,29 @@ def _text(data: bytes) -> str:
 
 def _text_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow]:
     """Documents between `<|endoftext|>` lines where the file has such a line, else between blank lines."""
-    with _open(path, limits.max_file_bytes) as file:
+    with opened(path, limits.max_file_bytes) as file:
         marked = any(
             line is not None and line.rstrip(b"\r\n") == DOCUMENT_END
             for line in _lines(file, limits.max_row_bytes)
         )
     lines: list[bytes] = []
-    size = 0
-    with _open(path, limits.max_file_bytes) as file:
-        for line in _lines(file, limits.max_row_bytes):
+    first, size = 1, 0
+    with opened(path, limits.max_file_bytes) as file:
+        for number, line in enumerate(_lines(file, limits.max_row_bytes), 1):
             content = None if line is None else line.rstrip(b"\r\n")
             if content is not None and (content == DOCUMENT_END if marked else not content.strip()):
-                yield from _document(lines, size, limits.max_row_bytes)
-                lines, size = [], 0
+                yield from _document(lines, size, limits.max_row_bytes, f"{path} line {first}")
+                lines, first, size = [], number + 1, 0
                 continue
             size += limits.max_row_bytes + 1 if line is None else len(line)
             if line is not None and size <= limits.max_row_bytes:
                 lines.append(line)
-    yield from _document(lines, size, limits.max_row_bytes)
+    yield from _document(lines, size, limits.max_row_bytes, f"{path} line {first}")
 
 
-def _document(lines: list[bytes], size: int, max_bytes: int) -> Iterator[Row | BadRow]:
+def _document(lines: list[bytes], size: int, max_bytes: int, place: str) -> Iterator[Row | BadRow]:
     if size > max_bytes:
-        yield BadRow("too long")
+        yield BadRow("too long", place)
         return
     text = b"".join(lines).strip(b"\r\n")
     if text.strip():
@@ -183,72 +104,126 @@ def _document(lines: list[bytes], size: int, max_bytes: int) -> Iterator[Row | B
 
 
 def _jsonl_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow]:
-    with _open(path, limits.max_file_bytes) as file:
-        for line in _lines(file, _JSON_ESCAPES * limits.max_row_bytes):
-            if line is None:
-                yield BadRow("too long")
-            elif line.strip():
-                yield _json_row(line)
+    """One object per line, unless the file is a list, or its first object takes several lines."""
+    max_bytes = _JSON_ESCAPES * limits.max_row_bytes
+    with opened(path, limits.max_file_bytes) as file:
+        lines = enumerate(_lines(file, max_bytes), 1)
+        first = next(((number, line) for number, line in lines if line is None or line.strip()), None)
+        if first is None:
+            return
+        if isinstance(_line_row(path, *first), dict) or (rows := _unlined_rows(path, limits)) is None:
+            for number, line in chain([first], lines):
+                if line is None or line.strip():
+                    yield _line_row(path, number, line)
+            return
+    yield from rows
 
 
-def _json_row(line: bytes) -> Row | BadRow:
-    try:
-        return _as_row(json.loads(_text(line)))
-    except (json.JSONDecodeError, RecursionError):
-        return BadRow("not JSON")
+def _unlined_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow] | None:
+    """Return the rows of a file whose JSON does not keep to lines; None where its beginning shows no such."""
+    with opened(path, limits.max_file_bytes) as file:
+        head = _text(file.read(_JSON_ESCAPES * limits.max_row_bytes))
+    return _whole_rows(path, limits) if begins_values(head) else None
 
 
-def _as_row(value: object) -> Row | BadRow:
-    return value if isinstance(value, dict) else BadRow("not a JSON object")
+def _line_row(path: Path, number: int, line: bytes | None) -> Row | BadRow:
+    if line is None:
+        return BadRow("too long", f"{path} line {number}")
+    return _as_row(path, read_value(_text(line), f"line {number}"))
+
+
+def _as_row(path: Path, value: Value) -> Row | BadRow:
+    if value.reason is None and isinstance(value.value, dict):
+        return value.value
+    return BadRow(value.reason or "not a JSON object", f"{path} {value.place}")
 
 
 def _json_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow]:
-    """A list of objects, an object that holds one under `data`, or one object per line."""
-    with _open(path, limits.max_file_bytes) as file:
-        text = _text(file.read())
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        rows = list(_jsonl_rows(path, limits))
-        if any(not isinstance(row, BadRow) for row in rows):
-            yield from rows
-            return
+    """A list of objects, an object that holds one under `data`, or objects one behind the other."""
+    rows = _whole_rows(path, limits)
+    if rows is not None:
+        yield from rows
+        return
+    with opened(path, limits.max_file_bytes) as file:
+        found = [
+            _line_row(path, number, line)
+            for number, line in enumerate(_lines(file, _JSON_ESCAPES * limits.max_row_bytes), 1)
+            if line is None or line.strip()
+        ]
+    if all(isinstance(row, BadRow) for row in found):
         raise ValueError(
-            f"{path} is not JSON, nor does it hold a JSON object on some line: {error}; mend or replace it"
-        ) from error
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    for item in value if isinstance(value, list) else [value]:
-        yield _as_row(item)
+            f"{path} is not JSON, nor does it hold a JSON object on some line: mend or replace it"
+        )
+    yield from found
 
 
-def _csv_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow]:
+def _whole_rows(path: Path, limits: BadRowOptions) -> Iterator[Row | BadRow] | None:
+    """Return the rows of a file whose JSON does not keep to lines; None if it begins with no such value."""
+    with opened(path, limits.max_file_bytes) as file:
+        values = values_of(_text(file.read()))
+    return None if values is None else (_as_row(path, value) for value in values)
+
+
+def _csv_rows(path: Path, limits: BadRowOptions, delimiter: str = ",") -> Iterator[Row | BadRow]:
     csv.field_size_limit(limits.max_row_bytes)  # the module's own 128 KiB are shorter than many documents
-    with _open(path, limits.max_file_bytes) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text)
+    with opened(path, limits.max_file_bytes) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter)
         try:
             for row in reader:
-                yield BadRow("more fields than the header") if None in row else row
+                place = f"{path} line {reader.line_num}"
+                yield BadRow("more fields than the header", place) if None in row else row
         except csv.Error as error:
             raise ValueError(f"{path} is not CSV: {error} at line {reader.line_num}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, limits: BadRowOptions) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+            groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > limits.max_file_bytes:
+                raise too_large(path, limits.max_file_bytes)
+            yield from _batch_rows(path, file.iter_batches(batch_size=_ARROW_ROWS), limits)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
 
+def _arrow_rows(path: Path, limits: BadRowOptions) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            try:
+                batches: Any = pa.ipc.open_stream(file)
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            yield from _batch_rows(path, batches, limits)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable Arrow file: {error}") from error
+
+
+def _batch_rows(path: Path, batches: Any, limits: BadRowOptions) -> Iterator[Row]:
+    left = limits.max_file_bytes
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ARROW_ROWS):
+            part = batch.slice(start, _ARROW_ROWS)
+            left -= part.nbytes
+            if left < 0:
+                raise too_large(path, limits.max_file_bytes)
+            yield from part.to_pylist()
+
+
 _READERS: dict[str, Callable[[Path, BadRowOptions], Iterator[Row | BadRow]]] = {
     "txt": _text_rows,
+    "text": _text_rows,
     "jsonl": _jsonl_rows,
     "json": _json_rows,
     "csv": _csv_rows,
+    "tsv": partial(_csv_rows, delimiter="\t"),
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
 }

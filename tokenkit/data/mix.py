@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
-from tokenkit.data.sources import Source, hash64, source_files
+from tokenkit.data.places import place_of
+from tokenkit.data.sources import Source, hash64
 from tokenkit.tokenization.documents import Document
 
 
@@ -124,7 +125,7 @@ def local_files(options: DataOptions) -> list[Path]:
     Raises:
         FileNotFoundError: a path that leads nowhere, or to no data file.
     """
-    return [file for source in _sources(options) for file in source_files(source)]
+    return [file for source in _sources(options) for file in place_of(source, options.bad_rows).files]
 
 
 def read_documents(options: SourceOptions, limit: int | None = None) -> list[Document]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Format = Literal["txt", "jsonl", "json", "parquet", "csv"]
+Format = Literal["txt", "text", "jsonl", "json", "parquet", "arrow", "csv", "tsv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,11 @@ class SourceOptions:
     path: str | None = None
     """Local file or folder, or a name on the Hugging Face hub."""
     subset: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set; local data has none."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set; of a local folder, that which the names of its files say."""
     format: Format | None = None
-    """Format of local files; unset: by their endings."""
+    """Format of local files (`text` is `txt`); unset: by their endings."""
     streaming: bool = False
     """Read rows as they are needed, instead of holding all of them in memory."""
     weight: float = 1.0
@@ -76,7 +76,7 @@ class BadRowOptions:
     max_row_bytes: int = 10_000_000
     """UTF-8 bytes of one document; a larger one is a bad row."""
     max_file_bytes: int = 64 * 2**30
-    """Decompressed size of one file; a larger one is an error."""
+    """Unpacked size of one file; a larger one is an error."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -95,9 +95,9 @@ class DataOptions:
     dataset_name: str | None = None
     """Local file or folder, or a name on the Hugging Face hub."""
     dataset_config_name: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set; local data has none."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set; of a local folder, that which the names of its files say."""
     streaming: bool = False
     """Read rows as they are needed, instead of holding all of them in memory."""
     shuffle_buffer_size: int = 10_000

@@ -8,18 +8,21 @@ seed, the mix and the number of processes.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.data.files import BadRow, Row, data_files, format_of, read_rows
+from tokenkit.data.files import BadRow, Row
 from tokenkit.data.options import BadRowOptions, HeldoutOptions, SourceOptions
+from tokenkit.data.places import place_of
 from tokenkit.data.rows import check_fields, document_of
 from tokenkit.tokenization.documents import Document
+
+logger = logging.getLogger(__name__)
 
 _MAX_HELDOUT_SEARCH = 1_000_000  # rows
 _FREE_SKIPS = 10  # the quota is a share, which means nothing for the first few rows
@@ -72,18 +75,18 @@ class Source:
         self.skipped: Counter[str] = Counter()
         self._options, self._heldout, self._bad_rows = options, heldout, bad_rows
         self._seed, self._block_size = seed, block_size
-        self._open = _opener(options, bad_rows)
+        self._place = place_of(options, bad_rows)
         self._table: Sequence[Row | BadRow] | None = None
         if not options.streaming:
-            rows = self._open(0)
+            rows = self._place.rows(0)
             # a hub's data set is a table on disk; a local file is read into memory here
             self._table = list(rows) if isinstance(rows, Iterator) else rows
         self._check_first_row()
-        self._rows: Iterator[Row | BadRow | None] | None = None
+        self._rows: Iterator[tuple[int, Row | BadRow | None]] | None = None
         self._found_in_epoch = False
 
     def _check_first_row(self) -> None:
-        first = next(iter(self._table if self._table is not None else self._open(0)), None)
+        first = next(iter(self._table if self._table is not None else self._place.rows(0)), None)
         if first is None:
             raise ValueError(f"data set {self.name} is empty: it has no row")
         if len(self) == 1 and self._heldout.fraction > 0:
@@ -107,11 +110,11 @@ class Source:
         while True:
             if self._rows is None:
                 self._rows = self._order()
-            for row in self._rows:
+            for number, row in self._rows:
                 self.position += 1
                 if row is None:
                     continue
-                document = self._document(row)
+                document = self._document(row, number)
                 if document is not None:
                     self._found_in_epoch = True
                     return document
@@ -123,15 +126,23 @@ class Source:
                 )
             self.epoch, self.position, self._rows, self._found_in_epoch = self.epoch + 1, 0, None, False
 
-    def _document(self, row: Row | BadRow) -> Document | None:
+    def _document(self, row: Row | BadRow, number: int) -> Document | None:
         self.read += 1
         try:
             return document_of(row, self._options, self._bad_rows.max_row_bytes)
         except ValueError as error:
             reason = str(error)
+        place = (row.place if isinstance(row, BadRow) else "") or f"row {number + 1}"
         if self._bad_rows.action == "raise":
-            raise ValueError(f"data set {self.name}: row is {reason} (data.bad_rows.action is 'raise')")
+            raise ValueError(
+                f"data set {self.name}: row is {reason} ({place}; data.bad_rows.action is 'raise')"
+            )
         self.skipped[reason] += 1
+        if self.skipped[reason] == 1:
+            logger.warning(
+                "data set %s: a row is left out: %s (%s); more such rows are only counted",
+                self.name, reason, place,
+            )  # fmt: skip
         skips = self.skipped.total()
         if skips > _FREE_SKIPS and skips > self._bad_rows.quota * self.read:
             counts = ", ".join(f"{count} {name}" for name, count in self.skipped.most_common())
@@ -142,17 +153,17 @@ class Source:
             )
         return None
 
-    def _order(self) -> Iterator[Row | BadRow | None]:
-        """Yield the rest of this epoch's rows in its order; None stands for a held-out row."""
+    def _order(self) -> Iterator[tuple[int, Row | BadRow | None]]:
+        """Yield number and row of the rest of this epoch in its order; None stands for a held-out row."""
         fraction = self._heldout.fraction
         if self._table is not None:
             index = np.arange(len(self._table))
             index = index[~is_heldout(index, fraction)]
             for i in self._generator(0).permutation(index)[self.position :].tolist():
-                yield self._table[i]
+                yield i, self._table[i]
             return
         number, inside = divmod(self.position, self._block_size)
-        rows = iter(self._open(number * self._block_size))
+        rows = iter(self._place.rows(number * self._block_size))
         for block in itertools.count(number):
             members = list(itertools.islice(rows, self._block_size))
             if not members:
@@ -160,7 +171,7 @@ class Source:
             out = is_heldout(np.arange(len(members)) + block * self._block_size, fraction)
             order = self._generator(block).permutation(len(members)).tolist()
             for i in order[inside:]:
-                yield None if out[i] else members[i]
+                yield block * self._block_size + i, None if out[i] else members[i]
             inside = 0
 
     def _generator(self, block: int) -> np.random.Generator:
@@ -172,8 +183,8 @@ class Source:
         Raises:
             ValueError: if a row is no document and `action` is `raise`, or there is no document.
         """
-        rows = self._table if self._table is not None else self._open(0)
-        result = list(itertools.islice(filter(None, map(self._document, rows)), limit))
+        rows = self._table if self._table is not None else self._place.rows(0)
+        result = list(itertools.islice(filter(None, map(self._document, rows, itertools.count())), limit))
         if not result:
             raise ValueError(f"data set {self.name} has no document")
         return result
@@ -187,16 +198,17 @@ class Source:
         fraction = self._heldout.fraction
         if fraction == 0 or count == 0:
             return []
-        rows: Iterable[Row | BadRow] = self._open(0) if self._table is None else self._table
+        rows: Iterable[Row | BadRow] = self._place.rows(0) if self._table is None else self._table
         limit = len(self) or min(int(2 * count / fraction) + 1, _MAX_HELDOUT_SEARCH)
-        out = is_heldout(np.arange(limit), fraction).tolist()
-        chosen = itertools.compress(rows, out)
-        return list(itertools.islice(filter(None, map(self._document, chosen)), count))
+        numbers = np.flatnonzero(is_heldout(np.arange(limit), fraction)).tolist()
+        chosen = itertools.compress(rows, is_heldout(np.arange(limit), fraction).tolist())
+        return list(itertools.islice(filter(None, map(self._document, chosen, numbers)), count))
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far this data set has been read."""
         return {
             "rows": len(self),
+            "data": self._place.fingerprint(),
             "epoch": self.epoch,
             "position": self.position,
             "read": self.read,
@@ -208,12 +220,18 @@ class Source:
         """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: if the data set has another number of rows than then.
+            ValueError: if the data is not what it was then.
         """
         if state["rows"] != len(self):
             raise ValueError(
                 f"data set {self.name} has {len(self)} rows, but {state['rows']} when the state was saved: "
                 "restore the data, or start a new run"
+            )
+        then, now = state.get("data"), self._place.fingerprint()
+        if then != now:
+            raise ValueError(
+                f"data set {self.name} is not what it was when the state was saved ({_described(then)} then, "
+                f"{_described(now)} now): restore the data, or start a new run"
             )
         self.epoch, self.position, self.read = state["epoch"], state["position"], state["read"]
         self._found_in_epoch = state["found"]
@@ -221,53 +239,8 @@ class Source:
         self._rows = None
 
 
-def _opener(
-    options: SourceOptions, limits: BadRowOptions
-) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
-    """Return a function that gives the rows from a number on, again at every call."""
-    if _is_local(options.location):
-        files = source_files(options)
-        for file in files:
-            if options.format is None and format_of(file) is None:
-                next(read_rows(file, None, limits))  # raises: names the formats
-
-        def local(start: int) -> Iterator[Row | BadRow]:
-            rows = itertools.chain.from_iterable(read_rows(file, options.format, limits) for file in files)
-            return itertools.islice(rows, start, None)
-
-        return local
-    return _hub_opener(options)
-
-
-def source_files(options: SourceOptions) -> list[Path]:
-    """Return the files of a data set on this machine, none of one on a hub.
-
-    Raises:
-        FileNotFoundError: a path that leads nowhere, or to no data file.
-    """
-    return data_files(Path(options.location).expanduser()) if _is_local(options.location) else []
-
-
-def _hub_opener(options: SourceOptions) -> Callable[[int], Iterator[Row | BadRow] | Sequence[Row]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(
-            options.location, options.subset, split=options.split, streaming=options.streaming
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(
-            f"data set {options.location!r} is neither a local path nor could it be loaded from the hub: "
-            f"{first_line}; check the name, subset={options.subset!r} and split={options.split!r}"
-        ) from error
-    if options.streaming:
-        return lambda start: iter(data.skip(start))
-    return lambda start: data
-
-
-def _is_local(location: str) -> bool:
-    """Whether a data set is a path: it exists, or looks like nothing that the hub could hold."""
-    path = Path(location).expanduser()
-    has_ending = format_of(path) is not None
-    return path.exists() or location.startswith((".", "~", "/")) or has_ending or location.count("/") > 1
+def _described(fingerprint: object) -> str:
+    if not isinstance(fingerprint, Mapping):
+        return "unknown"
+    parts = [f"{fingerprint[unit]} {unit}" for unit in ("files", "bytes", "rows") if unit in fingerprint]
+    return ", ".join([*parts, f"SHA-256 {str(fingerprint.get('digest'))[:12]}"])

@@ -25,6 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenkit.data.fingerprints import file_digest
 from tokenkit.data.mix import local_files, open_data
 from tokenkit.data.options import DataOptions, HeldoutOptions
 from tokenkit.tokenization.byteify import Tokenizer
@@ -128,13 +129,8 @@ def _about(data: DataOptions, sides: Mapping[str, Counted], seed: int) -> dict[s
         "data": hashlib.sha256(repr(data).encode()).hexdigest(),
         "seed": seed,
         "sides": {name: [side.tokenizer.fingerprint(), side.percent] for name, side in sides.items()},
-        "files": {str(file): _digest(file) for file in local_files(data)},
+        "files": {str(file): file_digest(file) for file in local_files(data)},
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
