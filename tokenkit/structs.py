@@ -7,6 +7,7 @@ Dimensions: B documents, T student positions, S teacher positions, V vocabulary,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
+NO_LABEL = -100  # what PyTorch's and transformers' losses pass over
 UNPAIRED = -1  # `Tokens.byte_ends` of a special token that the other tokenizer cannot write
 
 ChunkKind = Literal["unconstrained", "space", "unbiased"]
@@ -58,15 +60,25 @@ class Side:
     """bool, tokens that `space_mask_mode` counts as beginning with whitespace."""
     eos_id: int | None = None
 
-    def to(self, device: torch.device | str) -> Side:
-        """Return the same side with its tensors on `device`."""
+    def map(self, move: Callable[[Tensor], Tensor]) -> Side:
+        """Return the same side with `move` applied to each tensor."""
         return replace(
             self,
-            ids_BT=self.ids_BT.to(device, non_blocking=True),
-            length_B=self.length_B.to(device, non_blocking=True),
-            trained_BT=self.trained_BT.to(device, non_blocking=True),
-            space_V=None if self.space_V is None else self.space_V.to(device, non_blocking=True),
+            ids_BT=move(self.ids_BT),
+            length_B=move(self.length_B),
+            trained_BT=move(self.trained_BT),
+            space_V=None if self.space_V is None else move(self.space_V),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what varies from batch to batch, named and shaped as Hugging Face models take it."""
+        T = self.ids_BT.shape[1]
+        is_token_BT = torch.arange(T, device=self.ids_BT.device) < self.length_B[:, None]
+        return {
+            "input_ids": self.ids_BT,
+            "attention_mask": is_token_BT.long(),
+            "labels": self.ids_BT.where(self.trained_BT, NO_LABEL),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +91,85 @@ class Chunks:
     student_BT: Tensor
     teacher_BS: Tensor
 
-    def to(self, device: torch.device | str) -> Chunks:
-        """Return the same chunks on `device`."""
-        return Chunks(
-            self.student_BT.to(device, non_blocking=True),
-            self.teacher_BS.to(device, non_blocking=True),
-        )
+    def map(self, move: Callable[[Tensor], Tensor]) -> Chunks:
+        """Return the same chunks with `move` applied to each tensor."""
+        return Chunks(move(self.student_BT), move(self.teacher_BS))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Batch:
-    """The same documents in two tokenizations, and which tokens say the same thing."""
+    """The same documents in two tokenizations, and which tokens say the same thing.
+
+    `dict(batch)` holds what varies from batch to batch as flat tensors [B, ...], which is what other
+    trainers can move, slice and gather; `from_tensors` is the way back.
+    """
 
     student: Side
     teacher: Side
     chunks: dict[str, Chunks]
     """By `ChunkKind`."""
 
-    def to(self, device: torch.device | str) -> Batch:
+    def __repr__(self) -> str:
+        (B, T), S = self.student.ids_BT.shape, self.teacher.ids_BT.shape[1]
+        kinds = ", ".join(self.chunks) or "no"
+        return f"Batch({B} rows, {T} student and {S} teacher positions, {kinds} chunks)"
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the same batch with `move` applied to each tensor."""
+        chunks = {kind: chunks.map(move) for kind, chunks in self.chunks.items()}
+        return Batch(self.student.map(move), self.teacher.map(move), chunks)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Return the same batch with its tensors on `device`."""
-        chunks = {kind: chunks.to(device) for kind, chunks in self.chunks.items()}
-        return Batch(self.student.to(device), self.teacher.to(device), chunks)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the same batch in memory that a GPU can fetch by itself; a `DataLoader` calls this."""
+        return self.map(Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what varies from batch to batch: both sides' tensors, and the chunks of each kind."""
+        teacher = {f"teacher_{name}": tensor for name, tensor in self.teacher.tensors().items()}
+        found = {**self.student.tensors(), **teacher}
+        for kind, chunks in self.chunks.items():
+            found[f"chunks_{kind}"] = chunks.student_BT
+            found[f"teacher_chunks_{kind}"] = chunks.teacher_BS
+        return found
+
+    def keys(self) -> list[str]:
+        """Return the names of `tensors()`: with `[]` this is all that `dict(batch)` and `**batch` need."""
+        return list(self.tensors())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors()[name]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], like: Batch) -> Batch:
+        """Return the batch of what `tensors()` gave, moved, sliced or gathered since.
+
+        Args:
+            tensors: further entries are passed over.
+            like: a batch of the same collator: what does not vary is taken from it.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        device = tensors["input_ids"].device
+        sides = []
+        for prefix, side in (("", like.student), ("teacher_", like.teacher)):
+            sides.append(
+                Side(
+                    ids_BT=tensors[f"{prefix}input_ids"],
+                    length_B=tensors[f"{prefix}attention_mask"].sum(1),
+                    trained_BT=tensors[f"{prefix}labels"] != NO_LABEL,
+                    space_V=None if side.space_V is None else side.space_V.to(device, non_blocking=True),
+                    eos_id=side.eos_id,
+                )
+            )
+        chunks = {
+            kind: Chunks(tensors[f"chunks_{kind}"], tensors[f"teacher_chunks_{kind}"]) for kind in like.chunks
+        }
+        return cls(sides[0], sides[1], chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +195,14 @@ class Head:
     shard: Shard | None = None
     """Where the vocabulary is divided over processes: weight and bias are this one's rows, which may be
     none, and `vocab_size`, that of the whole head, must be given."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight_VD, Tensor):
+            raise TypeError(
+                f"a Head holds the matrix [V, D] itself: got {type(self.weight_VD).__name__}; of a linear "
+                "layer write Head(layer.weight, layer.bias), of a Hugging Face model take "
+                "tokenkit.integrations.hidden_states, which knows its scale and softcap too"
+            )
 
 
 @dataclass(frozen=True, slots=True)

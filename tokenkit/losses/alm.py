@@ -16,7 +16,7 @@ Dimensions: B documents, T student positions, S teacher positions, C chunk slots
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, g
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
 from tokenkit.losses.rows import need_teacher, valid_chunks
-from tokenkit.losses.score import Rows, Scores, score, select_rows
-from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, Side
+from tokenkit.losses.score import Rows, Scores, check_states, score, select_rows
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
 
 MODES = ("append_space", "merge_by_space_prob", "eos_as_space")
 Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
@@ -79,6 +79,18 @@ class AlmOptions:
     def modes(self) -> frozenset[str]:
         """The parts of `mode`."""
         return frozenset(self.mode.split("+")) - {"", "none"}
+
+
+class AlmKeywords(TypedDict, total=False):
+    """The fields of `AlmOptions` that `alm_loss` passes on."""
+
+    binarization_temp: float
+    renyi_alpha: float
+    chunk_sizes: tuple[int, ...]
+    numerator: Numerator
+    denominator: Denominator
+    space_threshold: float
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +148,7 @@ def prepare(
     subset = None
     ends_BS = None
     if merges or appends:
+        _check_space(batch.teacher, options, teacher.head)
         subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
         ends_BS = _at_ends(layout.teacher, layout.valid_BC)
     token_BS = _in_valid(layout.teacher, layout.valid_BC)
@@ -174,6 +187,8 @@ def function(
     context: Context = NO_CONTEXT,
 ) -> LossTerm:
     """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
+    if prepared.subset is not None:
+        _check_space(batch.student, options, student.head)
     scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
     totals = []
     for sized in prepared.sizes:
@@ -191,7 +206,7 @@ def alm_loss(
     diff: str = "binary_ce",
     mode: str = "merge_by_space_prob+append_space",
     chunks: ChunkKind = "unconstrained",
-    **options: Any,
+    **options: Unpack[AlmKeywords],
 ) -> LossTerm:
     """Compare the student's likelihood of each chunk with the teacher's: the drop-in form.
 
@@ -211,6 +226,7 @@ def alm_loss(
         several `chunk_sizes` are given both hold one entry each, and the loss is `(total / count).mean()`.
     """
     settings = AlmOptions(diff=diff, mode=mode, chunks=chunks, **options)
+    check_states(student, "student")
     term = function(student, prepare(teacher, batch, settings), batch, settings)
     return LossTerm(term.total, term.count.clamp_min(1))
 
@@ -227,6 +243,18 @@ def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:
     else:
         mask_V = side.space_V.to(device)
     return split_vocabulary(mask_V)
+
+
+def _check_space(side: Side, options: AlmOptions, head: Head) -> None:
+    """Raise ValueError where the mask of whitespace leaves real tokens of this head out."""
+    if side.space_V is None or "eos_as_space" in options.modes:
+        return
+    vocab_size = head.vocab_size or head.weight_VD.shape[0]
+    if len(side.space_V) < vocab_size:
+        raise ValueError(
+            f"Side.space_V covers {len(side.space_V)} ids but the head has {vocab_size}: is it the mask of "
+            "another tokenizer? Where the other rows are padding, say so: Head(..., vocab_size=...)"
+        )
 
 
 def _sized(layout: Layout, scores: Scores, appends: bool, numerator: Numerator) -> SizedChunks:

@@ -8,12 +8,11 @@ Dimensions: B documents, T student positions, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
-from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
+from tokenkit.losses.score import Rows, check_states, score, scored_tokens, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 
@@ -58,12 +57,15 @@ def function(
     return LossTerm(-scores.logp_BT.sum(), prepared.count)
 
 
-def clm_loss(student: HiddenStates, batch: Batch, **options: Any) -> LossTerm:
-    """Cross entropy of the student's tokens: the drop-in form. `options`: the fields of `ClmOptions`.
+def clm_loss(
+    student: HiddenStates, batch: Batch, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+) -> LossTerm:
+    """Cross entropy of the student's tokens: the drop-in form. `workspace_bytes`: as in `ClmOptions`.
 
     Returns:
         total, nats, differentiable in hidden states and head; count, tokens, at least 1 so that
         `total / count` is 0 in a batch without a scored token.
     """
-    term = function(student, prepare(None, batch), batch, ClmOptions(**options))
+    check_states(student, "student")
+    term = function(student, prepare(None, batch), batch, ClmOptions(workspace_bytes))
     return LossTerm(term.total, term.count.clamp_min(1))

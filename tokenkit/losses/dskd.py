@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,18 @@ class DskdOptions:
         for name in ("skew", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}")
+
+
+class DskdKeywords(TypedDict, total=False):
+    """The fields of `DskdOptions`."""
+
+    divergence: Divergence
+    temperature: float
+    teacher_temperature: float
+    skew: float
+    alpha: float
+    causal: bool
+    workspace_bytes: int
 
 
 class Projections(nn.Module):
@@ -324,7 +336,11 @@ LOSS = Loss(
 
 
 def dskd_loss(
-    student: HiddenStates, teacher: HiddenStates, batch: Batch, projections: Projections, **options: Any
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    projections: Projections,
+    **options: Unpack[DskdKeywords],
 ) -> LossTerm:
     """Compare both models in each other's space: the drop-in form.
 

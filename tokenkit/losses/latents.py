@@ -19,7 +19,7 @@ Dimensions: N chunks, D student width, E teacher width, J latents that are compa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class LatentsOptions:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(kinds)}"
                 )
+
+
+class LatentsKeywords(TypedDict, total=False):
+    """The fields of `LatentsOptions`."""
+
+    align: Align
+    normalization: Normalization
+    chunks: ChunkKind
+    project: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +222,7 @@ def latents_loss(
     batch: Batch,
     *,
     modules: nn.Module | None = None,
-    **options: Any,
+    **options: Unpack[LatentsKeywords],
 ) -> LossTerm:
     """Compare latents at the ends of chunks: the drop-in form.
 

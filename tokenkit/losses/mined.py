@@ -12,7 +12,7 @@ Source: Wan et al. 2024, "Knowledge Fusion of Large Language Models", arXiv:2401
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -55,6 +55,15 @@ class MinedOptions:
                 f"{tuple(self.teacher_index.shape)}, {self.teacher_index.dtype}"
             )
         check_temperatures(self)
+
+
+class MinedKeywords(TypedDict, total=False):
+    """The fields of `MinedOptions` beside the mapping."""
+
+    temperature: float
+    teacher_temperature: float
+    chunks: ChunkKind
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,11 @@ LOSS = Loss(prepare, function, MinedOptions, chunks="unconstrained", aliases=("b
 
 
 def mined_loss(
-    student: HiddenStates, teacher: HiddenStates, batch: Batch, teacher_index: Tensor, **options: Any
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    teacher_index: Tensor,
+    **options: Unpack[MinedKeywords],
 ) -> LossTerm:
     """Compare with the teacher through a mined mapping: the drop-in form.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenkit.losses.score import scored_tokens
+from tokenkit.losses.score import check_states, scored_tokens
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, StateKind, Widths
 
 Prepare = Callable[[HiddenStates | None, Batch, Any, Context], Any]
@@ -62,6 +62,8 @@ def whole(
     Returns:
         total, nats; count, at least 1 so that `total / count` is 0 in a batch with nothing to compare.
     """
+    check_states(student, "student")
+    check_states(teacher, "teacher")
     context = Context(teacher.head, student.head, student.embedded_BTD, modules)
     prepared = loss.prepare(teacher, batch, options, context)
     term = loss.function(student, prepared, batch, options, context)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
-from tokenkit.losses.score import in_dtype, scored_tokens
+from tokenkit.losses.score import check_states, in_dtype, scored_tokens
 from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
 
 
@@ -130,6 +130,7 @@ def need_teacher(teacher: HiddenStates | None, name: str) -> HiddenStates:
     """Return the teacher's states, or say that this loss cannot do without."""
     if teacher is None:
         raise ValueError(f"{name} compares with a teacher: got none")
+    check_states(teacher, "teacher")
     return teacher
 
 

@@ -46,6 +46,17 @@ def scored_tokens(side: Side) -> Tensor:
     return side.trained_BT & (position_T >= 1) & (position_T < side.length_B[:, None])
 
 
+def check_states(states: HiddenStates, side: str) -> None:
+    """Raise TypeError where logits, or a model's output, come in place of hidden states."""
+    if isinstance(states, HiddenStates):
+        return
+    raise TypeError(
+        f"the {side} must be HiddenStates, [B, T, D] and the head that multiplies them: got "
+        f"{type(states).__name__}; logits are never formed here: take "
+        "tokenkit.integrations.hidden_states(model, ids)"
+    )
+
+
 def in_dtype(head: Head, dtype: torch.dtype) -> Head:
     """Return the head with its parameters cast as autocast would, so that like is multiplied with like."""
     if head.weight_VD.dtype == dtype:
@@ -93,6 +104,11 @@ def score(
             "are student and teacher swapped?"
         )
     head = in_dtype(states.head, states.hidden_BTD.dtype)
+    if head.weight_VD.shape[-1] != states.hidden_BTD.shape[-1]:
+        raise ValueError(
+            f"hidden_BTD must be as wide as its head {tuple(head.weight_VD.shape)}: got "
+            f"{tuple(states.hidden_BTD.shape)}; are these logits?"
+        )
     hidden_ND = states.hidden_BTD.flatten(0, 1).index_select(0, rows.row_N)
     result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset, workspace_bytes=workspace_bytes)
 

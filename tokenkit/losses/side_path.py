@@ -20,7 +20,7 @@ Dimensions: N chunks, P pairs of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -71,6 +71,14 @@ class SidePathOptions:
             raise ValueError(
                 f"unknown distance_fn {self.distance_fn!r}: expected one of {', '.join(DISTANCES)}"
             )
+
+
+class SidePathKeywords(TypedDict, total=False):
+    """The fields of `SidePathOptions` beside the pairs."""
+
+    distance_fn: str
+    chunks: ChunkKind
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,7 @@ def side_path_loss(
     batch: Batch,
     student_index: Tensor,
     teacher_index: Tensor,
-    **options: Any,
+    **options: Unpack[SidePathKeywords],
 ) -> LossTerm:
     """Compare next-token distributions at the ends of chunks: the drop-in form.
 

@@ -20,7 +20,7 @@ Dimensions: N chunks, V student vocabulary, W teacher vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ class XTokenOptions:
 
     def __post_init__(self) -> None:
         check_temperatures(self)
+
+
+class XTokenKeywords(TypedDict, total=False):
+    """The fields of `XTokenOptions` beside the projection."""
+
+    temperature: float
+    teacher_temperature: float
+    chunks: ChunkKind
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +109,11 @@ LOSS = Loss(prepare, function, XTokenOptions, chunks="unconstrained")
 
 
 def xtoken_loss(
-    student: HiddenStates, teacher: HiddenStates, batch: Batch, projection: Projection, **options: Any
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    projection: Projection,
+    **options: Unpack[XTokenKeywords],
 ) -> LossTerm:
     """Compare in the teacher's vocabulary: the drop-in form.
 
