@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from tests.tiny import byte_level_bpe
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.documents import Document
@@ -183,7 +184,7 @@ def test_a_batch_without_a_trained_token_says_why(word_tokenizer, byte_tokenizer
         ValueError, match=r"none of the 1 rows .* behind the first 3 student tokens \(max_length_new"
     ):
         collator([CHAT])
-    with pytest.raises(ValueError, match="rows left out so far: 1 no field text"):
+    with pytest.raises(ValueError, match="since rows were left out: 1 no field text"):
         collator([{"no": 1}])
 
 
@@ -216,7 +217,7 @@ def test_wrong_options_are_refused_when_the_collator_is_made(word_tokenizer, opt
 
 
 def test_a_tokenizer_of_another_library_is_refused():
-    with pytest.raises(TypeError, match="load_tokenizer: got object"):
+    with pytest.raises(TypeError, match="as a tokenizer of transformers: got object"):
         AlignedCollator(object())
 
 
@@ -240,3 +241,22 @@ def test_an_end_of_text_that_is_the_padding_token_too_is_no_padding(word_tokeniz
     batch = AlignedCollator(tokenizer, tokenizer, special_tokens_mode="ignore_pad")([{"text": "the cat"}])
     assert batch.student.ids_BT[0, -1] == tokenizer.eos_id
     assert batch.chunks["unconstrained"].student_BT[0, -1] >= 0
+
+
+def test_rows_of_the_wrong_kind_say_so_first(word_tokenizer, byte_tokenizer):
+    collator = AlignedCollator(word_tokenizer, byte_tokenizer)
+    with pytest.raises(ValueError, match="since rows were left out: 2 a row is a mapping of fields"):
+        collator(["a string", "another"])
+
+
+def test_a_tokenizer_may_be_an_object_or_a_path(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = byte_level_bpe(tmp_path / "a")
+    held = AutoTokenizer.from_pretrained(folder)
+    by_path, by_object = (AlignedCollator(given, folder)([{"text": "The cats"}]) for given in (folder, held))
+    assert by_path.student.ids_BT.tolist() == by_object.student.ids_BT.tolist()
+    held.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert load_tokenizer(held).vocab_size == load_tokenizer(folder).vocab_size + 1
+    with pytest.raises(TypeError, match="by name or path, or as a tokenizer of transformers: got int"):
+        AlignedCollator(3)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenkit.pairing.align import Alignment, PairRule, SideRules, SpecialTokensMode, align_kinds
 from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import encode_flat
 from tokenkit.tokenization.documents import Document, document_from_row
 from tokenkit.tokenization.flat import FlatTokens, cut, joined
@@ -31,7 +31,8 @@ _WHITESPACE = "space+tab+newline"  # what may begin a word; a special token clos
 class AlignedCollator:
     """Turns rows into one `Batch` of both tokenizations.
 
-    Rows that cannot be tokenized are left out and counted in `skipped`.
+    Rows that cannot be tokenized are left out and counted in `skipped`. A tokenizer may be given as anything
+    that `load_tokenizer` takes: of transformers', a path, a name.
     """
 
     student_tokenizer: Tokenizer
@@ -71,13 +72,10 @@ class AlignedCollator:
         for name in ("max_length_student", "max_length_teacher", "pad_to_multiple_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        self.student_tokenizer = load_tokenizer(self.student_tokenizer)
+        if self.teacher_tokenizer is not None:
+            self.teacher_tokenizer = load_tokenizer(self.teacher_tokenizer)
         tokenizers = (self.student_tokenizer, self.teacher_tokenizer or self.student_tokenizer)
-        for tokenizer in tokenizers:
-            if not isinstance(tokenizer, Tokenizer):
-                raise TypeError(
-                    f"a tokenizer must come from tokenkit.tokenization.byteify.load_tokenizer: got "
-                    f"{type(tokenizer).__name__}"
-                )
         self._lengths = (self.max_length_student, self.max_length_teacher)
         self._rules = (_rules(tokenizers[0]), _rules(tokenizers[1]))
         self._space = tuple(
@@ -121,6 +119,11 @@ class AlignedCollator:
     def nothing_trained(self, rows: int) -> str:
         """Return the message for a batch of so many rows without a trained token."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        if self.skipped.total() >= rows > 0:
+            return (
+                f"none of the {rows} rows has a token to train on, since rows were left out: {reasons}; a "
+                "row is a mapping with text, with messages, or with prompt and completion"
+            )
         return (
             f"none of the {rows} rows has a token to train on: the answers may lie behind the first "
             f"{self.max_length_student} student tokens (max_length_new of a run, max_length_student of a "

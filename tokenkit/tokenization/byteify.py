@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from tokenkit.tokenization.flat import EncodedTexts, Ints, walked_texts
 from tokenkit.tokenization.generic import generic_family
 from tokenkit.tokenization.prefix import Prefix, find_prefix
 from tokenkit.tokenization.saving import save, to_huggingface
-from tokenkit.tokenization.sources import read_files
+from tokenkit.tokenization.sources import read_files, read_object
 from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
 from tokenkit.tokenization.special_tokens import (
     byte_document,
@@ -44,7 +45,7 @@ from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabular
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
 MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
@@ -316,7 +317,7 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    spec: str | TokenizerSpec,
+    spec: str | os.PathLike[str] | TokenizerSpec | Tokenizer | PreTrainedTokenizerBase,
     *,
     tokens_to_add: Sequence[str] = (),
     revision: str | None = None,
@@ -325,7 +326,8 @@ def load_tokenizer(
     """Load a tokenizer and give it the special tokens that its spec asks for.
 
     Args:
-        spec: `name_or_path:source=Family:target=Family:conversion=...`, a bare path, or `byte`.
+        spec: `name_or_path:source=Family:target=Family:conversion=...`, a bare path, or `byte`; or one of
+            transformers' tokenizers, read as it would be saved. A `Tokenizer` is returned as it is.
         tokens_to_add: control tokens appended after the last id; templates may use them, text never does.
         revision: commit or tag of a hub repository.
         trust_remote_code: run the repository's own code, where there is no tokenizer.json.
@@ -335,14 +337,21 @@ def load_tokenizer(
         ValueError: a bad spec, a token to add that text may hold, files that are not those of a BPE or
             Unigram tokenizer, or a tokenizer without the special tokens of its `source` family.
     """
-    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    if isinstance(spec, Tokenizer):
+        return spec
+    if isinstance(spec, str | os.PathLike):
+        spec = parse_spec(os.fspath(spec))
     check_tokens_to_add(tokens_to_add)
+    if not isinstance(spec, TokenizerSpec):
+        called, files = read_object(spec)
+        spec = TokenizerSpec(called)
+    elif spec.name_or_path != BYTE:
+        files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if spec.name_or_path == BYTE:
         name = spec.target or spec.source
         family = FAMILIES[name] if name else BYTE_FAMILY
         document = byte_document([*family.tokens.values(), *tokens_to_add])
         return Tokenizer(spec, document, family, tokens_to_add=tokens_to_add)
-    files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     document, chat_template = files.document, files.chat_template
     if spec.conversion == "byte":
         document = byte_document(control_strings(document))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def read_files(name_or_path: str, *, revision: str | None, trust_remote_code: bo
     if not isinstance(document.get("model"), dict):
         raise ValueError(f"{folder / 'tokenizer.json'} has no 'model': it is not a tokenizers file")
     return TokenizerFiles(document, config, _chat_template(folder, config))
+
+
+def read_object(tokenizer: Any) -> tuple[str, TokenizerFiles]:
+    """Read a tokenizer of transformers as it would be saved: what was changed since it was loaded counts.
+
+    Returns:
+        its name, and its files.
+    """
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            "a tokenizer is given by name or path, or as a tokenizer of transformers: got "
+            f"{type(tokenizer).__name__}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = read_files(folder, revision=None, trust_remote_code=False)
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__, files
 
 
 def _folder(name_or_path: str, revision: str | None) -> Path:
