@@ -22,7 +22,7 @@ LAYERS = [
     {"objective"},
     {"config"},
     {"evaluation", "export", "training"},
-    {"doors"},
+    {"doors", "integrations"},
 ]
 """Lowest first. A module imports its own room and lower layers; see docs/architecture.md."""
 
@@ -35,8 +35,11 @@ SIBLINGS = {"evaluation", "export", "training"}
 CORE = {"structs", "kernels", "losses"}
 """Other trainers pull these in: torch, triton and the standard library alone."""
 
+TRAINERS = {"transformers", "trl", "lightning", "accelerate", "torchtitan", "axolotl", "swift"}
+"""Each has a file in `integrations`, which alone may import it, and at once: its class inherits."""
+
 OWNERS = {
-    "transformers": 6,
+    "transformers": 8,
     "tokenizers": 4,
     "peft": 2,
     "datasets": 2,
@@ -187,9 +190,30 @@ def test_a_heavy_package_is_imported_late(package):
     early = {
         name
         for name, file in modules().items()
-        if any(t.split(".")[0] == package and at_once for t, at_once in imports(file))
+        if room(name) != "integrations"
+        and any(t.split(".")[0] == package and at_once for t, at_once in imports(file))
     }
     assert early == set()
+
+
+def test_the_door_to_other_trainers_imports_none_of_them():
+    program = (
+        "import sys, tokenkit.integrations as ours\n"
+        "ours.hidden_states, ours.Distiller, ours.FlatCollator\n"
+        f"print(sorted({TRAINERS!r} & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_only_its_own_file_imports_a_trainer():
+    users = {}
+    for name, file in modules().items():
+        for trainer in TRAINERS - {"transformers"} & {target.split(".")[0] for target, _ in imports(file)}:
+            users.setdefault(trainer, set()).add(name)
+    assert all(found == {f"tokenkit.integrations.{trainer}"} for trainer, found in users.items())
 
 
 def calls(file):

@@ -1,0 +1,301 @@
+"""The losses of a distillation inside another trainer's step: teacher, counts of the whole step, weights.
+
+    distiller = Distiller(model, teacher, collator, {"clm": 1, "alm_unconstrained": 100})
+    prepared = [distiller.prepare(model, batch) for batch in micro_batches]     # the teacher's half
+    counts = distiller.counts(prepared)                                         # over all ranks
+    for batch, half in zip(micro_batches, prepared):
+        distiller.loss(model, batch, half, counts).total.backward()             # add up to one big batch's
+
+`backward` does all of this for one optimizer step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenkit.data.collate import AlignedCollator
+from tokenkit.integrations.forward import Wrapped, hidden_states, unwrapped
+from tokenkit.kernels.projected_divergence import make_projection
+from tokenkit.losses import Loss, resolve
+from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
+from tokenkit.pairing.matching import matching_tokens, projection_entries
+from tokenkit.structs import Batch, LossTerm
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.training.distillation import ActiveLoss, Distillation
+
+Counts = dict[str, Tensor]
+
+
+class Weighted(NamedTuple):
+    """A micro-batch's part of the loss of a whole step."""
+
+    total: Tensor
+    """Differentiable: Σ weight · total / count of the step."""
+    parts: dict[str, Tensor]
+    """By loss, this micro-batch's share, unweighted, without gradient."""
+
+
+class Distiller:
+    """What a trainer needs for cross-tokenizer distillation beside its own loop.
+
+    The teacher belongs to this object alone: a trainer neither trains nor saves it.
+
+    Args:
+        student: the model that is trained, plain; it may be wrapped afterwards.
+        teacher: a Hugging Face model, or the folder or name of one; not run where no loss compares with it.
+        collator: makes the batches. Chunks that a loss reads and it does not make are added to it.
+        losses: weight of each loss, by name; see docs/losses.md.
+        options: keyword arguments of a loss, by name. Pairs of tokens and projections that an option asks
+            for are made from the tokenizers.
+        compute_dtype: autocast to this type; None: as the models are, or as the trainer autocasts.
+
+    Raises:
+        ValueError: an unknown loss or option, a weight that is not finite, a tokenizer with more ids than its
+            model has rows, a model whose head is not known.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | str,
+        collator: AlignedCollator,
+        losses: Mapping[str, float],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        if not isinstance(collator, AlignedCollator):
+            raise TypeError(f"the collator must be an AlignedCollator: got {type(collator).__name__}")
+        self.weights = _checked_weights(losses)
+        tokenizers = collator.student_tokenizer, collator.teacher_tokenizer or collator.student_tokenizer
+        device = next(student.parameters()).device
+        active = _active(self.weights, options or {}, tokenizers, device)
+        kinds = {loss.chunks for loss in active if loss.chunks is not None}
+        collator.chunk_kinds = tuple(dict.fromkeys((*collator.chunk_kinds, *sorted(kinds))))
+        self.collator = collator
+        self.student = Wrapped(student, tokenizers[0].vocab_size)
+        self.teacher = _loaded(teacher, tokenizers[1].vocab_size, device)
+        self.step = Distillation(self.student, self.teacher, active, compute_dtype)
+        self.parts = self.step.parts.to(device)
+        self.template = collator.collate([])
+
+    def prepare(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Run the teacher's half on one micro-batch; each value has a `.count`."""
+        with self.student.through(model):
+            prepared: dict[str, Any] = self.step(batch, "teacher")
+        return prepared
+
+    def counts(
+        self, prepared: Sequence[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> Counts:
+        """Return, by loss, the count of the whole optimizer step.
+
+        Args:
+            prepared: of every micro-batch of this process.
+            reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
+        """
+        local = {
+            name: torch.stack([torch.as_tensor(one[name].count).double() for one in prepared]).sum(0)
+            for name in self.weights
+        }
+        packed = (reduce or _sum_over_ranks)(torch.cat([count.reshape(-1) for count in local.values()]))
+        sizes = [count.numel() for count in local.values()]
+        summed = packed.split(sizes)
+        return {name: part.reshape(local[name].shape) for name, part in zip(local, summed, strict=True)}
+
+    def loss(self, model: nn.Module, batch: Batch, prepared: Mapping[str, Any], counts: Counts) -> Weighted:
+        """Return one micro-batch's part of the step's loss; those of all micro-batches add up to it."""
+        with self.student.through(model):
+            terms = self.step(batch, "student", prepared)
+        parts = {name: (term.total / counts[name].clamp_min(1)).mean() for name, term in terms.items()}
+        return Weighted(self.weigh(parts), {name: part.detach() for name, part in parts.items()})
+
+    def weigh(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of losses by name."""
+        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+
+    @torch.no_grad()
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
+        """Return, by loss, what one batch adds up for an evaluation."""
+        with self.student.through(model):
+            prepared = self.step(batch, "teacher")
+            terms: dict[str, LossTerm] = self.step(batch, "student", prepared)
+        return terms
+
+    def evaluate(self, batches: Sequence[Mapping[str, LossTerm]]) -> dict[str, float]:
+        """Return each loss over all batches of all processes, divided once, and "loss", their sum."""
+        packed = []
+        for name in self.weights:
+            totals = [batch[name].total.double().reshape(-1) for batch in batches]
+            counts = [batch[name].count.double().expand(len(totals[0])) for batch in batches]
+            packed.append(torch.stack([torch.stack(totals).sum(0), torch.stack(counts).sum(0)]))
+        summed = _sum_over_ranks(torch.cat(packed, 1)).split([part.shape[1] for part in packed], 1)
+        parts = {
+            name: (total / count.clamp_min(1)).mean()
+            for name, (total, count) in zip(self.weights, summed, strict=True)
+        }
+        return {"loss": float(self.weigh(parts)), **{name: float(part) for name, part in parts.items()}}
+
+    def average_parts(self, is_last: Callable[[], bool]) -> None:
+        """Average the gradients of what losses train beside the model, as DDP does those of the model.
+
+        Args:
+            is_last: whether the backward that runs is that of the step's last micro-batch.
+        """
+
+        def average(parameter: Tensor) -> None:
+            if is_last() and parameter.grad is not None:
+                parameter.grad.copy_(_sum_over_ranks(parameter.grad) / _world_size())
+
+        for parameter in self.parts.parameters():
+            if _world_size() > 1:
+                torch.distributed.broadcast(parameter.data, 0)
+            parameter.register_post_accumulate_grad_hook(average)
+
+    def backward(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch | Mapping[str, Tensor]],
+        *,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> dict[str, float]:
+        """Run forward and backward of a whole optimizer step; gradients are those of one big batch.
+
+        Args:
+            model: as its trainer calls it; its wrapper averages gradients over ranks, as DDP and FSDP2 do.
+            batches: the micro-batches of this process, at least one.
+            backward: `accelerator.backward`, `self.manual_backward`, ...
+            no_sync: entered for every micro-batch but the last: `model.no_sync`.
+
+        Returns:
+            by loss its value over the whole step, in nats; "loss": their weighted sum.
+        """
+        device = next(model.parameters()).device
+        taken = [self.batch(batch).to(device) for batch in batches]
+        prepared = [self.prepare(model, batch) for batch in taken]
+        counts, world = self.counts(prepared), _world_size()
+        sums: list[Tensor] = []
+        for i, (batch, half) in enumerate(zip(taken, prepared, strict=True)):
+            with nullcontext() if i == len(taken) - 1 else no_sync():
+                part = self.loss(model, batch, half, counts)
+                backward(part.total * world)
+            sums.append(torch.stack(list(part.parts.values())).double())
+        values = _sum_over_ranks(torch.stack(sums).sum(0)).tolist()
+        named = dict(zip(self.weights, values, strict=True))
+        return {"loss": sum(self.weights[name] * value for name, value in named.items()), **named}
+
+    def batch(self, batch: Batch | Mapping[str, Tensor]) -> Batch:
+        """Return what a trainer carried as flat tensors (`dict(batch)`) as a batch."""
+        return batch if isinstance(batch, Batch) else Batch.from_tensors(batch, self.template)
+
+
+class FlatCollator:
+    """A `collate_fn` of flat tensors, which every trainer can move, slice and count.
+
+    Args:
+        collator: makes the batches.
+    """
+
+    def __init__(self, collator: AlignedCollator):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return `dict(batch)`; one micro-batch of many may well have nothing to train on."""
+        return dict(self.collator.collate(rows))
+
+
+def _loaded(teacher: Any, vocab_size: int, device: torch.device) -> CausalLM:
+    if isinstance(teacher, str | os.PathLike):
+        teacher = load_causal_lm(os.fspath(teacher), vocab_size, LoadOptions(dtype="auto")).model
+    loaded = CausalLM(unwrapped(teacher), vocab_size).requires_grad_(False).eval()
+    loaded.to(device)
+    _check_body(loaded, device)
+    return loaded
+
+
+@torch.no_grad()
+def _check_body(teacher: CausalLM, device: torch.device) -> None:
+    """Compare the body that will run, with the whole model that was compared with its own logits."""
+    ids_BT = (torch.arange(8, device=device) * 7 % teacher.vocab_size)[None]
+    whole, body = hidden_states(teacher.model, ids_BT), teacher(ids_BT)
+    difference = (whole.hidden_BTD - body.hidden_BTD).abs().max() / whole.hidden_BTD.abs().max()
+    if not difference <= 1e-3 + torch.finfo(body.hidden_BTD.dtype).eps * 4:
+        raise ValueError(
+            f"{type(teacher.causal_lm).__name__} cannot teach: from embeddings it gives other hidden states "
+            f"than from ids, {difference:.2g} of the largest away"
+        )
+
+
+def _checked_weights(losses: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(losses, Mapping) or not losses:
+        raise ValueError(f'losses must give a weight by name, such as {{"clm": 1.0}}: got {losses!r}')
+    weights = {name: float(weight) for name, weight in losses.items()}
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of {name} must be positive and finite: got {weight}")
+    return weights
+
+
+def _active(
+    weights: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]],
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    device: torch.device,
+) -> list[ActiveLoss]:
+    if unknown := sorted(set(options) - set(weights)):
+        raise ValueError(
+            f"options of {', '.join(unknown)}, which is not among the losses {', '.join(weights)}"
+        )
+    return [
+        ActiveLoss(name, loss, _options(name, loss, dict(options.get(name, {})), tokenizers, device))
+        for name, loss in ((name, resolve(name)) for name in weights)
+    ]
+
+
+def _options(
+    name: str,
+    loss: Loss,
+    given: dict[str, Any],
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    device: torch.device,
+) -> Any:
+    """Make a loss's options; what it needs of the tokenizers is found here unless it is given."""
+    known = inspect.signature(loss.options).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if not takes_all and (wrong := sorted(set(given) - set(known))):
+        raise ValueError(f"{name} has no option {', '.join(wrong)}: it has {', '.join(known)}")
+    if "chunks" in known and loss.chunks is not None:
+        given.setdefault("chunks", loss.chunks)
+    if "student_index" in known and "student_index" not in given:
+        pairs = matching_tokens(*tokenizers)
+        given["student_index"] = torch.from_numpy(pairs.student_P).to(device)
+        given["teacher_index"] = torch.from_numpy(pairs.teacher_P).to(device)
+    if "projection" in known and "projection" not in given:
+        student_M, teacher_M, weight_M = map(torch.from_numpy, projection_entries(*tokenizers))
+        sizes = (tokenizers[0].vocab_size, tokenizers[1].vocab_size)
+        given["projection"] = make_projection(student_M, teacher_M, weight_M, *sizes).to(device)
+    missing = [
+        n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in given
+    ]
+    if missing:
+        raise ValueError(f"{name} needs the option {', '.join(missing)}: give it as options[{name!r}]")
+    return loss.options(**given)
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    if _world_size() > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

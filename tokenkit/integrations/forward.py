@@ -1,0 +1,221 @@
+"""Hidden states and head of a model that another trainer has wrapped.
+
+    states = hidden_states(model, batch.student.ids_BT)     # model: plain, DDP, compiled, FSDP2, PEFT, ...
+
+The model is called as its trainer calls it, so that autocast, compilation, gradient hooks and adapters act,
+and asked for its hidden states and for the logits of one position, by which the head is checked once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, effective_weight, head_bias
+from tokenkit.models.collect import collecting
+from tokenkit.structs import Head, HiddenStates, StateKind
+
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""By class: where the wrapped model is."""
+TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 2e-2
+"""Of logits, relative to the largest: float32, and what was rounded to 16 bits."""
+
+_CHECKED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    vocab_size: int | None = None,
+    collect: frozenset[StateKind] = frozenset(),
+    **inputs: Any,
+) -> HiddenStates:
+    """Run a Hugging Face model, whatever wraps it, up to its head.
+
+    In the first call for a model its own logits at the last position are compared with those of the
+    returned head: what multiplies them besides, and is not known here, is refused.
+
+    Args:
+        model: a `...ForCausalLM`, plain or inside `torch.compile`, DDP, FSDP2, PEFT, Accelerate or DeepSpeed
+            up to stage 2.
+        input_ids: int64 [B, T], padded on the right.
+        vocab_size: number of the tokenizer's ids, where the head has more rows: those take no probability.
+        collect: what to return beside the last hidden states.
+        inputs: more for the model's forward, such as `attention_mask` where padding is on the left.
+
+    Raises:
+        ValueError: a head or a way of dividing it that is not known.
+    """
+    inner = unwrapped(model)
+    if vocab_size is None:
+        vocab_size = inner.get_input_embeddings().weight.shape[0]
+    return Wrapped(model, vocab_size)(input_ids, None, collect, **inputs)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model inside its wrappers; adapters stay.
+
+    Raises:
+        ValueError: FSDP's first version, which leaves no matrix that a loss could multiply.
+        TypeError: no language model.
+    """
+    while True:
+        name = type(model).__name__
+        if name == "FullyShardedDataParallel":
+            raise ValueError(
+                "FSDP's first version flattens the head away: use fsdp_version 2 (torch's fully_shard)"
+            )
+        if name not in WRAPPERS:
+            break
+        model = getattr(model, WRAPPERS[name])
+    if getattr(model, "get_output_embeddings", None) is None:
+        raise TypeError(f"expected a Hugging Face causal language model: got {type(model).__name__}")
+    return model
+
+
+class Wrapped(CausalLM):
+    """A `CausalLM` whose forward is that of the trainer's wrapper.
+
+    Args:
+        model: the wrapper, or a plain model.
+        vocab_size: number of real tokens.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int):
+        super().__init__(unwrapped(model), vocab_size)
+        self._outer = [model]  # in a list: its parameters are those of `self.model` already
+
+    @contextmanager
+    def through(self, model: nn.Module) -> Iterator[None]:
+        """Call `model`, a wrapper of the same model, in this context."""
+        before, self._outer = self._outer, [model]
+        try:
+            yield
+        finally:
+            self._outer = before
+
+    def own(self) -> OwnVocabulary:
+        """Return the embedding and the head, put together where FSDP2 has divided them."""
+        weights = [effective_weight(self.embedding), effective_weight(self.output)]
+        if not any(isinstance(weight, DTensor) for weight in weights):
+            return OwnVocabulary(self, None)
+        return OwnVocabulary(self, [_whole(weight) for weight in weights])
+
+    def head(self) -> Head:
+        """Return the head; the embedding beside it is left alone."""
+        bias_V = head_bias(self.output)
+        return Head(
+            _whole(effective_weight(self.output)),
+            None if bias_V is None else _whole(bias_V),
+            **self.head_options(),
+        )
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        vocabulary: Rows | None = None,
+        collect: frozenset[StateKind] = frozenset(),
+        **inputs: Any,
+    ) -> HiddenStates:
+        """Run the wrapper; see `CausalLM.forward`. Only the model's own vocabulary can be used."""
+        assert vocabulary is None or isinstance(vocabulary, OwnVocabulary), "a wrapper reads ids"
+        # of the class: trainers put a forward of their own on the model
+        if "logits_to_keep" in inspect.signature(type(self.causal_lm).forward).parameters:
+            inputs["logits_to_keep"] = 1  # none would do, but 0 means all
+        embedded: list[Tensor] = []
+        handle = None
+        if "embedded" in collect:
+            handle = self.embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))
+        try:
+            with collecting(self.layers if "qkv" in collect else (), collect & {"qkv"}, self.config) as found:
+                outputs = self._outer[0](
+                    input_ids=ids_BT, use_cache=False, output_hidden_states=True, return_dict=True, **inputs
+                )
+        finally:
+            if handle is not None:
+                handle.remove()
+        states = getattr(outputs, "hidden_states", None)
+        if not states:
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} returns no hidden states: it cannot be trained here"
+            )
+        if len(embedded) != ("embedded" in collect) or ("qkv" in collect and not all(found.qkv)):
+            raise ValueError(
+                "a compiled model shows neither its embeddings nor its queries, keys and values: leave "
+                "torch.compile away, or the losses that read them (baseline_dskd, alm_latents with qkv)"
+            )
+        head = self.head()
+        _check_once(self.causal_lm, states[-1], head, outputs.logits)
+        return HiddenStates(
+            states[-1],
+            head,
+            embedded_BTD=embedded[0] if embedded else None,
+            layers_BTD=tuple(states[1:]) if "layers" in collect else (),
+            qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
+        )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a parameter as one tensor on every process.
+
+    What FSDP2 has divided is gathered; gradients are scattered back and, as FSDP2 does, averaged.
+    """
+    if getattr(weight, "ds_id", None) is not None and not weight.numel():
+        raise ValueError(
+            "DeepSpeed's stage 3 leaves no head that a loss could multiply: use stage 2, or FSDP2"
+        )
+    if not isinstance(weight, DTensor):
+        return weight
+    mesh = weight.device_mesh
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names or sum(isinstance(place, Shard) for place in weight.placements) > 1:
+        raise ValueError(
+            "a head divided by tensor parallelism is not put together here: leave it whole, or give the "
+            "losses a Head with its Shard"
+        )
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
+
+
+@torch.no_grad()
+def _check_once(model: nn.Module, hidden_BTD: Tensor, head: Head, logits_BTV: Tensor | None) -> None:
+    """Compare the model's own logits of the last position with those of the head.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if model in _CHECKED or torch.compiler.is_compiling():
+        return
+    if logits_BTV is None:
+        raise ValueError(f"{type(model).__name__} returns no logits to compare its head with")
+    own_BV = logits_BTV[:, -1].float()
+    made_BV = nn.functional.linear(hidden_BTD[:, -1].float(), head.weight_VD.float()) * head.scale
+    if head.bias_V is not None:
+        made_BV += head.bias_V.float() * head.scale
+    if head.softcap is not None:
+        made_BV = head.softcap * torch.tanh(made_BV / head.softcap)
+    # rounded to 16 bits: by the model's type, or by an autocast whose outputs were made float32 again
+    is_rounded = any(torch.equal(own_BV.to(t).float(), own_BV) for t in (torch.bfloat16, torch.float16))
+    difference = (own_BV - made_BV).abs().max() / own_BV.abs().max().clamp_min(1e-6)
+    if not difference <= (ROUNDED_TOLERANCE if is_rounded else TOLERANCE):
+        raise ValueError(
+            f"{type(model).__name__} makes logits that are not those of its hidden states and head: they "
+            f"differ by {difference:.2g} of the largest; a loss would train on another objective, so this "
+            "model is refused"
+        )
+    _CHECKED[model] = True
