@@ -4,12 +4,14 @@
 #   bash environment.sh                        make or refresh it
 #   TOKENKIT_VENV=elsewhere bash environment.sh
 #   PYTHON=python3.12 bash environment.sh      with another Python
+#   TOKENKIT_CONSTRAINTS=file bash environment.sh   at other versions than those of constraints.txt
 #
 # The first call needs a package index; later calls need nothing. Two callers at once wait for each other.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${TOKENKIT_VENV:-$root/.venv}
+constraints=${TOKENKIT_CONSTRAINTS:-$root/constraints.txt}
 extras=train,track,dev
 say() { printf 'environment: %s\n' "$*" >&2; }
 
@@ -31,7 +33,7 @@ find_python() {
 # What decides the content of the environment. A change of any of it makes the next call install again.
 wanted() {
   printf '%s\n' "$root" "$extras"
-  cat "$root/constraints.txt" "$root/setup.py"
+  cat "$constraints" "$root/setup.py"
 }
 
 # The stamp is written last, so that an interrupted installation is repeated. It holds text, not a hash:
@@ -58,9 +60,9 @@ if [ ! -x "$venv/bin/python" ]; then
   say "making $venv with $python"
   "$python" -m venv "$venv"
 fi
-say "installing tokenkit[$extras] at the versions of constraints.txt (a few minutes, about 3 GB)"
+say "installing tokenkit[$extras] at the versions of $(basename "$constraints") (a few minutes, about 3 GB)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  -c "$root/constraints.txt" -e "$root[$extras]"
+  -c "$constraints" -e "$root[$extras]"
 "$venv/bin/python" -c 'import torch, triton, tokenkit.structs'
 wanted >"$venv/tokenkit.stamp"
 say "ready: $venv"

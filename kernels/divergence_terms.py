@@ -24,9 +24,9 @@ m/max(p, q) = U for m = λ q + (1 − λ) p.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from tokenkit.kernels.language import tl, triton
 
 KINDS = ("kl", "rkl", "skl", "srkl", "js", "akl", "abs", "log_abs")
 MIRROR = {"kl": "rkl", "rkl": "kl", "skl": "srkl", "srkl": "skl"}

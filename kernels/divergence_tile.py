@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tokenkit.kernels.divergence_terms import gradients, terms, terms_triton
+from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
 BLOCK_V = 2048  # columns of a row that one program holds

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.language import HAS_TRITON
+
 INTERPRET = False
 """Run Triton kernels on CPU tensors: tests set it, where TRITON_INTERPRET=1 at the first import of triton."""
 
@@ -16,7 +18,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
     float64 stays with torch: it is there for references, and Triton's epilogues are float32.
     """
-    return (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
+    return HAS_TRITON and (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -16,18 +16,20 @@ Dimensions: N tokens, V rows of the head, D hidden size, S stretches, P parts of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenkit.kernels import logprob_plan
+from tokenkit.kernels.language import triton
 from tokenkit.kernels.launch import on_device, runs_triton
 from tokenkit.kernels.logprob_plan import Plan, Sums
 from tokenkit.kernels.logprob_programs import _frozen_kernel, _gradient_kernel, _statistics_kernel
 from tokenkit.kernels.vocabulary import REST, SUBSET
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 PARTIAL_BYTES = 16 * 2**20  # of what stretches leave to be joined
 TMA_ARCHITECTURE = 90  # the first whose copy engine takes descriptors
@@ -200,6 +202,8 @@ def _rows(
     D = x_ND.shape[1]
     if not tma:
         return x_ND
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     return TensorDescriptor(x_ND, [rows, D], [D, 1], [block_rows, block_channels])
 
 

@@ -7,8 +7,7 @@ Dimensions: N tokens, V rows of the head, D hidden size, S stretches, P parts of
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from tokenkit.kernels.language import tl, triton
 
 
 @triton.jit

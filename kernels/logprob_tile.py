@@ -10,10 +10,9 @@ The formulas are those of `linear_logprob.py`. Dimensions: N tokens, V the tile'
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 from tokenkit.kernels.logprob_plan import Plan, Sums
 from tokenkit.kernels.vocabulary import Tile

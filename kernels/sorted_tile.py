@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
 OCTAVE = 23  # log2 of the step of a float32's bits from one power of two to the next

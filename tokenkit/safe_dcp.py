@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -48,12 +48,14 @@ ALLOWED_GLOBALS = frozenset(
     {("torch", dtype) for dtype in _DTYPES}
     | {("torch.distributed.checkpoint.metadata", name) for name in _PLAN_CLASSES}
     | {
-        ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     }
 )
+_PATH_MODULES = ("pathlib", "pathlib._local")  # Python 3.13 alone pickles paths by the second
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+"""Where DCP once wrote, which nothing reads: paths that cannot open a file, on any system."""
 
 
 class CheckpointError(OSError):
@@ -166,6 +168,8 @@ class _MetadataUnpickler(pickle._Unpickler):
     dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> Any:
+        if module in _PATH_MODULES and name in _PATHS:
+            return _PATHS[name]
         if (module, name) not in ALLOWED_GLOBALS:
             raise CheckpointError(f"{METADATA} asks for {module}.{name}, which no checkpoint needs: refused")
         return super().find_class(module, name)

@@ -1,0 +1,60 @@
+"""Where Triton does not exist (macOS, Windows), losses and the doors around them work in plain torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import byte_level_bpe, tiny_folder
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import sys
+for name in ("triton", "triton.language"):
+    sys.modules[name] = None
+model, target, folder = sys.argv[1:]
+
+import torch
+from tokenkit.kernels.linear_divergence import linear_divergence
+from tokenkit.data.collate import AlignedCollator
+from tokenkit.losses import alm_loss, clm_loss, uld_loss
+from tokenkit.structs import Head, HiddenStates
+from tokenkit.tokenization.byteify import load_tokenizer
+
+tokenizers = [load_tokenizer(target), load_tokenizer(model)]
+batch = AlignedCollator(*tokenizers)([{"text": "The cats sat on the mat, and the dog ran after them."}])
+student, teacher = (torch.nn.Embedding(tokenizer.vocab_size, 16) for tokenizer in tokenizers)
+teaching = HiddenStates(teacher(batch.teacher.ids_BT).detach(), Head(teacher.weight.detach()))
+for loss in (alm_loss, clm_loss, uld_loss):
+    learning = HiddenStates(student(batch.student.ids_BT), Head(student.weight))
+    term = loss(learning, batch) if loss is clm_loss else loss(learning, teaching, batch)
+    student.weight.grad = None
+    (term.total / term.count).backward()
+    assert torch.isfinite(student.weight.grad).all() and student.weight.grad.abs().sum() > 0, loss
+
+frozen = Head(student.weight.detach())
+linear_divergence(student.weight[:5], Head(student.weight), frozen.weight_VD[5:10], frozen, "js").sum().backward()
+
+from tokenkit import align, zett
+
+assert align.main(["--student", target, "--teacher", model, "--text", "the cat"]) == 0
+flags = ["--model.pretrained-model-name-or-path", model, "--target-tokenizer-name", target, "--output", folder]
+assert zett.main(flags) == 0
+print("all of it")
+"""
+
+
+def test_losses_align_and_zett_work_without_triton(tmp_path):
+    """One process of several seconds: what is imported without Triton cannot be imported again with it."""
+    tiny_folder(tmp_path / "model")
+    byte_level_bpe(tmp_path / "target", 320)
+    paths = [str(tmp_path / name) for name in ("model", "target", "moved")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *paths],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.rstrip().endswith("all of it")
