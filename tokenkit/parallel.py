@@ -189,10 +189,19 @@ def shard(
     return module
 
 
-def set_gradient_sync(module: nn.Module, is_last: bool) -> None:
-    """Add gradients over ranks in the next backward only if it is the step's last."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(is_last)
+def set_gradient_sync(module: nn.Module, is_last: bool, *, layers: Iterable[nn.Module] | None = None) -> None:
+    """Add gradients over ranks in the next backward only if it is the step's last.
+
+    Args:
+        module: the root that `shard` returned.
+        is_last: whether the next backward is the step's last.
+        layers: those that this backward reaches, where it does not reach all: what was never gathered has no
+            gradient to hold back, and FSDP2 fails where it is told to.
+    """
+    parts = [module] if layers is None else [module, *layers]
+    for part in parts:
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(is_last, recurse=layers is None)
 
 
 def all_reduce_counts(counts: Mapping[str, Tensor], step: int, world: World) -> dict[str, Tensor]:
@@ -202,21 +211,21 @@ def all_reduce_counts(counts: Mapping[str, Tensor], step: int, world: World) -> 
     for the rest of the run, silently. Flags travel here too: a sum above 0 means some rank raised it.
 
     Args:
-        counts: scalars by name, any dtype; the same names on every rank.
+        counts: tensors by name, any dtype; the same names and shapes on every rank.
         step: the step that this rank is in; below 2**26.
         world: from `start`.
 
     Returns:
-        float64 scalars on the world's device.
+        float64 tensors on the world's device, of the shapes given.
 
     Raises:
         RuntimeError: ranks at different steps, on every rank (on a GPU as a device-side assertion,
             so that nothing here waits for the device).
     """
     names = sorted(counts)
-    packed = torch.stack(
-        [counts[name].detach().to(world.device, torch.float64).reshape(()) for name in names]
-        + [torch.tensor(float(s), dtype=torch.float64, device=world.device) for s in (step, step * step)]
+    steps_2 = torch.tensor([float(step), float(step * step)], dtype=torch.float64, device=world.device)
+    packed = torch.cat(
+        [counts[name].detach().to(world.device, torch.float64).flatten() for name in names] + [steps_2]
     )
     if world.mesh is not None:
         dist.all_reduce(packed, group=world.mesh.get_group())
@@ -231,7 +240,8 @@ def all_reduce_counts(counts: Mapping[str, Tensor], step: int, world: World) -> 
                 f"{message} (the mean is {steps.item() / world.world_size:g}): "
                 "every rank must take as many batches as the others; look for data that one rank skipped"
             )
-    return dict(zip(names, packed[:-2].unbind(), strict=True))
+    parts = packed[:-2].split([counts[name].numel() for name in names])
+    return {name: part.reshape(counts[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:

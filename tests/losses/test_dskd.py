@@ -1,6 +1,6 @@
 """DSKD beyond the reference values: who attends to whom, what is counted, what is trained.
 
-Faults tried, each caught here or by the reference values: std of the scored part; embeddings shifted the
+Faults tried, each caught here or by the reference values: std of padding too; embeddings shifted the
 other way; the mask of the other direction; a chunk read at its first token; counts of all targets for the
 divergence; a gradient into u from the divergence; totals not tripled; the teacher's temperature on the
 student.
@@ -132,6 +132,33 @@ def test_embeddings_that_do_not_vary_are_left_as_they_are():
     term.total.sum().backward()
     assert term.total.isfinite().all()
     assert student.hidden_BTD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_scales_are_those_of_all_tokens_that_are_there(offset):
+    """A step in two parts, the second one padded with what must not count; the definition is torch's own."""
+    batch = make_batch()
+    _, teacher = make_states(batch)
+    with torch.no_grad():
+        for state in (teacher.hidden_BTD, teacher.embedded_BTD):
+            state += offset
+            state[1, 7:] = torch.nan
+    parts = []
+    for row in range(2):
+        states = dataclasses.replace(
+            teacher, hidden_BTD=teacher.hidden_BTD[[row]], embedded_BTD=teacher.embedded_BTD[[row]]
+        )
+        side = batch.teacher
+        side = dataclasses.replace(side, ids_BT=side.ids_BT[[row]], length_B=side.length_B[[row]])
+        one = dataclasses.replace(batch, teacher=side)
+        parts.append(module.measure(states, one, DskdOptions()))
+    sums = parts[0].sum_K + parts[1].sum_K
+    torch.testing.assert_close(module.measure(teacher, batch, DskdOptions()).sum_K, sums)
+    divided = module._divided(teacher.hidden_BTD, teacher.embedded_BTD)
+    for k, state in enumerate(divided):
+        real = torch.cat([state[0], state[1, :6]])
+        scaled = module._scaled(state, sums[3 * k : 3 * k + 3])
+        torch.testing.assert_close(scaled[0], state[0] / real.std(correction=0), rtol=1e-9, atol=0)
 
 
 def test_what_is_missing_is_named():

@@ -12,9 +12,10 @@ import torch
 
 from tests.losses.example import make_batch, make_states
 from tokenkit.losses import LatentsOptions, latents_loss
+from tokenkit.losses import latents as module
 from tokenkit.losses.latents import facing_layer, modules, required_states
 from tokenkit.losses.rows import chunk_ends
-from tokenkit.structs import Widths
+from tokenkit.structs import Chunks, Widths
 
 
 def with_layers(batch, student_layers=2, teacher_layers=4, width=6):
@@ -124,6 +125,35 @@ def test_a_channel_that_is_always_zero_divides_by_nothing():
     with torch.no_grad():
         teacher.hidden_BTD[..., 2] = 0
     assert latents_loss(student, teacher, batch).total.isfinite()
+
+
+@pytest.mark.parametrize("normalization", ["l1", "l2", "l1_channelwise", "l2_channelwise"])
+def test_parts_of_a_step_divide_by_the_scale_of_the_whole(normalization):
+    batch = make_batch()
+    student, teacher = make_states(batch)
+    options = LatentsOptions(normalization=normalization)
+    whole = latents_loss(student, teacher, batch, normalization=normalization)
+    measured, total = [], 0
+    for row in range(2):
+        states = [dataclasses.replace(x, hidden_BTD=x.hidden_BTD[[row]]) for x in (student, teacher)]
+        sides = {}
+        for name in ("student", "teacher"):
+            side = getattr(batch, name)
+            cut = {field: getattr(side, field)[[row]] for field in ("ids_BT", "length_B", "trained_BT")}
+            sides[name] = dataclasses.replace(side, **cut)
+        chunks = batch.chunks["unconstrained"]
+        part = dataclasses.replace(
+            batch,
+            **sides,
+            chunks={"unconstrained": Chunks(chunks.student_BT[[row]], chunks.teacher_BS[[row]])},
+        )
+        measured.append((states[0], part, module.measure(states[1], part, options)))
+    sums = measured[0][2].sum_K + measured[1][2].sum_K
+    for states, part, one in measured:
+        prepared = module.settle(one, sums, part, options)
+        total = total + module.function(states, prepared, part, options).total
+    torch.testing.assert_close(total, whole.total)
+    assert sums[0] == whole.count
 
 
 def test_latents_that_are_not_finite_are_named():

@@ -2,13 +2,19 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder
+from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder, tiny_model
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
+from tokenkit.pair_stats import main as pair_stats
+from tokenkit.pairing.mining import mine_mapping
+from tokenkit.tokenization.byteify import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +59,25 @@ def make_config(workspace: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return parse_command_line(TrainConfig, flags, program="test", aliases=ALIASES)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def files(workspace, tmp_path_factory):
+    """A mined mapping, what pair-stats counted, and a wider and deeper teacher."""
+    folder = tmp_path_factory.mktemp("losses")
+    tokenizers = (load_tokenizer(str(workspace / name)) for name in ("target", "model"))
+    student, teacher = tokenizers
+    np.save(folder / "mapping.npy", mine_mapping(student, teacher).teacher_V)
+    flags = ["--teacher-tokenizer-name", str(workspace / "model"), "--output", str(folder / "pair")]
+    flags += ["--target-tokenizer-name", str(workspace / "target")]
+    (folder / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
+    assert pair_stats([*flags, "--data.dataset-name", str(folder / "text.txt")]) == 0
+    shutil.copytree(workspace / "model", folder / "teacher")
+    tiny_model(hidden_size=48, num_hidden_layers=3, seed=1).save_pretrained(folder / "teacher")
+    return folder
+
+
+@pytest.fixture
+def config_of(make_config, files):
+    paths = {"mined_mapping_path": files / "mapping.npy", "tokenizer_pair_data_path": files / "pair"}
+    return partial(make_config, **paths)

@@ -10,7 +10,7 @@ from tokenkit.losses import LOSSES
 from tokenkit.parallel import World, set_gradient_sync
 from tokenkit.training.build import build
 from tokenkit.training.gradients import Passes, accumulate, trained_parameters
-from tokenkit.training.step import NonFiniteError, global_counts, train_step
+from tokenkit.training.step import NonFiniteError, global_counts, prepare, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 
@@ -33,7 +33,7 @@ WAYS = {
 def passes_of(parts, world):
     """What the passes of the run's next step read."""
     run, batches = parts.run, next(parts.batches)
-    prepared = [run.model(batch, "teacher") for batch in batches]
+    prepared = prepare(run, batches)
     return Passes(
         model=run.model,
         objective=run.objective,

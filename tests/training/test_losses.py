@@ -5,7 +5,6 @@ or of the checkpoint; parts built after sharding; options left on the configurat
 """
 
 import json
-import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
-from tests.tiny import TEXT, tiny_model
 from tests.training.test_resume import curve, run_in_rank
 from tokenkit.config import ConfigError
 from tokenkit.metrics import ExitCode
 from tokenkit.mined_mapping import main as mined_mapping
-from tokenkit.pair_stats import main as pair_stats
-from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
 from tokenkit.structs import LossTerm
-from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
 from tokenkit.training.losses import _mined_pairs, read_mapping
@@ -38,31 +33,6 @@ NAMES = [
     "baseline_gold", "baseline_xtoken",
 ]  # fmt: skip
 EVERY_LAYER = {"latents_to_align": "all_hidden_states", "latents_do_project": "true"}
-
-
-@pytest.fixture(scope="module")
-def files(workspace, tmp_path_factory):
-    """A mined mapping, a wider and deeper teacher, and documents that are all alike."""
-    folder = tmp_path_factory.mktemp("losses")
-    tokenizers = (load_tokenizer(str(workspace / name)) for name in ("target", "model"))
-    student, teacher = tokenizers
-    np.save(folder / "mapping.npy", mine_mapping(student, teacher).teacher_V)
-    flags = ["--teacher-tokenizer-name", str(workspace / "model"), "--output", str(folder / "pair")]
-    flags += ["--target-tokenizer-name", str(workspace / "target")]
-    (folder / "text.txt").write_text("\n\n".join(TEXT), encoding="utf-8")
-    assert pair_stats([*flags, "--data.dataset-name", str(folder / "text.txt")]) == 0
-    shutil.copytree(workspace / "model", folder / "teacher")
-    tiny_model(hidden_size=48, num_hidden_layers=3, seed=1).save_pretrained(folder / "teacher")
-    with (folder / "alike.jsonl").open("w", encoding="utf-8") as file:
-        text = " ".join(random.Random(1).choices(" ".join(TEXT).split(" "), k=25))
-        file.writelines(json.dumps({"text": text}) + "\n" for _ in range(120))
-    return folder
-
-
-@pytest.fixture
-def config_of(make_config, files):
-    paths = {"mined_mapping_path": files / "mapping.npy", "tokenizer_pair_data_path": files / "pair"}
-    return partial(make_config, **paths)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["lora", "full, another teacher"])
@@ -137,10 +107,8 @@ def three_steps(world, config):
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_processes_and_micro_batches_agree_with_one(config_of, files, mode):
-    """Documents that are alike, because DSKD and latents take scales from the micro-batch of a process."""
     settings = {
         "losses": [*NAMES, "tests.training.test_losses:teachers_head"],
-        "data__dataset_name": files / "alike.jsonl",
         "teacher__pretrained_model_name_or_path": files / "teacher",
         "train_model_mode": mode,
         "batch_size": 8,

@@ -47,10 +47,9 @@ def test_rows_and_first_layers_move_and_nothing_else(make_config, mode, changes)
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_two_processes_agree_with_one(make_config, mode):
+    _, after, _, numbers = two_steps(SINGLE, make_config(**ALL, train_model_mode=mode, batch_size=8))
     halves = make_config(**ALL, train_model_mode=mode, batch_size=8, gradient_accumulation_steps=2)
-    _, after, _, numbers = two_steps(SINGLE, halves)
-    config = make_config(**ALL, train_model_mode=mode, batch_size=8)
-    for _, end, _, got in run_ranks(two_steps, 2, config):
+    for _, end, _, got in run_ranks(two_steps, 2, halves):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(numbers), rtol=1e-4, atol=1e-6)
         for name in after:
             torch.testing.assert_close(end[name], after[name], rtol=1e-3, atol=1e-3)

@@ -9,6 +9,9 @@ Every loss has two halves, because the count of the whole optimizer step (all ra
 must be known before the first backward: `prepare(teacher, batch, options, context)` returns an object with
 `.count` and whatever of the teacher the second half needs, `function(student, prepared, batch, options,
 context)` a LossTerm. `context` holds the heads as they are to be read now, and the loss's own trained parts.
+Two losses divide by a scale of the teacher's before they count (`Loss.measure` is not None): of these,
+`measure(teacher, batch, options, context)` comes first, its `.sum_K` is added over the whole step too, and
+`settle(measured, sum_K, batch, options, context)` returns what `prepare` would.
 """
 
 from __future__ import annotations

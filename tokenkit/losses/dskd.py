@@ -1,7 +1,7 @@
 """Dual-space knowledge distillation: attention aligns the texts, and each model is read in the other's space.
 
     Q_i  = query([e_i ; e_{i+1}])                 e: the student's input embeddings, f: the teacher's
-    K_j  = [f_j ; f_{j+1}] / std                  std: population, over the whole micro-batch, padding too
+    K_j  = [f_j ; f_{j+1}] / std                  std: population, over the step's tokens, without padding
     A_ij = softmax over j of Q_i · K_j / √(2E)    B_ji: over i of the same scores
     u_i  = Σ_j A_ij t2s(h_j / std + f_{j+1} / std)        u: the teacher, in the student's space
     w_j  = Σ_i B_ji s2t(h_i)                              w: the student, in the teacher's space
@@ -12,7 +12,10 @@
 
 The three means are the three entries of total and count; because a loss in several parts is the mean of their
 quotients, each total carries a factor 3. The second count needs the student's head and embeddings, which is
-why the first half of a step reads them. No gradient flows into heads and embeddings from the alignment,
+why the first half of a step reads them, and the stds, which are those of the whole optimizer step: `measure`
+adds up a micro-batch, `settle` counts with the sums of all.
+
+No gradient flows into heads and embeddings from the alignment,
 nor from the divergence into u: it trains the student's hidden states and head, the cross entropy the
 projections, and the last term both.
 
@@ -59,6 +62,10 @@ from tokenkit.structs import (
 
 Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
 STATES: frozenset[StateKind] = frozenset({"embedded"})
+_NEEDS = (
+    "baseline_dskd needs the input embeddings of both models and the student's head: "
+    "HiddenStates.embedded_BTD, Context.student_embedded_BTD and Context.student_head"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +158,52 @@ class DskdPrepared:
     """The teacher's hidden states there."""
 
 
+@dataclass(frozen=True, slots=True)
+class DskdMeasured:
+    """What one micro-batch adds to the three standard deviations."""
+
+    sum_K: Tensor
+    """float64 [9]: number, sum and sum of squares of what is divided, in the order of `_divided`."""
+    hidden_BSE: Tensor
+    """The teacher's hidden states."""
+    embedded_BSE: Tensor
+    """The teacher's input embeddings."""
+
+
 @torch.no_grad()
-def prepare(
+def measure(
     teacher: HiddenStates | None, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
-) -> DskdPrepared:
-    """Prepare keys and values, and find where the teacher, seen through the student's head, is right."""
+) -> DskdMeasured:
+    """Add up what the standard deviations of the teacher's embeddings and hidden states are made of."""
     teacher = need_teacher(teacher, "baseline_dskd")
+    if teacher.embedded_BTD is None:
+        raise ValueError(_NEEDS)
+    position_S = torch.arange(1, batch.teacher.ids_BT.shape[1], device=batch.teacher.ids_BT.device)
+    is_real_BS = position_S < batch.teacher.length_B[:, None]
+    moments = [_moments(x_BSE, is_real_BS) for x_BSE in _divided(teacher.hidden_BTD, teacher.embedded_BTD)]
+    return DskdMeasured(torch.cat(moments), teacher.hidden_BTD, teacher.embedded_BTD)
+
+
+@torch.no_grad()
+def settle(
+    measured: DskdMeasured, sum_K: Tensor, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
+) -> DskdPrepared:
+    """Prepare keys and values, and find where the teacher, seen through the student's head, is right.
+
+    Args:
+        measured: of this micro-batch.
+        sum_K: float64, of all micro-batches on all ranks.
+        batch: this micro-batch.
+        options: as in the other halves.
+        context: with the student's head and embeddings and the projections.
+    """
     embedded_BTD, head = context.student_embedded_BTD, context.student_head
-    if teacher.embedded_BTD is None or embedded_BTD is None or head is None:
-        raise ValueError(
-            "baseline_dskd needs the input embeddings of both models and the student's head: "
-            "HiddenStates.embedded_BTD, Context.student_embedded_BTD and Context.student_head"
-        )
+    if embedded_BTD is None or head is None:
+        raise ValueError(_NEEDS)
     masks = _masks(batch, options.causal)
-    next_BSE = teacher.embedded_BTD[:, 1:]
-    key_BSF = torch.cat([teacher.embedded_BTD[:, :-1], next_BSE], -1)
-    value_BSE = _scaled(teacher.hidden_BTD[:, :-1]) + _scaled(next_BSE)
-    key_BSF = _scaled(key_BSF)
+    divided = _divided(measured.hidden_BSE, measured.embedded_BSE)
+    key_BSF, last_BSE, next_BSE = (_scaled(x, sum_K[3 * k : 3 * k + 3]) for k, x in enumerate(divided))
+    value_BSE = last_BSE + next_BSE
 
     score_BTS = _scores(embedded_BTD, key_BSF, _modules(context))
     into_student_BTD = _into_student(score_BTS, value_BSE, masks, _modules(context))
@@ -189,8 +225,16 @@ def prepare(
         student_N=student_N,
         is_right_N=is_right_N,
         teacher_N=teacher_N,
-        teacher_NE=take(teacher.hidden_BTD, batch.teacher, teacher_N),
+        teacher_NE=take(measured.hidden_BSE, batch.teacher, teacher_N),
     )
+
+
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
+) -> DskdPrepared:
+    """Run `measure` and `settle` where this batch is the whole step."""
+    measured = measure(teacher, batch, options, context)
+    return settle(measured, measured.sum_K, batch, options, context)
 
 
 def function(
@@ -247,10 +291,27 @@ def _modules(context: Context) -> Projections:
     return context.modules
 
 
-def _scaled(state: Tensor) -> Tensor:
-    """Divide by the standard deviation of the whole tensor, or by 1 where nothing varies."""
-    std = state.to(torch.promote_types(state.dtype, torch.float32)).std(correction=0)
-    return state / std.where(std > 0, 1).to(state.dtype)
+def _divided(hidden_BSE: Tensor, embedded_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is divided by a standard deviation of its own: keys, and the two parts of values."""
+    next_BSE = embedded_BSE[:, 1:]
+    return torch.cat([embedded_BSE[:, :-1], next_BSE], -1), hidden_BSE[:, :-1], next_BSE
+
+
+def _moments(state_BSE: Tensor, is_real_BS: Tensor) -> Tensor:
+    """Return number, sum and sum of squares of the entries of real positions, float64 [3]."""
+    sum_BS = state_BSE.sum(-1, dtype=torch.float64)
+    square_BS = torch.linalg.vector_norm(state_BSE, dim=-1, dtype=torch.float64).square()
+    number = is_real_BS.sum() * state_BSE.shape[-1]
+    return torch.stack([number.double(), *(x.where(is_real_BS, 0).sum() for x in (sum_BS, square_BS))])
+
+
+def _scaled(state_BSE: Tensor, moment_3: Tensor) -> Tensor:
+    """Divide by the standard deviation that the moments give, or by 1 where nothing varies."""
+    _, mean, square = moment_3 / moment_3[0].clamp_min(1)
+    variance = square - mean.square()
+    # a difference of two numbers that are equal up to rounding is no variance
+    std = variance.where(variance > 1e-12 * square, 1).sqrt()
+    return state_BSE / std.to(state_BSE.dtype)
 
 
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -332,6 +393,8 @@ LOSS = Loss(
     chunks="unconstrained",
     states=lambda options: STATES,
     modules=lambda options, student, teacher: Projections(student, teacher),
+    measure=measure,
+    settle=settle,
 )
 
 
@@ -347,7 +410,7 @@ def dskd_loss(
     Args:
         student: hidden states, head and `embedded_BTD` of the student.
         teacher: the same of the teacher, on its own tokens.
-        batch: both tokenizations; with `causal`, their "unconstrained" chunks.
+        batch: both tokenizations; with `causal`, their "unconstrained" chunks. Its tokens set the scales.
         projections: the trained maps between the spaces.
         options: the fields of `DskdOptions`.
 

@@ -7,8 +7,8 @@ the teacher's, mean over channels c:
     l1    |s_c − t_c| / n,    n = mean of |t| likewise
 
 Mean over those chunks, then over layers. Of layers, student layer i of L faces teacher layer ⌈i M / L⌉ of M:
-the same relative depth, the last with the last. n is of the micro-batch of this process: it is a scale that
-the teacher alone sets.
+the same relative depth, the last with the last. n is a scale that the teacher alone sets, and of the whole
+optimizer step: `measure` adds up a micro-batch, `settle` divides by the sums of all of them.
 
 Source: Minixhofer et al. 2025, "Universal Cross-Tokenizer Distillation via Approximate Likelihood
 Matching", arXiv:2503.20083.
@@ -81,20 +81,76 @@ class LatentsPrepared:
     rows: RowPairs
     teacher_JNE: tuple[Tensor, ...]
     """The teacher's latents, as many as the teacher has layers (three times that for qkv)."""
+    norm_JE: tuple[Tensor, ...]
+    """n of each of them, float32 or better: a value for each channel, or one for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentsMeasured:
+    """What one micro-batch adds to the scale."""
+
+    sum_K: Tensor
+    """float64: the number of chunks, then of each of the teacher's latents Σ over chunks of t² or |t|:
+    of every channel, or their mean."""
+    rows: RowPairs
+    teacher_JNE: tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def prepare(
+def measure(
     teacher: HiddenStates | None, batch: Batch, options: LatentsOptions, context: Context = NO_CONTEXT
-) -> LatentsPrepared:
-    """Find the ends of aligned chunks, and keep the teacher's latents there."""
+) -> LatentsMeasured:
+    """Find the ends of aligned chunks, keep the teacher's latents there, and add up their sizes."""
     teacher = need_teacher(teacher, "alm_latents")
     rows = chunk_ends(batch, options.chunks)
     latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
     for teacher_NE in latents:
         check_hidden("the teacher's latents at the ends of chunks", teacher_NE)
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    return LatentsPrepared(count, rows, tuple(latents))
+    sizes = [torch.tensor([len(rows.student_N)], dtype=torch.float64, device=rows.student_N.device)]
+    for teacher_NE in latents:
+        size_NE = (
+            teacher_NE.to(torch.promote_types(teacher_NE.dtype, torch.float32)).abs().pow(_power(options))
+        )
+        size_E = size_NE.sum(0, dtype=torch.float64)
+        sizes.append(size_E if _is_channelwise(options) else size_E.mean(0, keepdim=True))
+    return LatentsMeasured(torch.cat(sizes), rows, tuple(latents))
+
+
+@torch.no_grad()
+def settle(
+    measured: LatentsMeasured,
+    sum_K: Tensor,
+    batch: Batch,
+    options: LatentsOptions,
+    context: Context = NO_CONTEXT,
+) -> LatentsPrepared:
+    """Form the scale of the whole step.
+
+    Args:
+        measured: of this micro-batch.
+        sum_K: float64, of all micro-batches on all ranks.
+        batch: this micro-batch.
+        options: as in the other halves.
+        context: not read.
+    """
+    lengths = [x_NE.shape[1] if _is_channelwise(options) else 1 for x_NE in measured.teacher_JNE]
+    norms = []
+    for teacher_NE, mean_E in zip(
+        measured.teacher_JNE, (sum_K[1:] / sum_K[0].clamp_min(1)).split(lengths), strict=True
+    ):
+        norm_E = mean_E.to(torch.promote_types(teacher_NE.dtype, torch.float32))
+        # a channel that is 0 throughout has no scale of its own: leave its differences as they are
+        norms.append(norm_E.where(norm_E > 0, 1))
+    count = measured.sum_K[0].long()
+    return LatentsPrepared(count, measured.rows, measured.teacher_JNE, tuple(norms))
+
+
+def prepare(
+    teacher: HiddenStates | None, batch: Batch, options: LatentsOptions, context: Context = NO_CONTEXT
+) -> LatentsPrepared:
+    """Run `measure` and `settle` where this batch is the whole step."""
+    measured = measure(teacher, batch, options, context)
+    return settle(measured, measured.sum_K, batch, options, context)
 
 
 def function(
@@ -111,10 +167,12 @@ def function(
     for j, state_BTD in enumerate(latents):
         layer, part = divmod(j, parts)
         teacher_layer = facing_layer(layer, len(latents) // parts, len(prepared.teacher_JNE) // parts)
-        teacher_NE = prepared.teacher_JNE[teacher_layer * parts + part]
+        facing = teacher_layer * parts + part
+        teacher_NE = prepared.teacher_JNE[facing]
         student_ND = take(state_BTD, batch.student, prepared.rows.student_N)
         check_hidden("the student's latents at the ends of chunks", student_ND)
-        total = total + _distance(_project(student_ND, teacher_NE, j, context), teacher_NE, options)
+        student_NE = _project(student_ND, teacher_NE, j, context)
+        total = total + _distance(student_NE, teacher_NE, prepared.norm_JE[facing], _power(options))
     return LossTerm(total / len(latents), prepared.count)
 
 
@@ -198,21 +256,29 @@ def _project(student_ND: Tensor, teacher_NE: Tensor, j: int, context: Context) -
     return student_ND
 
 
-def _distance(student_NE: Tensor, teacher_NE: Tensor, options: LatentsOptions) -> Tensor:
+def _is_channelwise(options: LatentsOptions) -> bool:
+    return options.normalization.endswith("channelwise")
+
+
+def _power(options: LatentsOptions) -> int:
+    return 2 if options.normalization.startswith("l2") else 1
+
+
+def _distance(student_NE: Tensor, teacher_NE: Tensor, norm_E: Tensor, power: int) -> Tensor:
     """Return Σ_n mean_c of the normalised differences, in float32 or better."""
     dtype = torch.promote_types(student_NE.dtype, torch.float32)
-    power = 2 if options.normalization.startswith("l2") else 1
-    size_NE = teacher_NE.to(dtype).abs().pow(power)
-    if not len(size_NE):
-        return student_NE.to(dtype).sum()  # of no element: 0, and a gradient of 0
-    norm = size_NE.mean(0) if options.normalization.endswith("channelwise") else size_NE.mean()
-    # a channel that is 0 throughout has no scale of its own: leave its differences as they are
-    norm = norm.where(norm > 0, 1)
-    return ((student_NE.to(dtype) - teacher_NE.to(dtype)).abs().pow(power) / norm).mean(1).sum()
+    return ((student_NE.to(dtype) - teacher_NE.to(dtype)).abs().pow(power) / norm_E).mean(1).sum()
 
 
 LOSS = Loss(
-    prepare, function, LatentsOptions, chunks="unconstrained", states=required_states, modules=modules
+    prepare,
+    function,
+    LatentsOptions,
+    chunks="unconstrained",
+    states=required_states,
+    modules=modules,
+    measure=measure,
+    settle=settle,
 )
 
 
@@ -229,7 +295,7 @@ def latents_loss(
     Args:
         student: hidden states of the student, `layers_BTD` or `qkv` among them where they are compared.
         teacher: the same of the teacher, on its own tokens.
-        batch: both tokenizations and their chunks.
+        batch: both tokenizations and their chunks; the scale is taken over this batch.
         modules: trained projections, from `tokenkit.losses.latents.modules`, where widths differ.
         options: the fields of `LatentsOptions`.
 

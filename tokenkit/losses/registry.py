@@ -15,6 +15,7 @@ from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates
 
 Prepare = Callable[[HiddenStates | None, Batch, Any, Context], Any]
 Function = Callable[[HiddenStates, Any, Batch, Any, Context], LossTerm]
+Settle = Callable[[Any, Tensor, Batch, Any, Context], Any]
 
 
 def _asks_for_nothing(options: Any) -> frozenset[StateKind]:
@@ -43,6 +44,12 @@ class Loss:
     """(options) -> what the models must collect beside their last hidden states."""
     modules: Callable[[Any, Widths, Widths], nn.Module | None] = _has_no_modules
     """(options, student's, teacher's) -> trained parts, or None. No parameter may be a scalar."""
+    measure: Prepare | None = None
+    """Where a scale of the whole step comes before the count: like `prepare`, but returns an object with
+    `.sum_K`, float64 sums of this micro-batch, and whatever `settle` needs. `prepare` is both in one, for a
+    step of one micro-batch."""
+    settle: Settle | None = None
+    """(measured, sum_K of the whole step, batch, options, context) -> what `prepare` returns."""
 
     def chunks_with(self, options: Any) -> ChunkKind | None:
         """Return the chunks that the loss reads under these options."""

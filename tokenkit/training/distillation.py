@@ -3,6 +3,7 @@
 A head's weight read outside the forward of the module that owns it is silently wrong under FSDP2, so
 both bodies and all losses run inside this forward. A step calls it twice per micro-batch: once for the
 teacher's half, whose counts every rank must know before the first backward, and once for the student's.
+Where a loss divides by a scale of the whole step, a call between the two counts with that scale.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenkit.losses import LOSSES, LatentsOptions, Loss, clm_loss
+from tokenkit.losses import LatentsOptions, Loss, clm_loss, latents
 from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
 from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, StateKind
 
-Half = Literal["teacher", "student", "last_layer", "evaluate", "prefix_teacher", "prefix", "rows"]
+Half = Literal["teacher", "settle", "student", "last_layer", "evaluate", "prefix_teacher", "prefix", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,16 @@ class Distillation(nn.Module):
 
         Args:
             batch: on this module's device; None for "rows".
-            half: "teacher" returns, by loss, what the student's half needs, with its `.count`;
+            half: "teacher" returns, by loss, what the student's half needs, with its `.count`; of those in
+                `measuring`, what they measured; "settle" makes the former of the latter, `prepared` being,
+                by loss, what was measured and the sums of the whole step;
                 "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
                 the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
                 the nats of the trained tokens under student and teacher, `prepared` being what "rows"
                 returned; "prefix_teacher" and "prefix" are
-                the two halves of the prefix stage's only loss, and return no mapping; "rows" returns what the
-                student's projector writes, None where it has none.
+                the two halves of the prefix stage's only loss, which return what was measured, to be added up
+                and given to the second with its sums, and a `LossTerm`; "rows" returns what the student's
+                projector writes, None where it has none.
             prepared: what the teacher's half returned for this batch.
         """
         if half == "rows":
@@ -109,6 +113,8 @@ class Distillation(nn.Module):
         if half == "prefix_teacher":
             return self._prefix_teacher(batch)
         assert prepared is not None
+        if half == "settle":
+            return self._settle(batch, prepared)
         if half == "prefix":
             return self._prefix_student(batch, prepared)
         if half == "last_layer":
@@ -122,21 +128,56 @@ class Distillation(nn.Module):
         """The student's last transformer layer, where losses are compared."""
         return self.student.layers[-1]
 
+    @property
+    def measuring(self) -> list[str]:
+        """The losses that divide by a scale of the whole step, which must be known before they count."""
+        return [active.name for active in self.losses if active.loss.measure is not None]
+
+    @property
+    def prefix_layers(self) -> list[nn.Module]:
+        """The student's layers that the prefix stage runs."""
+        assert self.prefix is not None
+        return list(self.student.layers)[: self.prefix.n_layers]
+
     @torch.no_grad()
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
         needed = any(active.loss.needs_teacher for active in self.losses)
         states = self._teacher_states(batch, self.collect) if needed else None
-        # a projector runs over the whole vocabulary: not for those who want to know its size
-        own = self.student.own() if "embedded" in self.collect else OwnVocabulary(self.student, None)
-        context = Context(
-            teacher_head=None if states is None else states.head,
-            student_head=self._head(own.head(), states),
-            student_embedded_BTD=self._student_embedded(own, batch),
-        )
+        at_once = [active for active in self.losses if active.loss.measure is None]
+        context = self._teacher_context(batch, states, at_once)
         return {
-            active.name: active.loss.prepare(states, batch, active.options, self._with_parts(context, active))
+            active.name: (active.loss.measure or active.loss.prepare)(
+                states, batch, active.options, self._with_parts(context, active)
+            )
             for active in self.losses
         }
+
+    @torch.no_grad()
+    def _settle(self, batch: Batch, measured: dict[str, tuple[Any, Tensor]]) -> dict[str, Any]:
+        active = [x for x in self.losses if x.name in measured]
+        context = self._teacher_context(batch, None, active)
+        settled = {}
+        for x in active:
+            assert x.loss.settle is not None
+            what, sum_K = measured[x.name]
+            settled[x.name] = x.loss.settle(what, sum_K, batch, x.options, self._with_parts(context, x))
+        return settled
+
+    def _teacher_context(
+        self, batch: Batch, states: HiddenStates | None, readers: Sequence[ActiveLoss]
+    ) -> Context:
+        """Return what losses may read in the first half, with the student's rows if one of `readers` asks."""
+        reads_rows = any("embedded" in x.loss.states(x.options) for x in readers)
+        # a projector runs over the whole vocabulary: not for those who want to know its size
+        own = self.student.own() if reads_rows else OwnVocabulary(self.student, None)
+        embedded_BTD = own.embedding(batch.student.ids_BT) if reads_rows else None
+        if embedded_BTD is not None and self.compute_dtype is not None:
+            embedded_BTD = embedded_BTD.to(self.compute_dtype)
+        return Context(
+            teacher_head=None if states is None else states.head,
+            student_head=self._head(own.head(), states),
+            student_embedded_BTD=embedded_BTD,
+        )
 
     def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
         # read here: what the teacher's half read is freed under FSDP2
@@ -165,12 +206,6 @@ class Distillation(nn.Module):
     def _with_parts(self, context: Context, active: ActiveLoss) -> Context:
         return replace(context, modules=dict(self.parts.items()).get(active.name))
 
-    def _student_embedded(self, own: OwnVocabulary, batch: Batch) -> Tensor | None:
-        if "embedded" not in self.collect:
-            return None
-        embedded_BTD = own.embedding(batch.student.ids_BT)
-        return embedded_BTD if self.compute_dtype is None else embedded_BTD.to(self.compute_dtype)
-
     @torch.no_grad()
     def _rows(self) -> list[Tensor] | None:
         projector = self.student.projector
@@ -194,13 +229,15 @@ class Distillation(nn.Module):
                     states = prefix_states(self.student, ids_BS, n_layers, self.teacher)
             else:
                 states = prefix_states(self.teacher, ids_BS, n_layers)
-        return LOSSES["alm_latents"].prepare(states, batch, self.prefix.latents, Context())
+        return latents.measure(states, batch, self.prefix.latents)
 
     def _prefix_student(self, batch: Batch, prepared: Any) -> LossTerm:
         assert self.prefix is not None
         with self._autocast(batch):
             states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
-        return LOSSES["alm_latents"].function(states, prepared, batch, self.prefix.latents, Context())
+        measured, sum_K = prepared
+        settled = latents.settle(measured, sum_K, batch, self.prefix.latents)
+        return latents.function(states, settled, batch, self.prefix.latents)
 
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None

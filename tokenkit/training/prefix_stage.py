@@ -140,8 +140,7 @@ def build_prefix_stage(
 
 def _trained_layers(model: Distillation) -> dict[str, nn.Parameter]:
     """Return what is trained in the layers that the stage runs, by name."""
-    assert model.prefix is not None
-    layers = nn.ModuleList(list(model.student.layers)[: model.prefix.n_layers])
+    layers = nn.ModuleList(model.prefix_layers)
     trained = {name: parameter for name, parameter in layers.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError(
@@ -196,9 +195,11 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
         NonFiniteError: the loss or the gradient norm is not finite; nothing was updated.
     """
     batches = [batch.to(run.world.device) for batch in micro_batches]
-    prepared = [run.model(batch, "prefix_teacher") for batch in batches]
-    local = torch.stack([torch.as_tensor(p.count) for p in prepared]).sum()
-    count = all_reduce_counts({NAME: local}, run.step, run.world)[NAME]
+    model: Any = run.model
+    measured = [model(batch, "prefix_teacher") for batch in batches]
+    local = torch.stack([m.sum_K for m in measured]).sum(0)
+    sum_K = all_reduce_counts({NAME: local}, run.step, run.world)[NAME]
+    count = sum_K[0]
 
     # of the layers too: their gradients are made and not used. Not the module's own zero_grad: after a
     # forward, FSDP2's root shows whole weights, and the shards' gradients would add up over steps
@@ -206,8 +207,8 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
     scale = run.loss_scale
     total = torch.zeros((), device=run.world.device)
     for index, batch in enumerate(batches):
-        set_gradient_sync(run.model, index == len(batches) - 1)
-        term = run.model(batch, "prefix", prepared[index])
+        set_gradient_sync(run.model, index == len(batches) - 1, layers=model.prefix_layers)
+        term = model(batch, "prefix", (measured[index], sum_K))
         mean = term.total / count.to(term.total.dtype).clamp(min=1)
         (mean * scale.factor).backward()
         total += mean.detach()

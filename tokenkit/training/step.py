@@ -112,7 +112,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     """
     device = run.world.device
     batches = [batch.to(device) for batch in micro_batches]
-    prepared = [run.model(batch, "teacher") for batch in batches]
+    prepared = prepare(run, batches)
     counts = global_counts(prepared, run)
 
     run.optimizer.zero_grad(set_to_none=True)
@@ -138,18 +138,27 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     return report
 
 
+def prepare(run: Run, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """Run the teacher's half of every micro-batch; where a loss measures a scale, all of them first."""
+    prepared = [run.model(batch, "teacher") for batch in batches]
+    model: Any = run.model
+    names = model.measuring
+    if not names:
+        return prepared
+    local = {name: torch.stack([p[name].sum_K for p in prepared]).sum(0) for name in names}
+    sums = all_reduce_counts(local, run.step, run.world)
+    measured = [{name: (p[name], sums[name]) for name in names} for p in prepared]
+    settled = [run.model(batch, "settle", m) for batch, m in zip(batches, measured, strict=True)]
+    return [before | after for before, after in zip(prepared, settled, strict=True)]
+
+
 def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Tensor]:
     """Return, by loss, the count of the whole optimizer step: all micro-batches, all ranks."""
     local = {
         name: torch.stack([torch.as_tensor(p[name].count).double() for p in prepared]).sum(0)
         for name in run.objective.names
     }
-    parts = {f"{name}#{k}": part for name, count in local.items() for k, part in enumerate(count.reshape(-1))}
-    sums = all_reduce_counts(parts, run.step, run.world)
-    return {
-        name: torch.stack([sums[f"{name}#{k}"] for k in range(count.numel())]).reshape(count.shape)
-        for name, count in local.items()
-    }
+    return all_reduce_counts(local, run.step, run.world)
 
 
 def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
