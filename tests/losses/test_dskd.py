@@ -15,6 +15,7 @@ from tests.losses.example import make_batch, make_context, make_options, make_st
 from tokenkit.losses import DskdOptions, dskd_loss
 from tokenkit.losses import dskd as module
 from tokenkit.losses.dskd import Projections
+from tokenkit.losses.dskd_masks import attention_masks
 from tokenkit.structs import Batch, Chunks, Side, Widths
 
 
@@ -30,7 +31,7 @@ def test_nobody_attends_to_text_that_it_has_not_read():
         for x in (student, teacher)
     ]
     batch = Batch(*sides, {"unconstrained": Chunks(torch.tensor(student), torch.tensor(teacher))})
-    masks = module._masks(batch, causal=True)
+    masks = attention_masks(batch, causal=True)
     seen = [[j for j in range(6) if masks.to_teacher[0, i, j]] for i in range(5)]
     assert seen == [[0], [0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
     seen = [[i for i in range(5) if masks.to_student[0, i, j]] for j in range(6)]

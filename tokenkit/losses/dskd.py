@@ -37,17 +37,17 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.losses.dskd_masks import Masks, attend, attention_masks
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import (
     check_temperatures,
-    chunks_of,
     frozen,
     need_head,
     need_teacher,
     summed_divergence,
     take,
 )
-from tokenkit.losses.score import in_dtype, scored_tokens
+from tokenkit.losses.score import in_dtype
 from tokenkit.structs import (
     NO_CONTEXT,
     Batch,
@@ -126,17 +126,6 @@ class Projections(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Masks:
-    """Who may attend to whom, [B, T − 1, S − 1] bool or broadcast to it, and which positions are scored."""
-
-    to_teacher: Tensor
-    to_student: Tensor
-    student_BT: Tensor
-    """[B, T − 1]: positions whose next token is scored, and that have something to attend to."""
-    teacher_BS: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class DskdPrepared:
     """What is known before the student runs."""
 
@@ -200,7 +189,7 @@ def settle(
     embedded_BTD, head = context.student_embedded_BTD, context.student_head
     if embedded_BTD is None or head is None:
         raise ValueError(_NEEDS)
-    masks = _masks(batch, options.causal)
+    masks = attention_masks(batch, options.causal)
     divided = _divided(measured.hidden_BSE, measured.embedded_BSE)
     key_BSF, last_BSE, next_BSE = (_scaled(x, sum_K[3 * k : 3 * k + 3]) for k, x in enumerate(divided))
     value_BSE = last_BSE + next_BSE
@@ -328,47 +317,13 @@ def _scores(embedded_BTD: Tensor, key_BSF: Tensor, modules: Projections) -> Tens
 
 def _into_student(score_BTS: Tensor, value_BSE: Tensor, masks: Masks, modules: Projections) -> Tensor:
     value_BSD = _linear(value_BSE, modules.t2s)
-    return _attend(score_BTS, masks.to_teacher).to(value_BSD.dtype) @ value_BSD
+    return attend(score_BTS, masks.to_teacher).to(value_BSD.dtype) @ value_BSD
 
 
 def _into_teacher(score_BTS: Tensor, hidden_BTD: Tensor, masks: Masks, modules: Projections) -> Tensor:
     value_BTE = _linear(hidden_BTD, modules.s2t)
-    weight_BST = _attend(score_BTS.transpose(1, 2), masks.to_student.transpose(1, 2))
+    weight_BST = attend(score_BTS.transpose(1, 2), masks.to_student.transpose(1, 2))
     return weight_BST.to(value_BTE.dtype) @ value_BTE
-
-
-def _attend(score: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over what the mask allows; uniform where it allows nothing, which is never scored."""
-    return score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(-1)
-
-
-def _masks(batch: Batch, causal: bool) -> Masks:
-    """Scored positions attend to scored positions; causally, to text that they have read."""
-    student_BT, teacher_BS = (scored_tokens(side)[:, 1:] for side in (batch.student, batch.teacher))
-    both = student_BT[:, :, None] & teacher_BS[:, None, :]
-    to_teacher = to_student = both
-    if causal:
-        chunks = chunks_of(batch, "unconstrained")
-        student, teacher = chunks.student_BT[:, :-1], chunks.teacher_BS[:, :-1]
-        read_BT, read_BS = _read(chunks.student_BT)[:, :-1], _read(chunks.teacher_BS)[:, :-1]
-        needs_BT, needs_BS = _needs(student), _needs(teacher)
-        to_teacher = both & (needs_BS[:, None, :] <= read_BT[:, :, None])
-        to_student = both & (needs_BT[:, :, None] <= read_BS[:, None, :])
-    return Masks(to_teacher, to_student, to_teacher.any(2), to_student.any(1))
-
-
-def _read(chunk_BL: Tensor) -> Tensor:
-    """Return the last chunk that has ended by each position, or -1: its last token is there or before."""
-    later_BL = _needs(torch.nn.functional.pad(chunk_BL[:, 1:], (0, 1), value=-1))
-    ended_BL = (chunk_BL >= 0) & (later_BL > chunk_BL)
-    return chunk_BL.long().where(ended_BL, -1).cummax(1).values
-
-
-def _needs(chunk_BL: Tensor) -> Tensor:
-    """Return the chunk that must have ended before a token is read: its own, or the next for one in none."""
-    none = torch.iinfo(torch.int64).max
-    known_BL = chunk_BL.long().where(chunk_BL >= 0, none)
-    return known_BL.flip(1).cummin(1).values.flip(1)
 
 
 def _rows(scored_BT: Tensor) -> Tensor:
