@@ -32,13 +32,14 @@ for loss in (alm_loss, clm_loss, uld_loss):
     assert torch.isfinite(student.weight.grad).all() and student.weight.grad.abs().sum() > 0, loss
 
 frozen = Head(student.weight.detach())
-linear_divergence(student.weight[:5], Head(student.weight), frozen.weight_VD[5:10], frozen, "js").sum().backward()
+rows = linear_divergence(student.weight[:5], Head(student.weight), frozen.weight_VD[5:10], frozen, "js")
+rows.sum().backward()
 
 from tokenkit import align, zett
 
 assert align.main(["--student", target, "--teacher", model, "--text", "the cat"]) == 0
-flags = ["--model.pretrained-model-name-or-path", model, "--target-tokenizer-name", target, "--output", folder]
-assert zett.main(flags) == 0
+flags = ["--model.pretrained-model-name-or-path", model, "--target-tokenizer-name", target]
+assert zett.main([*flags, "--output", folder]) == 0
 print("all of it")
 """
 

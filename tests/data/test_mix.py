@@ -370,3 +370,18 @@ def test_real_chat_files_are_read(shared_data, name):
     documents = read_documents(SourceOptions(path=str(shared_data / "chat" / name)))
     assert all(document.messages for document in documents)
     assert len(documents) > 40
+
+
+def test_text_to_measure_on_may_come_from_elsewhere_and_nothing_else_is_held_out(fifty, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"other {i}"} for i in range(9)])
+    mix, heldout = open_data(
+        DataOptions(dataset_name=fifty, heldout=HeldoutOptions(fraction=0.5, documents=4, dataset_name=other))
+    )
+    assert texts(heldout) == [f"other {i}" for i in range(4)]
+    assert sorted(texts(mix.take(50))) == sorted(f"document {i}" for i in range(50))
+    with pytest.raises(ValueError, match="never read"):
+        HeldoutOptions(documents=0, dataset_name=other)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        open_data(
+            DataOptions(dataset_name=fifty, heldout=HeldoutOptions(dataset_name=str(tmp_path / "absent")))
+        )

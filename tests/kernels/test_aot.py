@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
-STACK_BYTES = 0 if TRITON < (3, 8) else 16  # with 3.8 four of 156 keep a number or two there, all else being equal
+STACK_BYTES = (
+    0 if TRITON < (3, 8) else 16
+)  # with 3.8 four of 156 keep a number or two there, all else being equal
 REGISTERS = 128 if TRITON < (3, 8) else 144
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that one block may have
 

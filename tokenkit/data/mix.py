@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,22 @@ def open_data(options: DataOptions, seed: int = 0) -> tuple[Mix, list[Document]]
         ValueError: if a data set is empty, has no usable row, or lacks the fields asked for.
     """
     chosen = _sources(options)
+    apart = _apart(options)
     sources = [
         Source(
             source,
-            heldout=options.heldout,
+            heldout=replace(options.heldout, fraction=0) if apart else options.heldout,
             bad_rows=options.bad_rows,
             seed=(seed, number),
             block_size=options.shuffle_buffer_size,
         )
         for number, source in enumerate(chosen)
     ]
+    mix = Mix(sources, [source.weight for source in chosen], seed)
+    if apart:
+        return mix, read_documents(apart, options.heldout.documents)
     each = -(-options.heldout.documents // len(sources))
     heldout = [document for source in sources for document in source.heldout(each)]
-    mix = Mix(sources, [source.weight for source in chosen], seed)
     return mix, heldout[: options.heldout.documents]
 
 
@@ -143,6 +147,14 @@ def read_documents(options: SourceOptions, limit: int | None = None) -> list[Doc
         block_size=1,
     )
     return source.documents(limit)
+
+
+def _apart(options: DataOptions) -> SourceOptions | None:
+    """Return the text to measure on, where it is not a part of the training data."""
+    name = options.heldout.dataset_name
+    if name is None:
+        return None
+    return SourceOptions(path=name, text_field=options.text_field, text_template=options.text_template)
 
 
 def _sources(options: DataOptions) -> tuple[SourceOptions, ...]:

@@ -56,6 +56,8 @@ class HeldoutOptions:
     """Share of the documents that is held out, by a hash of their position in the data set."""
     documents: int = 200
     """How many of those are read for evaluation; the others are left alone."""
+    dataset_name: str | None = None
+    """Other text to measure on: a file, folder or hub name. Nothing is then held out of the training data."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -63,6 +65,10 @@ class HeldoutOptions:
             raise ValueError(f"data.heldout.fraction must lie in [0, 1): got {self.fraction}")
         if self.documents < 0:
             raise ValueError(f"data.heldout.documents must not be negative: got {self.documents}")
+        if self.dataset_name is not None and not self.documents:
+            raise ValueError(
+                "data.heldout.dataset_name is never read with data.heldout.documents 0: drop one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
