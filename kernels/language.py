@@ -8,8 +8,6 @@ torch, on any device.
 
 from __future__ import annotations
 
-from typing import Any
-
 try:
     import triton
     import triton.language as tl
@@ -33,8 +31,7 @@ except ImportError:
         def next_power_of_2(size: int) -> int:
             return 1 << (size - 1).bit_length()
 
-    triton: Any = _Triton()
-    tl: Any = _Language()
+    triton, tl = _Triton(), _Language()
     HAS_TRITON = False
 else:
     HAS_TRITON = True
