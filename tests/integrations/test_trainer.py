@@ -13,6 +13,7 @@ from tests.tiny import tiny_model
 from tokenkit.integrations import DistillationTrainer, Distiller
 
 LOSSES = {"clm": 1.0, "alm_unconstrained": 20.0}
+SCALED = {"alm_latents": 1.0}
 
 
 class KeepGradients(TrainerCallback):
@@ -62,11 +63,11 @@ def one_batch(models, collator, rows, losses=LOSSES):
     return values, gradients(model)
 
 
-def test_four_micro_batches_are_one_big_batch(models, make_collator, rows, tmp_path):
-    values, wanted = one_batch(models, make_collator(), rows)
-    trainer, kept = make_trainer(
-        models, make_collator(), rows, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
+@pytest.mark.parametrize("losses", [LOSSES, SCALED])
+def test_four_micro_batches_are_one_big_batch(losses, models, make_collator, rows, tmp_path):
+    values, wanted = one_batch(models, make_collator(), rows, losses)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer, kept = make_trainer(models, make_collator(), rows, tmp_path, losses=losses, **parts)
     trainer.train()
     assert distance(kept.steps[0], wanted) < 1e-5
     logged = trainer.state.log_history[0]
@@ -92,7 +93,7 @@ def _train_on_a_rank(world, models, make_collator, rows, folder, arguments):
     return kept.steps[0], trainer.state.log_history[0], evaluated["eval_clm"]
 
 
-@pytest.mark.parametrize("losses", [LOSSES, {"clm": 1.0, "baseline_uld": 1.0}])
+@pytest.mark.parametrize("losses", [LOSSES, {"clm": 1.0, "baseline_uld": 1.0}, {"clm": 1.0, **SCALED}])
 def test_two_ranks_are_one_big_batch(losses, models, make_collator, rows, tmp_path):
     values, wanted = one_batch(models, make_collator(), rows, losses)
     results = run_ranks(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-from tokenkit.data.collate import AlignedCollator, has_trained_token
+from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import Mix
 from tokenkit.structs import Batch
 
@@ -28,8 +28,8 @@ class _Step(NamedTuple):
 class Batches:
     """An endless iterator over steps, each the list of this rank's micro-batches.
 
-    With one rank a step without a trained token is an error. With more, it may happen to one of them:
-    such a rank contributes nothing, and the count of the whole step must be checked after its reduction.
+    A rank whose share has no trained token contributes nothing; whether the whole step has one is known after
+    the reduction of its counts.
 
     Args:
         mix: the documents; only this object may read it from now on.
@@ -80,7 +80,7 @@ class Batches:
         """Return this rank's micro-batches of the next step.
 
         Raises:
-            ValueError: if the data cannot go on, or, with one rank, no token of the step is trained.
+            ValueError: if the data cannot go on.
         """
         if self._pool is None:
             step = self._read_step()
@@ -97,8 +97,6 @@ class Batches:
         size = share // self._accumulation
         mine = documents[self._rank * share : (self._rank + 1) * share]
         batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
-        if self._world == 1 and not any(map(has_trained_token, batches)):
-            raise ValueError(self._collator.nothing_trained(len(mine)))
         return _Step(batches, self._mix.state_dict(), Counter(self._collator.skipped))
 
     @property

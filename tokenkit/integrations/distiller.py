@@ -1,7 +1,7 @@
 """The losses of a distillation inside another trainer's step: teacher, counts of the whole step, weights.
 
     distiller = Distiller(model, teacher, collator, {"clm": 1, "alm_unconstrained": 100})
-    prepared = [distiller.prepare(model, batch) for batch in micro_batches]     # the teacher's half
+    prepared = distiller.prepare(model, micro_batches)                          # the teacher's half
     counts = distiller.counts(prepared)                                         # over all ranks
     for batch, half in zip(micro_batches, prepared):
         distiller.loss(model, batch, half, counts).total.backward()             # add up to one big batch's
@@ -85,10 +85,30 @@ class Distiller:
         self.parts = self.step.parts.to(device)
         self.template = collator.collate([])
 
-    def prepare(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Run the teacher's half on one micro-batch; each value has a `.count`."""
+    def prepare(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run the teacher's half on every micro-batch of an optimizer step; each value has a `.count`.
+
+        Args:
+            model: as its trainer calls it.
+            batches: the micro-batches of this process: the scales that `alm_latents` and `baseline_dskd`
+                divide by are those of the whole step.
+            reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
+        """
         with self.student.through(model):
-            prepared: dict[str, Any] = self.step(batch, "teacher")
+            prepared: list[dict[str, Any]] = [self.step(batch, "teacher") for batch in batches]
+            names = self.step.measuring
+            if not names:
+                return prepared
+            local = {name: torch.stack([one[name].sum_K for one in prepared]).sum(0) for name in names}
+            summed = (reduce or _sum_over_ranks)(torch.cat(list(local.values())))
+            sums = dict(zip(names, summed.split([len(x) for x in local.values()]), strict=True))
+            for batch, one in zip(batches, prepared, strict=True):
+                one |= self.step(batch, "settle", {name: (one[name], sums[name]) for name in names})
         return prepared
 
     def counts(
@@ -123,8 +143,8 @@ class Distiller:
     @torch.no_grad()
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Return, by loss, what one batch adds up for an evaluation."""
+        (prepared,) = self.prepare(model, [batch], reduce=lambda sums: sums)
         with self.student.through(model):
-            prepared = self.step(batch, "teacher")
             terms: dict[str, LossTerm] = self.step(batch, "student", prepared)
         return terms
 
@@ -179,7 +199,7 @@ class Distiller:
         """
         device = next(model.parameters()).device
         taken = [self.batch(batch).to(device) for batch in batches]
-        prepared = [self.prepare(model, batch) for batch in taken]
+        prepared = self.prepare(model, taken)
         counts, world = self.counts(prepared), _world_size()
         sums: list[Tensor] = []
         for i, (batch, half) in enumerate(zip(taken, prepared, strict=True)):

@@ -120,7 +120,7 @@ class Distills:
 
     def _prepared(self, samples: list[Any]) -> list[Any]:
         batches = [self.distiller.batch(sample).to(self.args.device) for sample in samples]
-        halves = [self.distiller.prepare(self.model, batch) for batch in batches]
+        halves = self.distiller.prepare(self.model, batches)
         counts = self.distiller.counts(halves)
         self.distiller.parts.zero_grad()  # the Trainer's own zero_grad is the model's
         if not self._trained_anything:
@@ -142,7 +142,7 @@ class Distills:
         batch = self.distiller.batch(inputs).to(self.args.device)
         prepared = inputs.get("prepared")
         if prepared is None:  # outside a training step: this batch is the whole
-            half = self.distiller.prepare(model, batch)
+            (half,) = self.distiller.prepare(model, [batch], reduce=lambda sums: sums)
             prepared = Prepared(half, self.distiller.counts([half], reduce=lambda count: count))
             return self.distiller.loss(model, batch, prepared.half, prepared.counts).total
         loss, parts = self.distiller.loss(model, batch, prepared.half, prepared.counts)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tokenkit import __version__, checkpoint
 from tokenkit.checkpoint import Identity, State
 from tokenkit.config import TrainConfig, to_dict, to_yaml
-from tokenkit.config.errors import blaming_data, exit_code
+from tokenkit.config.errors import DataError, blaming_data, exit_code
 from tokenkit.config.models import ModelSource
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
@@ -112,6 +112,10 @@ def _dry_run(config: TrainConfig, world: World) -> int:
     for first in sorted({0, parts.run.first_step}):
         parts.run.step = first
         report = take_step(parts.run, parts.prefix, next(parts.batches))
+        if report.skipped == "untrained":
+            raise DataError(
+                "no token of the first step is trained: look at max_length_new, loss_mask_mode, data"
+            )
         losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
         _say(world, f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
     parts.batches.close()
@@ -163,6 +167,7 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
             parts.batches.load_state_dict(state.extra["data"], untokenized)
             run.loss_scale.value, run.loss_scale.good_steps = state.extra["loss_scale"]
             run.objective.load_state_dict(state.extra["objective"])
+            run.untrained_steps = state.extra.get("untrained_steps", 0)
             _say(world, f"resuming after step {run.step} from {found}")
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
@@ -198,6 +203,8 @@ def _train(session: Session) -> tuple[ExitCode, str]:
                     micro_batches = next(session.parts.batches)
                 report = take_step(run, session.parts.prefix, micro_batches)
                 run.step += 1
+                if report.skipped == "untrained":
+                    reports.untrained(run.step, run.untrained_steps)
                 is_last = run.step == schedule.steps
                 reports.step(
                     run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last)
@@ -254,6 +261,7 @@ def _save(session: Session) -> None:
         "untokenized": untokenized,
         "loss_scale": scale,
         "objective": run.objective.state_dict(),
+        "untrained_steps": run.untrained_steps,
     }
     root = session.folder / "checkpoints"
     if not (root / f"step_{run.step:08d}").exists():
@@ -268,6 +276,8 @@ def _untokenized(session: Session) -> Counter[str]:
 def _say_left_out(session: Session) -> None:
     """Say which rows were no documents, or could not be tokenized: counts and reasons, no text."""
     left_out = session.parts.batches.skipped + _untokenized(session)
+    if skipped := session.parts.run.untrained_steps:
+        _say(session.world, f"steps skipped, because no token of theirs is trained: {skipped:,}")
     if left_out:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
         _say(session.world, f"rows left out: {reasons}")

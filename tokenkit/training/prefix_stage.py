@@ -12,7 +12,6 @@ The main stage then begins with an optimizer and a schedule of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_grad
 from tokenkit.structs import Batch
 from tokenkit.training.distillation import Distillation, PrefixOptions
 from tokenkit.training.losses import latents_options
-from tokenkit.training.step import NonFiniteError, Run, StepReport, train_step
+from tokenkit.training.step import Run, StepReport, train_step, whether_skipped
 
 NAME = "prefix"
 """Of its loss and its phase in metrics.jsonl."""
@@ -193,6 +192,7 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
 
     Raises:
         NonFiniteError: the loss or the gradient norm is not finite; nothing was updated.
+        DataError: as `train_step`, where there is nothing to compare.
     """
     batches = [batch.to(run.world.device) for batch in micro_batches]
     model: Any = run.model
@@ -215,12 +215,9 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
     grad_norm = _prepare_gradient(stage, run)
     loss = all_reduce_counts({NAME: total}, run.step, run.world)[NAME].item()
     norm = grad_norm.item()
-    _check_finite(run, loss, norm)
-    overflow = not math.isfinite(norm)
-    if scale.enabled:
-        scale.update(not overflow)
+    skipped = whether_skipped(run, {NAME: loss}, norm, trained=count.item())
     rate = stage.learning_rate(run.step)
-    if not overflow:
+    if skipped is None:
         set_learning_rate(stage.optimizer, rate)
         stage.optimizer.step()
     return StepReport(
@@ -229,7 +226,7 @@ def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) ->
         counts={NAME: count.item()},
         grad_norm=norm,
         learning_rate=rate,
-        skipped=overflow,
+        skipped=skipped,
         phase=NAME,
     )
 
@@ -246,11 +243,3 @@ def _prepare_gradient(stage: PrefixStage, run: Run) -> Tensor:
         if stage.frozen_V is not None and parameter is stage.embedding_VD:
             local[stage.frozen_V] = 0.0
     return clip_grad_norm(moving, run.max_grad_norm)
-
-
-def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
-    if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not run.loss_scale.enabled):
-        raise NonFiniteError(
-            f"the prefix stage's loss ({loss:g}) or gradient norm ({grad_norm:g}) is not finite at step "
-            f"{run.step}: nothing was updated; lower prefix_lr or use dtype float32"
-        )

@@ -72,6 +72,10 @@ class Reports:
         if rows:
             self._write(step, {"rows_left_out": sum(rows.values())})
 
+    def untrained(self, step: int, number: int) -> None:
+        """Write that a step was skipped because no token of it is trained, the run's `number`-th."""
+        self._write(step, {"untrained_steps": number})
+
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint expects them there."""
         self.metrics.sync()

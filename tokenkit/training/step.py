@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tokenkit.config.errors import DataError
 from tokenkit.objective import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
@@ -18,6 +19,9 @@ from tokenkit.structs import Batch
 from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
+
+
+MOST_UNTRAINED = 10  # steps in a row without a trained token: it is the configuration, not the draw
 
 
 class NonFiniteError(ArithmeticError):
@@ -73,6 +77,10 @@ class Run:
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
     step: int = 0
     """Optimizer steps done, of all stages."""
+    untrained_steps: int = 0
+    """Steps without a trained token, of all stages: nothing was updated."""
+    untrained_in_a_row: int = 0
+    """Such steps since the last other one, or since this process began."""
     first_step: int = 0
     """Where the main stage begins: schedules of rate and losses count from here."""
 
@@ -96,8 +104,8 @@ class StepReport:
     """By loss, what multiplied its gradient: weights, schedule and whatever found them, all together."""
     phase: str | None = None
     """The stage of the run, where it is not the main one."""
-    skipped: bool = False
-    """A float16 overflow: nothing was updated, the loss scale was halved."""
+    skipped: Literal["overflow", "untrained"] | None = None
+    """Nothing was updated: a float16 overflow, which halved the loss scale, or no token that is trained."""
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
@@ -108,7 +116,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
 
     Raises:
         NonFiniteError: a loss or the gradient norm is not finite; parameters and optimizer are untouched.
-        ValueError: no token of the whole step is trained.
+        DataError: no token of this step is trained, nor of the `MOST_UNTRAINED` - 1 steps before it.
     """
     device = run.world.device
     batches = [batch.to(device) for batch in micro_batches]
@@ -132,7 +140,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     _unscale(grads, run.loss_scale)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
     report = _report(run, sums, grad_norm, counts, _trained_tokens(batches))
-    if not report.skipped:
+    if report.skipped is None:
         set_learning_rate(run.optimizer, report.learning_rate)
         run.optimizer.step()
     return report
@@ -187,12 +195,9 @@ def _report(
     packed = torch.cat([loss_J, count_J, sums.weight_J, sums.norm_J, single_2]).tolist()
     values, sizes, weights, norms = (packed[k * J : (k + 1) * J] for k in range(4))
     losses = dict(zip(names, values, strict=True))
-    _check_finite(run, losses, grad_norm=packed[-2], trained=packed[-1])
-    overflow = not math.isfinite(packed[-2])
+    skipped = whether_skipped(run, losses, packed[-2], trained=packed[-1])
     user = run.objective.weights(run.main_step)
-    if run.loss_scale.enabled:
-        run.loss_scale.update(not overflow)
-    if not overflow:
+    if skipped is None:
         run.objective.update(run.main_step, values, sizes, norms)
     return StepReport(
         loss=sum(user[name] * losses[name] for name in names),
@@ -201,16 +206,44 @@ def _report(
         grad_norm=packed[-2],
         learning_rate=run.learning_rate(run.main_step),
         weights=dict(zip(names, weights, strict=True)),
-        skipped=overflow,
+        skipped=skipped,
     )
 
 
-def _check_finite(run: Run, losses: dict[str, float], *, grad_norm: float, trained: float) -> None:
+def whether_skipped(
+    run: Run, losses: dict[str, float], grad_norm: float, *, trained: float
+) -> Literal["overflow", "untrained"] | None:
+    """Decide from numbers that all ranks hold alike whether a step may be taken; count those that may not.
+
+    Args:
+        run: its loss scale learns from the step.
+        losses: of the whole step.
+        grad_norm: of the whole step.
+        trained: how many tokens of the whole step are trained.
+
+    Raises:
+        DataError: too many steps in a row had no trained token.
+        NonFiniteError: a loss or the gradient is not finite.
+    """
     if not trained:
-        raise ValueError(
-            f"no token of step {run.step} is trained, on any process: the answers may lie behind "
-            "max_length_new, or be masked (loss_mask_mode); nothing was updated"
-        )
+        run.untrained_steps += 1
+        run.untrained_in_a_row += 1
+        if run.untrained_in_a_row >= MOST_UNTRAINED:
+            raise DataError(
+                f"no token was trained in {run.untrained_in_a_row} steps in a row, on any process, step "
+                f"{run.step} the last: the answers may lie behind max_length_new, or be masked "
+                "(loss_mask_mode), or no row could be read; nothing was updated in them"
+            )
+        return "untrained"
+    run.untrained_in_a_row = 0
+    _check_finite(run, losses, grad_norm)
+    overflow = not math.isfinite(grad_norm)
+    if run.loss_scale.enabled:
+        run.loss_scale.update(not overflow)
+    return "overflow" if overflow else None
+
+
+def _check_finite(run: Run, losses: dict[str, float], grad_norm: float) -> None:
     bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if bad:
         raise NonFiniteError(
