@@ -159,7 +159,7 @@ def run(student: Side, teacher: Side, row_weight_N: Tensor | None, options: Opti
         teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
         factor = factor_N[rows] * student.alpha
         if options.exact:
-            p_NV, sign_NV = _sort(z_NV, softmax, z_NW, teacher_softmax, value_N[rows])
+            p_NV, sign_NV = sort_rows(z_NV, softmax, z_NW, teacher_softmax, value_N[rows])
             if forms:
                 dz_NV = _dlogits_exact(z_NV, p_NV, sign_NV, factor, student.cap)
                 gradients.add(dz_NV.to(gradients.low), rows)
@@ -210,7 +210,7 @@ def _row_bytes(student: Side, teacher: Side, gradients: Gradients, exact: bool) 
     return both_bytes + HISTOGRAM_BYTES + low_bytes
 
 
-def _sort(
+def sort_rows(
     z_NV: Tensor, softmax: tile.Softmax, z_NW: Tensor, teacher_softmax: tile.Softmax, value_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write the distance of each row; return p and ∂value / ∂p. Equal ranks pull nothing."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from tokenkit.kernels.reference import alm_difference as difference
+from tokenkit.kernels.reference import hybrid_distance as hybrid
 from tokenkit.kernels.reference import linear_divergence as divergence
 from tokenkit.kernels.reference import linear_logprob as logprob
 from tokenkit.kernels.reference import projected_divergence as projected
 from tokenkit.kernels.reference import sorted_distance as distance
 from tokenkit.kernels.vocabulary import Subset
-from tokenkit.losses import alm, dskd, gold, mined, rows, score, uld, xtoken
+from tokenkit.losses import alm, dskd, gold, gold_js, mined, rows, score, uld, xtoken
 
 
 def linear_logprob(hidden_ND, head, target_N, *, subset_V=None, temperature=1.0, workspace_bytes=0):
@@ -48,10 +49,12 @@ def chunk_likelihood(logp_BL, spans, append_BC=None):
 
 def use(monkeypatch) -> None:
     """Replace the kernels in every loss."""
-    for module in (score, mined, dskd, gold):
+    for module in (score, mined, dskd, gold, gold_js):
         monkeypatch.setattr(module, "linear_logprob", linear_logprob)
-    for module in (uld, gold):
+    for module in (uld, gold_js):
         monkeypatch.setattr(module, "sorted_distance", sorted_distance)
+    for module in (uld, gold):
+        monkeypatch.setattr(module, "hybrid_distance", hybrid.hybrid_distance)
     monkeypatch.setattr(rows, "linear_divergence", linear_divergence)
     monkeypatch.setattr(rows, "match_outcomes", lambda *heads, whole, **indices: indices)
     monkeypatch.setattr(xtoken, "projected_divergence", projected_divergence)

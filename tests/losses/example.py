@@ -61,7 +61,7 @@ def make_options(name, **changes):
         "alm_unbiased": {"chunks": "unbiased"},
         "alm_side_path": pairs,
         "baseline_mined": {"teacher_index": NEAREST},
-        "baseline_gold": pairs,
+        "baseline_gold_js": pairs,
         "baseline_xtoken": {"projection": make_projection(*entries, 40, 50)},
     }
     return LOSSES[name].options(**needed.get(name, {}), **changes)

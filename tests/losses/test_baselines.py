@@ -23,7 +23,7 @@ from tests.losses.example import (
 )
 from tokenkit.kernels.reference.linear_divergence import divergence
 from tokenkit.kernels.reference.linear_logprob import logits
-from tokenkit.losses import gold_loss, mined_loss, side_path_loss, uld_loss, xtoken_loss
+from tokenkit.losses import gold_js_loss, mined_loss, side_path_loss, uld_loss, xtoken_loss
 from tokenkit.losses.rows import chunk_ends, chunk_starts
 from tokenkit.losses.score import scored_tokens
 from tokenkit.losses.side_path import DISTANCES
@@ -43,11 +43,33 @@ def sorted_gap(p, q):
 
 def uld_by_hand(student, teacher, batch, temperature=1.0):
     p, q = full(student, temperature).softmax(-1), full(teacher, temperature).softmax(-1).detach()
-    scored = scored_tokens(batch.student)
-    found = [
-        (b, i) for b in range(2) for i in range(7) if scored[b, i + 1] and i < int(batch.teacher.length_B[b])
+    found = []
+    for b in range(len(batch.student.ids_BT)):
+        answers = [stretches(side.trained_BT[b], chunks[b]) for side, chunks in both_sides(batch)]
+        for own, other in zip(*answers, strict=False):
+            found += [(b, i - 1, j - 1) for i, j in zip(own, other, strict=False) if i > 0 and j > 0]
+            if own[0] == other[0] == 0 and len(answers[1]) == 1 and len(own) > len(other):
+                found.append((b, own[len(other)] - 1, other[-1]))  # a text without prompt: the last row too
+    T, S = batch.student.ids_BT.shape[1], batch.teacher.ids_BT.shape[1]
+    return sum(sorted_gap(p[b * T + i], q[b * S + j]) for b, i, j in found), len(found)
+
+
+def both_sides(batch):
+    chunks = batch.chunks["unconstrained"]
+    return (batch.student, chunks.student_BT), (batch.teacher, chunks.teacher_BS)
+
+
+def stretches(trained, chunks):
+    """Return the positions of each stretch of trained tokens; a start that has no partner is none."""
+    positions = [
+        i for i in range(len(trained)) if trained[i] and any(chunk >= 0 for chunk in chunks[: i + 1])
     ]
-    return sum(sorted_gap(p[b * 8 + i], q[b * 9 + i]) for b, i in found), len(found)
+    result = []
+    for i in positions:
+        if not result or result[-1][-1] != i - 1:
+            result.append([])
+        result[-1].append(i)
+    return result
 
 
 def mined_by_hand(student, teacher, batch, temperature=1.0, teacher_temperature=1.0):
@@ -84,7 +106,7 @@ def side_path_by_hand(student, teacher, batch, distance_fn="kl_subset"):
     return divergence(ps.log(), qs.log(), kind).sum(), len(p)
 
 
-def gold_by_hand(student, teacher, batch, matched_weight=4 / 50, temperature=1.0):
+def gold_js_by_hand(student, teacher, batch, matched_weight=4 / 50, temperature=1.0):
     rows = chunk_starts(batch, "unconstrained")
     p = full(student, temperature)[rows.student_N].softmax(-1)
     q = full(teacher, temperature)[rows.teacher_N].softmax(-1).detach()
@@ -114,10 +136,10 @@ CASES = [
     ("baseline_mined", mined_by_hand, {}, {}),
     ("baseline_mined", mined_by_hand, *[{"temperature": 2.0, "teacher_temperature": 0.5}] * 2),
     *[("alm_side_path", side_path_by_hand, *[{"distance_fn": name}] * 2) for name in DISTANCES],
-    ("baseline_gold", gold_by_hand, {"exact": True}, {}),
+    ("baseline_gold_js", gold_js_by_hand, {"exact": True}, {}),
     (
-        "baseline_gold",
-        gold_by_hand,
+        "baseline_gold_js",
+        gold_js_by_hand,
         {"exact": True, "matched_weight": 0.5, "temperature": 2.0},
         {"matched_weight": 0.5, "temperature": 2.0},
     ),
@@ -152,7 +174,7 @@ def test_uld_without_sorting_is_within_its_bound():
     assert abs(exact - fast) < 1e-3 * exact
 
 
-@pytest.mark.parametrize("name", ["baseline_uld", "baseline_mined", "alm_side_path", "baseline_gold"])
+@pytest.mark.parametrize("name", ["baseline_uld", "baseline_mined", "alm_side_path", "baseline_gold_js"])
 def test_equal_models_sit_at_the_minimum(name):
     batch = make_batch()
     chunks = {"unconstrained": dataclasses.replace(batch.chunks["unconstrained"])}
@@ -164,14 +186,14 @@ def test_equal_models_sit_at_the_minimum(name):
         "baseline_uld": {},
         "baseline_mined": {"teacher_index": same},
         "alm_side_path": {"student_index": same[:20], "teacher_index": same[:20], "distance_fn": "kl"},
-        "baseline_gold": {"student_index": same[:20], "teacher_index": same[:20]},
+        "baseline_gold_js": {"student_index": same[:20], "teacher_index": same[:20]},
     }[name]
     teacher = dataclasses.replace(student, hidden_BTD=student.hidden_BTD.detach())
     functions = {
         "baseline_uld": uld_loss,
         "baseline_mined": mined_loss,
         "alm_side_path": side_path_loss,
-        "baseline_gold": gold_loss,
+        "baseline_gold_js": gold_js_loss,
     }
     batch = dataclasses.replace(batch, student=one_to_one(batch.student), teacher=one_to_one(batch.student))
     term = functions[name](student, teacher, batch, **changes)
@@ -195,7 +217,7 @@ def test_the_drop_in_forms_run_both_halves():
     for name, term in {
         "baseline_mined": mined_loss(student, teacher, batch, NEAREST),
         "alm_side_path": side_path_loss(student, teacher, batch, *pairs),
-        "baseline_gold": gold_loss(student, teacher, batch, *pairs),
+        "baseline_gold_js": gold_js_loss(student, teacher, batch, *pairs),
         "baseline_xtoken": xtoken_loss(student, teacher, batch, projection),
     }.items():
         (total, count), _ = run_loss(name, batch, student, teacher)
@@ -210,8 +232,12 @@ def test_the_drop_in_forms_run_both_halves():
         ("baseline_mined", {"teacher_temperature": -1}, "teacher_temperature must be positive: got -1"),
         ("baseline_mined", {"teacher_index": torch.ones(40)}, "one int64 teacher id for each student id"),
         ("alm_side_path", {"distance_fn": "js"}, "unknown distance_fn 'js': expected one of kl, reverse_kl"),
-        ("baseline_gold", {"student_index": torch.tensor([1, 1, 2, 3])}, "student_index names an id twice"),
-        ("baseline_gold", {"matched_weight": 2}, r"matched_weight must be in \[0, 1\]: got 2"),
+        (
+            "baseline_gold_js",
+            {"student_index": torch.tensor([1, 1, 2, 3])},
+            "student_index names an id twice",
+        ),
+        ("baseline_gold_js", {"matched_weight": 2}, r"matched_weight must be in \[0, 1\]: got 2"),
         ("baseline_xtoken", {"temperature": -1}, "temperature must be positive"),
         ("baseline_dskd", {"divergence": "kk"}, "unknown divergence 'kk': expected one of kl, rkl"),
         ("baseline_dskd", {"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),

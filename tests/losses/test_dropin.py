@@ -11,10 +11,7 @@ from tokenkit import losses
 from tokenkit.losses import LOSSES, alm_loss, clm_loss, uld_loss
 from tokenkit.structs import Head, HiddenStates
 
-LATER = {"gold_loss", "uld_loss"}
-DROP_IN = {
-    name: getattr(losses, name) for name in losses.__all__ if name.endswith("_loss") and name not in LATER
-}
+DROP_IN = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("_loss")}
 
 
 @pytest.mark.parametrize("name", DROP_IN)
@@ -27,8 +24,10 @@ def test_every_option_is_a_keyword_with_its_type(name):
     unpacked = typing.get_args(hints["options"])[0] if "options" in hints else None
     keywords = typing.get_type_hints(unpacked) if unpacked else {}
     wanted = {
-        field.name: typing.get_type_hints(options, vars(module))[field.name]
-        for field in dataclasses.fields(options)
+        field.name: typing.get_type_hints(one, vars(module))[field.name]
+        for one in (options, *([losses.GoldRules] if options is losses.GoldOptions else []))
+        for field in dataclasses.fields(one)
+        if field.name != "rules"
     }
     for option, kind in wanted.items():
         assert {**hints, **keywords}[option] == kind, option

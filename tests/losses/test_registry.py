@@ -145,11 +145,12 @@ def test_heads_of_32_bits_are_cast_to_hidden_states_of_16(name):
     assert student.hidden_BTD.grad.any()
 
 
+@pytest.mark.parametrize("name", ["baseline_gold", "baseline_gold_js"])
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_gold_refuses_a_divided_head(which):
+def test_gold_refuses_a_divided_head(which, name):
     batch = make_batch()
     states = dict(zip(("student", "teacher"), make_states(batch), strict=True))
     head = dataclasses.replace(states[which].head, shard=Shard(None, 0), vocab_size=99)
     states[which] = dataclasses.replace(states[which], head=head)
-    with pytest.raises(ValueError, match=f"the {which}'s head is divided over processes: baseline_gold"):
-        run_loss("baseline_gold", batch, states["student"], states["teacher"])
+    with pytest.raises(ValueError, match=f"the {which}'s head is divided over processes: {name} "):
+        run_loss(name, batch, states["student"], states["teacher"])

@@ -30,7 +30,7 @@ from tokenkit.training.step import train_step
 SINGLE = World(0, 1, torch.device("cpu"), None)
 NAMES = [
     "alm_unbiased", "alm_side_path", "alm_latents", "baseline_uld", "baseline_mined", "baseline_dskd",
-    "baseline_gold", "baseline_xtoken",
+    "baseline_gold", "baseline_gold_js", "baseline_xtoken",
 ]  # fmt: skip
 EVERY_LAYER = {"latents_to_align": "all_hidden_states", "latents_do_project": "true"}
 

@@ -20,6 +20,7 @@ LossName = Literal[
     "baseline_minED",
     "baseline_dskd",
     "baseline_gold",
+    "baseline_gold_js",
     "baseline_xtoken",
 ]
 LOSS_NAMES: tuple[str, ...] = get_args(LossName)
@@ -42,6 +43,9 @@ Difference = Literal[
     "joschu_k2",
     "joschu_k3",
 ]
+
+Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
+MergeStrategy = Literal["observed", "bayesian"]
 
 ALM_MODES = ("append_space", "merge_by_space_prob", "eos_as_space", "none")
 SPACE_MASK_PARTS = ("space", "tab", "newline", "special")

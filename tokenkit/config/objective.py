@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokenkit.config.errors import ConfigError, at_least, check_parts, nearest
+from tokenkit.config.gold import Gold
 from tokenkit.config.names import (
     AGGREGATIONS,
     ALM_MODES,
@@ -15,6 +16,7 @@ from tokenkit.config.names import (
     SPACE_MASK_PARTS,
     Denominator,
     Difference,
+    Divergence,
     Numerator,
 )
 from tokenkit.config.schema import flat
@@ -134,23 +136,30 @@ class Latents:
 class Baseline:
     """Options of the baseline losses."""
 
-    divergence: Literal["kl", "rkl", "skl", "srkl", "js", "akl"] = "kl"
-    """Divergence of baseline_dskd in the student's space."""
+    divergence: Divergence = "kl"
+    """Divergence of baseline_mined, and of baseline_dskd in the student's space."""
 
     kd_temp: float = 1.0
-    """Temperature of both models in every baseline; positive."""
+    """Temperature of both models in every baseline but baseline_gold, which has its own; positive."""
 
     kd_rate: float | None = None
     """Weighs each baseline with this and clm with 1 minus this, in [0, 1], in place of loss_weights."""
 
     teacher_temperature: float = 1.0
-    """Multiplies kd_temp for the teacher, but in baseline_uld; positive."""
+    """Multiplies kd_temp for the teacher, but in baseline_uld and baseline_gold; positive."""
 
     skew_lambda: float = 0.1
     """Mixing share of skl and srkl, in [0, 1]."""
 
     adaptive_kl_alpha: float = 0.5
     """Mass left to the tail in `akl`, in [0, 1]."""
+
+    exact_sort: bool | None = None
+    """Compare by rank with a sort (true) or with histograms (false: several times faster, and off by a known
+    bound). None: baseline_gold sorts, baseline_uld and baseline_gold_js do not."""
+
+    uld_extended: bool = False
+    """baseline_uld: compare groups of tokens that end at the same byte, not token i with token i."""
 
     dskd_use_causal_attention_mask: bool = True
     """DSKD: a position attends only to text that ends no later than its own."""
@@ -160,6 +169,8 @@ class Baseline:
 
     gradnorm_lr: float = 0.025
     """GradNorm: learning rate of the weights; positive."""
+
+    gold: Gold = field(default_factory=Gold)
 
     def __post_init__(self) -> None:
         at_least("baseline.gradnorm_alpha", self.gradnorm_alpha, 0)
@@ -177,9 +188,9 @@ class Objective:
     """The losses and how they add up."""
 
     losses: tuple[str, ...] = ("alm_unconstrained",)
-    """clm (sft), alm_unconstrained (alm_greedy), alm_space, alm_side_path, alm_latents, baseline_uld,
-    baseline_mined (baseline_minED), baseline_dskd, baseline_gold, baseline_xtoken; `module:function` for
-    one's own."""
+    """clm (sft), alm_unconstrained (alm_greedy), alm_space, alm_unbiased (alm), alm_side_path, alm_latents,
+    baseline_uld, baseline_mined (baseline_minED), baseline_dskd, baseline_gold, baseline_gold_js,
+    baseline_xtoken; `module:function` for one's own."""
 
     loss_weights: tuple[float, ...] | Mapping[str, float] | None = None
     """One number per loss, or a mapping from loss to number (as flags: clm=1 alm_space=0.5). None: 1 each."""

@@ -16,11 +16,12 @@ Two losses divide by a scale of the teacher's before they count (`Loss.measure` 
 
 from __future__ import annotations
 
-from tokenkit.losses import alm, clm, dskd, gold, latents, mined, side_path, uld, xtoken
+from tokenkit.losses import alm, clm, dskd, gold, gold_js, latents, mined, side_path, uld, xtoken
 from tokenkit.losses.alm import AlmOptions, alm_loss
 from tokenkit.losses.clm import ClmOptions, clm_loss
 from tokenkit.losses.dskd import DskdOptions, dskd_loss
-from tokenkit.losses.gold import GoldOptions, gold_loss
+from tokenkit.losses.gold import GoldOptions, GoldRules, gold_loss
+from tokenkit.losses.gold_js import GoldJsOptions, gold_js_loss
 from tokenkit.losses.latents import LatentsOptions, latents_loss
 from tokenkit.losses.mined import MinedOptions, mined_loss
 from tokenkit.losses.registry import Loss, find, load_own
@@ -41,6 +42,7 @@ LOSSES: dict[str, Loss] = {
     "baseline_mined": mined.LOSS,
     "baseline_dskd": dskd.LOSS,
     "baseline_gold": gold.LOSS,
+    "baseline_gold_js": gold_js.LOSS,
     "baseline_xtoken": xtoken.LOSS,
 }
 
@@ -65,7 +67,9 @@ __all__ = [
     "AlmOptions",
     "ClmOptions",
     "DskdOptions",
+    "GoldJsOptions",
     "GoldOptions",
+    "GoldRules",
     "LatentsOptions",
     "Loss",
     "MinedOptions",
@@ -75,6 +79,7 @@ __all__ = [
     "alm_loss",
     "clm_loss",
     "dskd_loss",
+    "gold_js_loss",
     "gold_loss",
     "latents_loss",
     "mined_loss",

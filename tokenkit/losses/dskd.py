@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logp
 from tokenkit.losses.dskd_masks import Masks, attend, attention_masks
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import (
+    Divergence,
+    check_divergence,
     check_temperatures,
     frozen,
     need_head,
@@ -60,7 +62,6 @@ from tokenkit.structs import (
     Widths,
 )
 
-Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
 STATES: frozenset[StateKind] = frozenset({"embedded"})
 _NEEDS = (
     "baseline_dskd needs the input embeddings of both models and the student's head: "
@@ -88,14 +89,8 @@ class DskdOptions:
     """Memory for the heads beside results, bytes."""
 
     def __post_init__(self) -> None:
-        if self.divergence not in get_args(Divergence):
-            raise ValueError(
-                f"unknown divergence {self.divergence!r}: expected one of {', '.join(get_args(Divergence))}"
-            )
+        check_divergence(self)
         check_temperatures(self)
-        for name in ("skew", "alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}")
 
 
 class DskdKeywords(TypedDict, total=False):

@@ -1,80 +1,152 @@
-"""A hybrid for vocabularies that overlap in part, after GOLD: our implementation.
+"""GOLD as TRL publishes it: universal logit distillation of merged tokens, its options by their names there.
 
-Where both models have read the same text, at the rows that predict the first tokens of a chunk:
+In each answer, groups g of student and teacher tokens face each other (`answers.py`): with `use_extended_uld`
+those that end at the same byte, without it token i and token i. With P = c p the student's distribution at
+the row that speaks for a group, times the probabilities of the group's other tokens, Q = d q the teacher's,
 
-    matched     JS(p̄, q̄) over pairs of tokens with the same bytes, all other tokens of a side one outcome
-    unmatched   q_U Σ_r |a_(r) − b_(r)|: sorted probabilities of the tokens outside the pairs, given that it
-                is one of them; q_U is the teacher's probability of that
-    loss        mean over chunks of  w matched + (1 − w) unmatched,   w = pairs / teacher's vocabulary
+    value(g)   Σ_r |P_(r) − Q_(r)|                                    in descending order
+    hybrid     w_m Σ_k F_β(P_s(k), Q_t(k)) + w_u Σ_r |P_(r) − Q_(r)|  pairs k of ids; by rank only the others
+    loss       uld_distillation_weight · mean over documents of (mean over their groups of value)
+               + uld_crossentropy_weight · mean over tokens of −log p(token)
 
-It differs from TRL's GOLD in two points. That takes probabilities of the matched tokens as they are, so that
-its divergence is not one between distributions, and sorts those of the others as they are; here the chain
-rule parts each distribution into whether a token is matched, and which one. And that multiplies a chunk's
-distribution by the probabilities of its later tokens, which here no longer take part.
+F_β: `kernels/hybrid_distance.py`, the generalized Jensen-Shannon divergence of numbers that do not add up to
+1, at 1e-8 or above. A document whose answers have no group counts, with value 0. w_m, where both weights are
+None, is the pairs' share of the teacher's vocabulary, and w_u = 1 − w_m. By default ("observed") all rows are
+read one position late, as they are there.
 
-Source: Patiño et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", and the documentation of
-TRL's GOLD trainer; ULD: arXiv:2402.12030.
+Source: Patiño et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", and the loss of TRL's
+GOLDTrainer (1.16); ULD: Boizard et al., arXiv:2402.12030; β: Agarwal et al., arXiv:2306.13649, eq. 1.
 
-Dimensions: N chunks, P pairs of tokens, V student vocabulary, W teacher vocabulary.
+Dimensions: N groups, M tokens that multiply, P pairs of ids, B documents.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
-from tokenkit.kernels.outcomes import Outcomes
-from tokenkit.kernels.sorted_distance import sorted_distance
-from tokenkit.losses.registry import Loss, whole
-from tokenkit.losses.rows import (
-    RowPairs,
-    check_pairs,
-    check_temperatures,
-    chunk_starts,
-    need_head,
-    need_teacher,
-    paired_outcomes,
-    summed_divergence,
-    take,
+from tokenkit.kernels.hybrid_distance import FLOOR, Measure, Pairs, hybrid_distance, split_columns
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.kernels.vocabulary_parallel import vocab_size
+from tokenkit.losses.answers import (
+    STRATEGIES,
+    Groups,
+    Scalars,
+    Strategy,
+    answer_tokens,
+    extended_groups,
+    positional_groups,
+    without_last,
 )
-from tokenkit.losses.score import in_dtype
-from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm
+from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.rows import check_pairs, need_head, need_teacher, take
+from tokenkit.losses.score import Rows, in_dtype, score, scored_tokens, select_rows
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
+
+
+@dataclass(frozen=True, slots=True)
+class GoldRules:
+    """The options of the published loss, by their names and with their defaults there."""
+
+    use_extended_uld: bool = True
+    """Groups of tokens that end at the same byte; without, token i faces token i."""
+    uld_token_merge_strategy: Strategy = "observed"
+    """Which row speaks for a group: `answers.py`."""
+    uld_use_hybrid_loss: bool = False
+    """Compare ids of both vocabularies one by one, and only the others by rank."""
+    uld_hybrid_matched_weight: float | None = None
+    """w_m; both weights or neither."""
+    uld_hybrid_unmatched_weight: float | None = None
+    """w_u."""
+    uld_crossentropy_weight: float = 0.0
+    """Of the student's cross entropy with its answers."""
+    uld_distillation_weight: float = 1.0
+    """Of what is compared with the teacher."""
+    uld_student_temperature: float = 1.0
+    """Divides the student's logits, but in the cross entropy."""
+    uld_teacher_temperature: float = 1.0
+    """Divides the teacher's logits."""
+    uld_skip_student_eos: bool = True
+    """Leave the last token of each of the student's answers out of the comparison."""
+    uld_skip_teacher_eos: bool = True
+    """The same of the teacher's."""
+    beta: float = 0.5
+    """β in [0, 1]: 0 the forward, 1 the reverse divergence."""
+
+    def __post_init__(self) -> None:
+        if self.uld_token_merge_strategy not in STRATEGIES:
+            raise ValueError(
+                f"uld_token_merge_strategy must be one of {', '.join(STRATEGIES)}: got "
+                f"{self.uld_token_merge_strategy!r}"
+            )
+        weights = (self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight)
+        if (weights[0] is None) != (weights[1] is None):
+            raise ValueError(
+                "uld_hybrid_matched_weight and uld_hybrid_unmatched_weight must both be given, or both be "
+                f"None: got {weights[0]} and {weights[1]}"
+            )
+        names = [
+            f"uld_{x}_weight" for x in ("crossentropy", "distillation", "hybrid_matched", "hybrid_unmatched")
+        ]
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0: got {value}")
+        for name in ("uld_student_temperature", "uld_teacher_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be in [0, 1]: got {self.beta}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GoldOptions:
-    """Which tokens are matched, and how distributions are compared. ValueError names the field."""
+    """The published options, and what they are computed with. ValueError names the field."""
 
-    student_index: Tensor
-    """int64 [P]: student ids of the pairs, none twice."""
-    teacher_index: Tensor
-    """int64 [P]: their partners, none twice; `tokenkit.pairing.matching` finds them."""
-    matched_weight: float | None = None
-    """w, in [0, 1]; None: pairs / teacher's vocabulary."""
-    temperature: float = 1.0
-    """T: divides the logits of both models."""
-    teacher_temperature: float = 1.0
-    """Multiplies T for the teacher, in the matched part."""
-    exact: bool = False
-    """Sort the unmatched part, instead of adding up histograms; see `tokenkit.kernels.sorted_distance`."""
+    rules: GoldRules = field(default_factory=GoldRules)
+    student_index: Tensor | None = None
+    """int64 [P]: student ids that are compared one by one, none twice; with `uld_use_hybrid_loss`."""
+    teacher_index: Tensor | None = None
+    """int64 [P]: their partners, none twice; `tokenkit.pairing.matching.published_pairs` finds them."""
+    exact: bool = True
+    """Sort; False adds up histograms, several times faster. See `tokenkit.kernels.sorted_distance`."""
     chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
+    """Which of the batch's chunks are the groups; others than the smallest are not published."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     """Memory for the heads beside results, bytes."""
 
     def __post_init__(self) -> None:
+        if not self.rules.uld_use_hybrid_loss:
+            return
+        if self.student_index is None or self.teacher_index is None:
+            raise ValueError(
+                "uld_use_hybrid_loss compares pairs of ids: give student_index and teacher_index"
+            )
         check_pairs(self.student_index, self.teacher_index)
-        for name in ("student_index", "teacher_index"):
-            index_P = getattr(self, name)
-            if len(index_P.unique()) < len(index_P):
-                raise ValueError(f"{name} names an id twice: matched tokens face each other one to one")
-        if self.matched_weight is not None and not 0 <= self.matched_weight <= 1:
-            raise ValueError(f"matched_weight must be in [0, 1]: got {self.matched_weight}")
-        check_temperatures(self)
+
+
+class GoldKeywords(TypedDict, total=False):
+    """The fields of `GoldRules`, and of `GoldOptions` beside them and the pairs."""
+
+    use_extended_uld: bool
+    uld_token_merge_strategy: Strategy
+    uld_use_hybrid_loss: bool
+    uld_hybrid_matched_weight: float | None
+    uld_hybrid_unmatched_weight: float | None
+    uld_crossentropy_weight: float
+    uld_distillation_weight: float
+    uld_student_temperature: float
+    uld_teacher_temperature: float
+    uld_skip_student_eos: bool
+    uld_skip_teacher_eos: bool
+    beta: float
+    exact: bool
+    chunks: ChunkKind
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,45 +154,81 @@ class GoldPrepared:
     """What is known before the student runs."""
 
     count: Tensor
-    """int64 scalar: chunks."""
-    rows: RowPairs
+    """int64: documents with an answer; with a cross entropy [2], its tokens too."""
+    groups: Groups
+    weight_N: Tensor
+    """1 / groups of the same document."""
     teacher_NE: Tensor
-    outcomes: Outcomes
-    unmatched_N: Tensor
-    """q_U: the teacher's probability of a token without a partner."""
+    teacher_log_scale_N: Tensor
+    """log d."""
+    pairs: Pairs | None
+    tokens: Rows | None
+    """Of the cross entropy."""
+
+
+def need_whole(name: str, student_head: Head | None, teacher_head: Head) -> None:
+    """Raise ValueError where a head is divided over processes."""
+    for side, head in (("student", student_head), ("teacher", teacher_head)):
+        if head is not None and head.shard is not None:
+            raise ValueError(
+                f"the {side}'s head is divided over processes: {name} sorts whole rows, and needs it whole"
+            )
 
 
 @torch.no_grad()
 def prepare(
     teacher: HiddenStates | None, batch: Batch, options: GoldOptions, context: Context = NO_CONTEXT
 ) -> GoldPrepared:
-    """Find the starts of chunks, and how likely the teacher finds a token without a partner there."""
-    teacher = need_teacher(teacher, "baseline_gold")
-    for name, divided in (("student", context.student_head), ("teacher", teacher.head)):
-        if divided is not None and divided.shard is not None:
-            raise ValueError(
-                f"the {name}'s head is divided over processes: baseline_gold picks rows of it by id, and "
-                "needs it whole"
-            )
-    rows = chunk_starts(batch, options.chunks)
-    teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
-    head = in_dtype(teacher.head, teacher_NE.dtype)
-    mask_W = _unmatched(head, options.teacher_index)
-    unmatched_N = torch.zeros(len(teacher_NE), device=teacher_NE.device)
-    if len(options.teacher_index) < len(mask_W):
-        said = linear_logprob(
-            teacher_NE,
-            head,
-            torch.full_like(rows.teacher_N, IGNORE),
-            subset_V=mask_W,
-            temperature=options.temperature,
-            workspace_bytes=options.workspace_bytes,
+    """Find the groups of the answers, and what the teacher says of their tokens."""
+    teacher, rules = need_teacher(teacher, "baseline_gold"), options.rules
+    need_whole("baseline_gold", context.student_head, teacher.head)
+    student_BT, teacher_BS = answer_tokens(batch, options.chunks)
+    has_answer_B = scored_tokens(batch.student).any(1) | scored_tokens(batch.teacher).any(1)
+    if rules.uld_skip_student_eos:
+        student_BT = without_last(student_BT)
+    if rules.uld_skip_teacher_eos:
+        teacher_BS = without_last(teacher_BS)
+    strategy = rules.uld_token_merge_strategy
+    if rules.use_extended_uld:
+        groups = extended_groups(batch, options.chunks, student_BT, teacher_BS, strategy)
+    else:
+        groups = positional_groups(student_BT, teacher_BS, strategy)
+    weight_N = groups.document_N.bincount(minlength=len(student_BT)).double().reciprocal()[groups.document_N]
+    teacher_NE = take(teacher.hidden_BTD, batch.teacher, groups.rows.teacher_N)
+    temperature, workspace_bytes = rules.uld_teacher_temperature, options.workspace_bytes
+    log_scale_N = log_scales(
+        teacher, batch.teacher, groups.teacher, len(weight_N), temperature, workspace_bytes
+    )
+    pairs = None
+    if rules.uld_use_hybrid_loss:
+        if context.student_head is None:
+            raise ValueError("baseline_gold must know both vocabularies: give both heads in its Context")
+        assert options.student_index is not None
+        assert options.teacher_index is not None
+        pairs = split_columns(
+            context.student_head, teacher.head, options.student_index, options.teacher_index
         )
-        assert said.subset_logp_N is not None
-        unmatched_N = said.subset_logp_N.exp()
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    outcomes = paired_outcomes(options.student_index, options.teacher_index, context, whole=True)
-    return GoldPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
+    count, tokens = has_answer_B.sum(), None
+    if rules.uld_crossentropy_weight:
+        tokens = select_rows(batch.student, scored_tokens(batch.student))
+        count = torch.stack([count, torch.full_like(count, len(tokens.row_N))])
+    return GoldPrepared(count, groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
+
+
+def log_scales(
+    states: HiddenStates, side: Side, scalars: Scalars, groups: int, temperature: float, workspace_bytes: int
+) -> Tensor:
+    """Return log c of each group: Σ log max(p, 1e-8) of the tokens that multiply it; differentiable."""
+    hidden_MD = take(states.hidden_BTD, side, scalars.row_M)
+    said = linear_logprob(
+        hidden_MD,
+        in_dtype(states.head, hidden_MD.dtype),
+        scalars.target_M,
+        temperature=temperature,
+        workspace_bytes=workspace_bytes,
+    )
+    logp_M = said.logp_N.clamp_min(math.log(FLOOR))
+    return logp_M.new_zeros(groups).index_add(0, scalars.group_M, logp_M)
 
 
 def function(
@@ -130,61 +238,40 @@ def function(
     options: GoldOptions,
     context: Context = NO_CONTEXT,
 ) -> LossTerm:
-    """Return the summed loss, and the number of chunks."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    head = in_dtype(student.head, student_ND.dtype)
+    """Return the summed loss and the number of documents; with a cross entropy two sums, each times 2."""
+    rules, groups, pairs = options.rules, prepared.groups, prepared.pairs
+    student_ND = take(student.hidden_BTD, batch.student, groups.rows.student_N)
+    temperature, workspace_bytes = rules.uld_student_temperature, options.workspace_bytes
+    log_scale_N = log_scales(
+        student, batch.student, groups.student, len(student_ND), temperature, workspace_bytes
+    )
     teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
-    student_index, teacher_index = (
-        index_P.to(student_ND.device) for index_P in (options.student_index, options.teacher_index)
+    weights = (0.0, 1.0)
+    if pairs is not None:
+        share = len(pairs.teacher_P) / vocab_size(teacher_head)
+        weights = (share, 1 - share)
+        if rules.uld_hybrid_matched_weight is not None and rules.uld_hybrid_unmatched_weight is not None:
+            weights = (rules.uld_hybrid_matched_weight, rules.uld_hybrid_unmatched_weight)
+    compared = hybrid_distance(
+        (student_ND, in_dtype(student.head, student_ND.dtype), log_scale_N),
+        (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
+        prepared.weight_N.to(log_scale_N.dtype),
+        pairs,
+        Measure(
+            *weights,
+            rules.beta,
+            options.exact,
+            temperature,
+            rules.uld_teacher_temperature,
+            workspace_bytes,
+        ),
     )
-    matched = summed_divergence(
-        student_ND,
-        head,
-        prepared.teacher_NE,
-        teacher_head,
-        "js",
-        outcomes=prepared.outcomes,
-        rest_as_outcome=True,
-        temperature=options.temperature,
-        teacher_temperature=options.teacher_temperature,
-        workspace_bytes=options.workspace_bytes,
-    )
-    weight = options.matched_weight
-    if weight is None:
-        weight = len(teacher_index) / _vocab_size(teacher_head)
-    total = weight * matched
-    if len(teacher_index) < _vocab_size(teacher_head) and len(student_index) < _vocab_size(head):
-        unmatched = sorted_distance(
-            student_ND,
-            _rest(head, student_index),
-            prepared.teacher_NE,
-            _rest(teacher_head, teacher_index),
-            temperature=options.temperature,
-            exact=options.exact,
-            workspace_bytes=options.workspace_bytes,
-            row_weight_N=prepared.unmatched_N,
-        )
-        total = total + (1 - weight) * unmatched
+    total = rules.uld_distillation_weight * compared
+    if prepared.tokens is not None:
+        said = score(student, prepared.tokens, workspace_bytes=options.workspace_bytes)
+        entropy = -rules.uld_crossentropy_weight * said.logp_BT.sum()
+        total = 2 * torch.stack([total, entropy.to(total.dtype)])
     return LossTerm(total, prepared.count)
-
-
-def _vocab_size(head: Head) -> int:
-    return head.weight_VD.shape[0] if head.vocab_size is None else head.vocab_size
-
-
-def _unmatched(head: Head, index_P: Tensor) -> Tensor:
-    """Return [V] bool: the ids outside the pairs."""
-    mask_V = torch.ones(_vocab_size(head), dtype=torch.bool, device=head.weight_VD.device)
-    mask_V[index_P.to(mask_V.device)] = False
-    return mask_V
-
-
-def _rest(head: Head, index_P: Tensor) -> Head:
-    """Return the head of the ids outside the pairs alone; their number is known without asking the device."""
-    mask_V = _unmatched(head, index_P)
-    index = mask_V.long().argsort(descending=True, stable=True)[: len(mask_V) - len(index_P)]
-    bias_V = None if head.bias_V is None else head.bias_V.index_select(0, index)
-    return Head(head.weight_VD.index_select(0, index), bias_V, head.softcap, head.scale)
 
 
 LOSS = Loss(prepare, function, GoldOptions, chunks="unconstrained")
@@ -194,21 +281,25 @@ def gold_loss(
     student: HiddenStates,
     teacher: HiddenStates,
     batch: Batch,
-    student_index: Tensor,
-    teacher_index: Tensor,
-    **options: Any,
+    student_index: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    **options: Unpack[GoldKeywords],
 ) -> LossTerm:
-    """Compare matched tokens one by one and the others by rank: the drop-in form.
+    """Compare the answers of both models as TRL's GOLD does: the drop-in form.
 
     Args:
         student: hidden states and head of the student.
         teacher: the same of the teacher, on its own tokens.
-        batch: both tokenizations and their chunks.
-        student_index: int64 [P], student ids of the matched tokens.
+        batch: both tokenizations and their chunks; `trained_BT` marks the answers.
+        student_index: int64 [P], student ids of the matched tokens, with `uld_use_hybrid_loss`.
         teacher_index: int64 [P], their partners.
-        options: the other fields of `GoldOptions`.
+        options: the other fields of `GoldOptions`, and those of `GoldRules`.
 
     Returns:
-        total, differentiable in the student's hidden states and head; count, chunks, at least 1.
+        total, differentiable in the student's hidden states and head, and count, at least 1: the loss is
+        `(total / count).mean()`; with `uld_crossentropy_weight` both are [2].
     """
-    return whole(LOSS, student, teacher, batch, GoldOptions(student_index, teacher_index, **options))
+    given: dict[str, Any] = {**options}
+    rules = {one.name: given.pop(one.name) for one in fields(GoldRules) if one.name in given}
+    settled = GoldOptions(GoldRules(**rules), student_index, teacher_index, **given)
+    return whole(LOSS, student, teacher, batch, settled)

@@ -1,16 +1,26 @@
 """Knowledge fusion over a mined vocabulary mapping: each student token stands for its nearest teacher token.
 
-    one token on each side     KL(q ‖ p), p over the student's ids, q over the teacher's logits gathered by
-                               the mapping (student id -> teacher id), at the row that predicts the token
-    any other aligned token    cross entropy with that token, which is KL from its one-hot distribution
+    one token on each side     D(q, p), p over the student's ids, q over the teacher's logits gathered by the
+                               mapping (student id -> teacher id), at the row that predicts the token
+    any other aligned token    D(1_y, p), 1_y all on that token y
 
-both at temperature T; the mean is over both kinds of student tokens.
+D: `divergence`, by default KL(q ‖ p), of which the second row is cross entropy. With p_y = p(y),
 
-Source: Wan et al. 2024, "Knowledge Fusion of Large Language Models", arXiv:2401.10491 (MinED).
+    kl     −log p_y
+    skl    −log(λ + (1 − λ) p_y)
+    srkl   p_y log(p_y / (1 − λ + λ p_y)) − (1 − p_y) log λ
+    js     (p_y log(p_y / m) − log m + (1 − p_y) log 2) / 2,   m = (1 + p_y) / 2
+
+and cross entropy for rkl and akl, which are infinite there. Both at temperature T; the mean is over both
+kinds of student tokens.
+
+Source: Wan et al. 2024, "Knowledge Fusion of Large Language Models", arXiv:2401.10491 (MinED); divergences:
+`kernels/divergence_terms.py`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -20,8 +30,10 @@ from torch import Tensor
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import (
+    Divergence,
     RowPairs,
     aligned_chunks,
+    check_divergence,
     check_temperatures,
     chunk_starts,
     need_head,
@@ -39,6 +51,12 @@ class MinedOptions:
 
     teacher_index: Tensor
     """int64 [V]: the teacher's id for each id of the student's vocabulary."""
+    divergence: Divergence = "kl"
+    """D: kl, rkl, skl, srkl, js or akl."""
+    skew: float = 0.1
+    """λ of skl and srkl, in [0, 1]."""
+    alpha: float = 0.5
+    """Mass left to the tail in akl, in [0, 1]."""
     temperature: float = 1.0
     """T: divides the logits of both models."""
     teacher_temperature: float = 1.0
@@ -54,12 +72,16 @@ class MinedOptions:
                 "teacher_index must hold one int64 teacher id for each student id: got shape "
                 f"{tuple(self.teacher_index.shape)}, {self.teacher_index.dtype}"
             )
+        check_divergence(self)
         check_temperatures(self)
 
 
 class MinedKeywords(TypedDict, total=False):
     """The fields of `MinedOptions` beside the mapping."""
 
+    divergence: Divergence
+    skew: float
+    alpha: float
     temperature: float
     teacher_temperature: float
     chunks: ChunkKind
@@ -108,8 +130,10 @@ def function(
         head,
         prepared.teacher_NE,
         need_head(context.teacher_head, prepared.teacher_NE.dtype),
-        "kl",
+        options.divergence,
         teacher_index=options.teacher_index.to(student_ND.device),
+        skew=options.skew,
+        alpha=options.alpha,
         temperature=options.temperature,
         teacher_temperature=options.teacher_temperature,
         workspace_bytes=options.workspace_bytes,
@@ -122,7 +146,25 @@ def function(
         temperature=options.temperature,
         workspace_bytes=options.workspace_bytes,
     )
-    return LossTerm(divergence - scores.logp_N.sum(), prepared.count)
+    others_N = _from_one_hot(scores.logp_N, options.divergence, options.skew)
+    return LossTerm(divergence + others_N.sum(), prepared.count)
+
+
+def _from_one_hot(logp_N: Tensor, kind: str, skew: float) -> Tensor:
+    """Return D(1_y, p), of which log p(y) is all that must be known."""
+    p_N = logp_N.exp()
+    if kind == "js":
+        log_m_N = torch.log1p(p_N) - math.log(2)
+        return (p_N * (logp_N - log_m_N) - log_m_N + (1 - p_N) * math.log(2)) / 2
+    if kind in ("skl", "srkl") and 0 < skew < 1:
+        share = skew if kind == "skl" else 1 - skew  # of the one-hot distribution in the mixture
+        log_m_N = torch.logaddexp(logp_N + math.log1p(-share), torch.full_like(logp_N, math.log(share)))
+        if kind == "skl":
+            return -log_m_N
+        return p_N * (logp_N - log_m_N) - (1 - p_N) * math.log(skew)
+    if kind in ("skl", "srkl") and skew == 1:
+        return 0 * logp_N
+    return -logp_N
 
 
 LOSS = Loss(prepare, function, MinedOptions, chunks="unconstrained", aliases=("baseline_minED",))

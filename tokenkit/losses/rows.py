@@ -12,7 +12,7 @@ Dimensions: B documents, T student positions, S teacher positions, C chunk slots
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.losses.score import check_states, in_dtype, scored_tokens
 from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
+
+Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
+"""Kinds of `linear_divergence` that a loss may ask for."""
 
 
 class RowPairs(NamedTuple):
@@ -147,6 +150,17 @@ def check_temperatures(options: Any) -> None:
         value = getattr(options, name, 1.0)
         if value <= 0:
             raise ValueError(f"{name} must be positive: got {value}")
+
+
+def check_divergence(options: Any) -> None:
+    """Raise ValueError where `divergence`, `skew` or `alpha` of some options is out of range."""
+    if options.divergence not in get_args(Divergence):
+        raise ValueError(
+            f"unknown divergence {options.divergence!r}: expected one of {', '.join(get_args(Divergence))}"
+        )
+    for name in ("skew", "alpha"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1]: got {getattr(options, name)}")
 
 
 def check_pairs(student_index: Tensor, teacher_index: Tensor) -> None:

@@ -1,28 +1,38 @@
 """Universal Logit Distillation: compare sorted probabilities, position by position, whatever the tokens are.
 
-    loss = Σ_{b, i} Σ_r |p_(r) − q_(r)| / number of (b, i)      p, q in descending order, at temperature T
+    loss = Σ_{a, i} Σ_r |p_(r) − q_(r)| / number of (a, i)      p, q in descending order, at temperature T
 
-over positions i of row b whose next student token is scored and which the teacher's row has too. The i-th
-position of the student faces the i-th of the teacher: nothing is aligned.
+over tokens i of answers a that both models have, p and q the distributions that predict them: an answer is
+counted from its own start, so that prompts of other lengths do not matter, and nothing in it is aligned. In a
+text without a prompt the first token is predicted by nothing and left out on both sides; there the teacher's
+last row, which predicts no token, still faces the student's.
+
+    extended   Σ_r |c p_(r) − d q_(r)| over groups of tokens that end at the same byte: p, q predict a group's
+               last token, c, d are the probabilities of those before (`answers.py`)
 
 Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for
-LLMs", arXiv:2402.12030.
+LLMs", arXiv:2402.12030; extended: Patiño et al. 2025 (TRL's GOLD).
+
+Dimensions: N positions or groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.hybrid_distance import Measure, hybrid_distance
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.sorted_distance import sorted_distance
+from tokenkit.losses.answers import Groups, answer_tokens, by_position, extended_groups
+from tokenkit.losses.gold import log_scales, need_whole
 from tokenkit.losses.registry import Loss, whole
 from tokenkit.losses.rows import RowPairs, check_temperatures, need_head, need_teacher, take
-from tokenkit.losses.score import in_dtype, scored_tokens
-from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
+from tokenkit.losses.score import in_dtype
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,11 @@ class UldOptions:
     """Divides the logits of both models."""
     exact: bool = False
     """Sort, instead of adding up histograms; see `tokenkit.kernels.sorted_distance`."""
+    extended: bool = False
+    """Compare groups of tokens that end at the same byte, instead of token i with token i."""
+    chunks: ChunkKind = "unconstrained"
+    """Which of the batch's chunks are the groups. Without `extended` they say only which token at the very
+    start of a text one side has alone, and a batch may do without."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     """Memory for the heads beside results, bytes."""
 
@@ -40,31 +55,68 @@ class UldOptions:
         check_temperatures(self)
 
 
+class UldKeywords(TypedDict, total=False):
+    """The fields of `UldOptions`."""
+
+    temperature: float
+    exact: bool
+    extended: bool
+    chunks: ChunkKind
+    workspace_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class UldPrepared:
     """What is known before the student runs."""
 
     count: Tensor
-    """int64 scalar: positions that are compared."""
+    """int64 scalar: positions or groups that are compared."""
     rows: RowPairs
     teacher_NE: Tensor
     """The teacher's hidden states at its rows."""
+    groups: Groups | None
+    teacher_log_scale_N: Tensor | None
+    """log d, with `extended`."""
 
 
 @torch.no_grad()
 def prepare(
     teacher: HiddenStates | None, batch: Batch, options: UldOptions, context: Context = NO_CONTEXT
 ) -> UldPrepared:
-    """Find the positions that both rows have, and keep the teacher's states there."""
+    """Find the positions that both answers have, and keep the teacher's states there."""
     teacher = need_teacher(teacher, "baseline_uld")
-    T, S = batch.student.ids_BT.shape[1], batch.teacher.ids_BT.shape[1]
-    position_T = torch.arange(T, device=batch.student.ids_BT.device)
-    predicts_BT = torch.nn.functional.pad(scored_tokens(batch.student)[:, 1:], (0, 1))
-    compared_BT = predicts_BT & (position_T < batch.teacher.length_B[:, None])
-    row_N = compared_BT.flatten().nonzero()[:, 0]
-    teacher_N = row_N // T * S + row_N % T
-    rows = RowPairs(row_N, teacher_N)
-    return UldPrepared(compared_BT.sum(), rows, take(teacher.hidden_BTD, batch.teacher, teacher_N))
+    answers = answer_tokens(batch, options.chunks)
+    groups = log_scale_N = None
+    if options.extended:
+        need_whole("baseline_uld with extended", context.student_head, teacher.head)
+        groups = extended_groups(batch, options.chunks, *answers, "bayesian")
+        rows = groups.rows
+        log_scale_N = log_scales(
+            teacher,
+            batch.teacher,
+            groups.teacher,
+            len(rows.teacher_N),
+            options.temperature,
+            options.workspace_bytes,
+        )
+    else:
+        rows = _predicting(*answers)
+    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+    teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
+    return UldPrepared(count, rows, teacher_NE, groups, log_scale_N)
+
+
+def _predicting(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
+    """Return the rows that predict token i of an answer, on both sides."""
+    T, S = student_BT.shape[1], teacher_BS.shape[1]
+    begins_BS = teacher_BS.int().cumprod(1).bool()
+    is_whole_B1 = (begins_BS == teacher_BS).all(1, keepdim=True)  # no prompt, and one answer
+    behind_BS = torch.nn.functional.pad(begins_BS & is_whole_B1, (1, 0))
+    teacher_BS = torch.nn.functional.pad(teacher_BS, (0, 1)) | behind_BS
+    student_N, teacher_N = by_position(student_BT, teacher_BS)
+    is_predicted_N = (student_N % T > 0) & (teacher_N % (S + 1) > 0)
+    student_N, teacher_N = student_N[is_predicted_N] - 1, teacher_N[is_predicted_N] - 1
+    return RowPairs(student_N, teacher_N - teacher_N // (S + 1))
 
 
 def function(
@@ -74,25 +126,47 @@ def function(
     options: UldOptions,
     context: Context = NO_CONTEXT,
 ) -> LossTerm:
-    """Return the summed distance, of probabilities, and the number of positions."""
+    """Return the summed distance, of probabilities, and the number of positions or groups."""
     student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    total = sorted_distance(
-        student_ND,
-        in_dtype(student.head, student_ND.dtype),
-        prepared.teacher_NE,
-        need_head(context.teacher_head, prepared.teacher_NE.dtype),
-        temperature=options.temperature,
-        exact=options.exact,
-        workspace_bytes=options.workspace_bytes,
-        row_weight_N=torch.ones(len(student_ND), device=student_ND.device),
+    head = in_dtype(student.head, student_ND.dtype)
+    teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+    one_N = torch.ones(len(student_ND), device=student_ND.device)
+    if prepared.groups is None or prepared.teacher_log_scale_N is None:
+        total = sorted_distance(
+            student_ND,
+            head,
+            prepared.teacher_NE,
+            teacher_head,
+            temperature=options.temperature,
+            exact=options.exact,
+            workspace_bytes=options.workspace_bytes,
+            row_weight_N=one_N,
+        )
+        return LossTerm(total, prepared.count)
+    temperature, workspace_bytes = options.temperature, options.workspace_bytes
+    log_scale_N = log_scales(
+        student, batch.student, prepared.groups.student, len(student_ND), temperature, workspace_bytes
+    )
+    total = hybrid_distance(
+        (student_ND, head, log_scale_N),
+        (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
+        one_N,
+        measure=Measure(
+            exact=options.exact,
+            temperature=temperature,
+            teacher_temperature=temperature,
+            workspace_bytes=workspace_bytes,
+        ),
     )
     return LossTerm(total, prepared.count)
 
 
-LOSS = Loss(prepare, function, UldOptions, chunks=None)
+LOSS = Loss(prepare, function, UldOptions, chunks="unconstrained")
 
 
-def uld_loss(student: HiddenStates, teacher: HiddenStates, batch: Batch, **options: Any) -> LossTerm:
+def uld_loss(
+    student: HiddenStates, teacher: HiddenStates, batch: Batch, **options: Unpack[UldKeywords]
+) -> LossTerm:
     """Compare sorted probabilities: the drop-in form. `options`: the fields of `UldOptions`.
 
     Returns:

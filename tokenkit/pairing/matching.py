@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.vocabulary import vocabulary_strings
 from tokenkit.tokenization.written import ids_by_bytes
 
 MOST_PIECES = 4
@@ -56,6 +57,32 @@ def matching_tokens(student: Tokenizer, teacher: Tokenizer) -> TokenPairs:
         raise ValueError(f"{student!r} and {teacher!r} share no token: there is nothing to compare")
     ids = sorted(pairs)
     return TokenPairs(np.array(ids, dtype=np.int64), np.array([pairs[i] for i in ids], dtype=np.int64))
+
+
+def published_pairs(student: Tokenizer, teacher: Tokenizer) -> TokenPairs:
+    """Return the pairs of tokens that TRL's GOLD compares one by one: those that are written with one string.
+
+    Special tokens are no exception: a common role is no pair. Where a vocabulary does not write bytes as
+    byte-level BPE does, strings do not say the same ("▁the" is "Ġthe"): then `matching_tokens` are meant.
+
+    Raises:
+        ValueError: the two vocabularies share no token.
+    """
+    if {student.vocabulary.alphabet, teacher.vocabulary.alphabet} != {"byte-level"}:
+        return matching_tokens(student, teacher)
+    strings, others = (_strings(tokenizer) for tokenizer in (student, teacher))
+    pairs = sorted((strings[string], others[string]) for string in strings.keys() & others.keys())
+    if not pairs:
+        raise ValueError(f"{student!r} and {teacher!r} share no token: there is nothing to compare")
+    return TokenPairs(*np.array(pairs, dtype=np.int64).T.copy())
+
+
+def _strings(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return a vocabulary with its added tokens, string to id."""
+    added = tokenizer.document.get("added_tokens") or []
+    return vocabulary_strings(tokenizer.document["model"]) | {
+        token["content"]: token["id"] for token in added
+    }
 
 
 def projection_entries(student: Tokenizer, teacher: Tokenizer) -> ProjectionEntries:

@@ -20,7 +20,9 @@ from tokenkit.losses import (
     AlmOptions,
     ClmOptions,
     DskdOptions,
+    GoldJsOptions,
     GoldOptions,
+    GoldRules,
     LatentsOptions,
     Loss,
     MinedOptions,
@@ -31,7 +33,7 @@ from tokenkit.losses import (
 )
 from tokenkit.pairing.bias import PairBiases
 from tokenkit.pairing.bias_files import load_biases
-from tokenkit.pairing.matching import matching_tokens, projection_entries
+from tokenkit.pairing.matching import TokenPairs, matching_tokens, projection_entries, published_pairs
 from tokenkit.structs import ChunkKind
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
@@ -58,9 +60,18 @@ class _Source:
         baseline = self.config.objective.baseline
         return {"temperature": baseline.kd_temp, "teacher_temperature": baseline.teacher_temperature}
 
-    def pairs(self) -> dict[str, Any]:
-        """Tokens of the same bytes or role."""
-        pairs = matching_tokens(self.student, self.teacher)
+    @property
+    def divergence(self) -> dict[str, Any]:
+        baseline = self.config.objective.baseline
+        return {
+            "divergence": baseline.divergence,
+            "skew": baseline.skew_lambda,
+            "alpha": baseline.adaptive_kl_alpha,
+        }
+
+    def pairs(self, find: Callable[[Tokenizer, Tokenizer], TokenPairs] = matching_tokens) -> dict[str, Any]:
+        """Tokens of the same bytes or role, or what `find` finds."""
+        pairs = find(self.student, self.teacher)
         return {
             "student_index": torch.from_numpy(pairs.student_P).to(self.device),
             "teacher_index": torch.from_numpy(pairs.teacher_P).to(self.device),
@@ -237,10 +248,8 @@ def latents_options(options: Latents) -> LatentsOptions:
 def _dskd(source: _Source, loss: Loss) -> DskdOptions:
     baseline = source.config.objective.baseline
     return DskdOptions(
-        divergence=baseline.divergence,
-        skew=baseline.skew_lambda,
-        alpha=baseline.adaptive_kl_alpha,
         causal=baseline.dskd_use_causal_attention_mask,
+        **source.divergence,
         **source.temperatures,
         **source.workspace,
     )
@@ -255,7 +264,32 @@ def _xtoken(source: _Source, loss: Loss) -> XTokenOptions:
 
 
 def _uld(source: _Source, loss: Loss) -> UldOptions:
-    return UldOptions(temperature=source.config.objective.baseline.kd_temp, **source.workspace)
+    baseline = source.config.objective.baseline
+    return UldOptions(
+        temperature=baseline.kd_temp,
+        exact=bool(baseline.exact_sort),
+        extended=baseline.uld_extended,
+        **source.workspace,
+    )
+
+
+def _gold(source: _Source, loss: Loss) -> GoldOptions:
+    baseline = source.config.objective.baseline
+    return GoldOptions(
+        GoldRules(**baseline.gold.rules()),
+        exact=baseline.exact_sort is not False,
+        **(source.pairs(published_pairs) if baseline.gold.uld_use_hybrid_loss else {}),
+        **source.workspace,
+    )
+
+
+def _gold_js(source: _Source, loss: Loss) -> GoldJsOptions:
+    exact = bool(source.config.objective.baseline.exact_sort)
+    return GoldJsOptions(**source.pairs(), exact=exact, **source.temperatures, **source.workspace)
+
+
+def _mined(source: _Source, loss: Loss) -> MinedOptions:
+    return MinedOptions(source.mapping(), **source.divergence, **source.temperatures, **source.workspace)
 
 
 _MAKERS: dict[Any, Callable[[_Source, Loss], Any]] = {
@@ -264,13 +298,10 @@ _MAKERS: dict[Any, Callable[[_Source, Loss], Any]] = {
     SidePathOptions: _side_path,
     LatentsOptions: lambda source, loss: latents_options(source.config.objective.latents),
     UldOptions: _uld,
-    MinedOptions: lambda source, loss: MinedOptions(
-        source.mapping(), **source.temperatures, **source.workspace
-    ),
+    MinedOptions: _mined,
     DskdOptions: _dskd,
-    GoldOptions: lambda source, loss: GoldOptions(
-        **source.pairs(), **source.temperatures, **source.workspace
-    ),
+    GoldOptions: _gold,
+    GoldJsOptions: _gold_js,
     XTokenOptions: _xtoken,
 }
 """By the class of a loss's options."""
