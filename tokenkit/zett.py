@@ -342,11 +342,13 @@ def transfer_and_write(
 ) -> None:
     """Move the model and write its folder."""
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
+    from tokenkit.export.rehearsal import rehearse
 
     began = time.perf_counter()
     if config.rows.clone_all_layers:
         model = copy.deepcopy(model)
     report = move(config, model, tokenizers, config.method, options)
+    rehearse(model, tokenizers[1])
     seconds = time.perf_counter() - began
     counts = ", ".join(f"{count} {label}" for label, count in report.items() if count)
     facts = {

@@ -30,7 +30,7 @@ def test_queries_keys_and_values_are_those_of_the_projections(architecture):
     model = CausalLM(tiny_model(architecture), 300)
     states = model(IDS, collect=ALL)
     widths = model.widths()
-    assert widths.qkv == qkv_widths(model.config)
+    assert widths.qkv == qkv_widths(model.layers, model.config)
     assert [len(states.qkv), widths.layers, widths.hidden, widths.embedding] == [2, 2, 32, 32]
     for layer, parts in zip(model.layers, states.qkv, strict=True):
         assert tuple(part.shape[-1] for part in parts) == widths.qkv

@@ -56,7 +56,9 @@ def apply_sources(sources: RowSources, old: Matrices, size: int) -> tuple[Matric
         return None if old.bias_W is None else sources.rows(old.bias_W[:, None], size)[:, 0]
 
     output_VD = None if old.output_WD is None else sources.rows(old.output_WD, size)
-    return Matrices(sources.rows(old.embedding_WD, size), output_VD, bias()), sources.report()
+    table_VE = None if old.table_WE is None else sources.rows(old.table_WE, size)
+    made = Matrices(sources.rows(old.embedding_WD, size), output_VD, bias(), table_VE)
+    return made, sources.report()
 
 
 def fvt(
@@ -105,6 +107,8 @@ def random_normal(
         draw(matrices.output_WD, made.output_WD)
     if matrices.bias_W is not None and made.bias_W is not None:
         draw(matrices.bias_W[:, None], made.bias_W[:, None])
+    if matrices.table_WE is not None and made.table_WE is not None:
+        draw(matrices.table_WE, made.table_WE)
     report = sources.report()
     report["random"] = report.pop("mean_of_all")
     return made, report
@@ -113,7 +117,9 @@ def random_normal(
 def hypernet(
     old: Tokenizer, new: Tokenizer, matrices: Matrices, size: int, options: InitOptions
 ) -> tuple[Matrices, dict[str, int]]:
-    """Let a trained network write the rows; the bias of a head is FVT's. See `tokenkit.embeddings.hypernet`.
+    """Let a trained network write the rows; the bias of a head and a table of layers are FVT's.
+
+    See `tokenkit.embeddings.hypernet`.
 
     Raises:
         ValueError: no folder, a network of another model, or one that writes a head for a model that is tied.
@@ -134,10 +140,9 @@ def hypernet(
     made = hypernet_rows(network, old, new, read, size, options.matching)
     output_VD = made.output_VD if made.output_VD is not None else made.input_VD.clone()
     bias_V = None if matrices.bias_W is None else made.sources.rows(matrices.bias_W[:, None], size)[:, 0]
-    return (
-        Matrices(made.input_VD, None if matrices.output_WD is None else output_VD, bias_V),
-        made.sources.report(),
-    )
+    table_VE = None if matrices.table_WE is None else made.sources.rows(matrices.table_WE, size)
+    head_VD = None if matrices.output_WD is None else output_VD
+    return Matrices(made.input_VD, head_VD, bias_V, table_VE), made.sources.report()
 
 
 def _copies(old: Tokenizer, new: Tokenizer, matching: Matching) -> RowSources:

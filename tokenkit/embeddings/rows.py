@@ -35,6 +35,8 @@ class Matrices:
     """Head; None: tied, the input embedding is the head."""
     bias_W: Tensor | None
     """Bias of the head, where it has one."""
+    table_WE: Tensor | None = None
+    """Rows for every layer, side by side, where the model has such a table (Gemma 3n, Gemma 4)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
 from tokenkit.embeddings.methods import METHODS, InitOptions
 from tokenkit.embeddings.rows import Matrices
 from tokenkit.models.causal_lm import effective_weight, head_bias
@@ -28,7 +31,8 @@ def transfer_vocabulary(
     """Give `model`, whose tokenizer is `old`, rows for `new`, in place; return how many were made of what.
 
     Args:
-        model: its embedding, its head and, where it has one, the bias of its head are replaced.
+        model: its embedding, its head and, where it has them, the bias of its head and the table of rows for
+            every layer are replaced.
         old: the tokenizer that the model was trained with.
         new: the tokenizer that it gets.
         pad_to_multiple_of: the number of rows is rounded up to this; the rows beyond are padding.
@@ -53,6 +57,7 @@ def transfer_vocabulary(
         output_VD=output_VD,
         bias_V=made.bias_W,
         vocab_size=new.vocab_size,
+        table_VE=made.table_WE,
     )
     return report
 
@@ -75,4 +80,11 @@ def old_matrices(model: CausalLM, old: Tokenizer, *, untie: bool = False) -> Mat
         embedding_WD[:count],
         None if model.is_tied and not untie else output_WD[:count],
         None if bias_W is None else bias_W.detach()[:count],
+        None if model.layer_table is None else _table(effective_weight(model.layer_table).detach(), count),
     )
+
+
+def _table(table_WE: Tensor, count: int) -> Tensor:
+    """Return all layers' rows for `count` ids; those beyond the table read its row 0, as the body does."""
+    lacking = count - len(table_WE)
+    return table_WE[:count] if lacking <= 0 else torch.cat([table_WE, table_WE[:1].expand(lacking, -1)])

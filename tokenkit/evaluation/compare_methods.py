@@ -73,6 +73,7 @@ def compare_methods(
             output_VD=None if is_tied else restored.weight_VD.detach(),
             bias_V=None if restored.bias_V is None else restored.bias_V.detach(),
             vocab_size=old.vocab_size,
+            table_VE=None if original.table is None else effective_weight(original.table.embedding).detach(),
         )
     return result
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tokenkit.models.causal_lm import EXPANDED
 from tokenkit.models.expansion import TABLES, InputExpansion
+from tokenkit.models.reading import EXPANDED
 from tokenkit.tokenization.expansion import expand, index_of_pairs, names_at
 
 if TYPE_CHECKING:

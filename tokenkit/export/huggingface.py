@@ -12,10 +12,9 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +23,10 @@ from torch import Tensor
 
 from tokenkit.export.expanded import point_auto_classes, with_expansion
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.models.causal_lm import CausalLM, quiet_off_terminal
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.check import HeadForm, positions_from_padding
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.reading import quiet_off_terminal
 from tokenkit.tokenization.byteify import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class PlainTokenizer(PreTrainedTokenizerFast):
     """Reads tokenizer.json; adds nothing."""
 '''
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+"""Settings of a generation that do not name ids of the old vocabulary: they are kept."""
 SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
 
 
@@ -90,7 +92,7 @@ def export_huggingface(
     model = _own_model(student, weights, tokenizer, request)
     del weights  # they would keep the memory of a model that is consumed
     _quiet_padding(model, tokenizer.vocab_size)
-    _set_generation(model, student, tokenizer)
+    set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
     staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -103,13 +105,13 @@ def export_huggingface(
     if expansion is not None:
         point_auto_classes(staging)
     tokenizer.save(staging)
-    _make_auto_tokenizer_keep_it(staging, tokenizer, has_own_class=expansion is not None)
+    make_auto_tokenizer_keep_it(staging, tokenizer, has_own_class=expansion is not None)
     card = model_card(request.facts or {}, needs_code=expansion is not None)
     (staging / "README.md").write_text(card, encoding="utf-8")
     if request.is_consumed:
         _check_consumed(staging, model, tokenizer)
     else:
-        _check(staging, model, tokenizer, expansion)
+        _check(staging, model, tokenizer, student.form, expansion)
     if folder.exists():
         folder.rmdir()  # empty, as checked above
     os.rename(staging, folder)
@@ -162,9 +164,11 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about a name that peft uses
         wrapped = get_peft_model(model, peft_config).eval()
     _load(wrapped, state)
-    apart_T = _sample_logp(wrapped, tokenizer)
+    apart_T = _sample_logp(wrapped, tokenizer, student.form)
     merged = wrapped.merge_and_unload()
-    _check_agreement(_sample_logp(merged, tokenizer), apart_T, "the model, its adapters merged,")
+    _check_agreement(
+        _sample_logp(merged, tokenizer, student.form), apart_T, "the model, its adapters merged,"
+    )
     return merged
 
 
@@ -215,22 +219,32 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _set_generation(model: PreTrainedModel, student: CausalLM, tokenizer: Tokenizer) -> None:
+def set_generation(model: PreTrainedModel, student: CausalLM, tokenizer: Tokenizer) -> None:
     """Sample as the student did, and stop where the new tokenizer says."""
-    sampling = copy.deepcopy(model.generation_config)
-    for name in SAMPLING:
-        setattr(sampling, name, getattr(student.causal_lm.generation_config, name, None))
-    with suppress(ValueError):  # models exist whose own settings transformers refuses to write
-        sampling.validate(strict=True)
-        model.generation_config = sampling
+    model.generation_config = saveable_generation(student.causal_lm.generation_config)
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
     for key, value in ids.items():
-        setattr(model.config, key, value)
         setattr(model.generation_config, key, value)
+        if key != "pad_token_id" or not positions_from_padding(student):
+            setattr(model.config, key, value)
     ends = {tokenizer.eos_id, tokenizer.special_ids.get("end_turn")} - {None}
     if len(ends) > 1:  # an answer ends with its turn, not with the document
         model.generation_config.eos_token_id = sorted(ends)
+
+
+def saveable_generation(own: Any) -> Any:
+    """Return the sampling that a model came with, in a form that transformers agrees to write.
+
+    Some models (Llama 2) are published with settings that contradict each other: a temperature beside
+    `do_sample: false`. What they generate is kept, so what is without effect there is left out.
+    """
+    from transformers import GenerationConfig
+
+    values = {name: value for name in SAMPLING if (value := getattr(own, name, None)) is not None}
+    if values.get("do_sample") is not True:
+        values = {name: values[name] for name in ("repetition_penalty",) if name in values}
+    return GenerationConfig(**values)
 
 
 def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
@@ -255,7 +269,7 @@ def _difference_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bo
     return None
 
 
-def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
+def make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
     """Keep `AutoTokenizer` from rebuilding the tokenizer in the way of the model's architecture.
 
     For some model types (qwen2, phi3) transformers 5 ignores the class that tokenizer_config.json names
@@ -275,27 +289,40 @@ def _make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> None:
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> None:
+    """Refuse a folder whose tokenizer, as `AutoTokenizer` reads it, gives other ids.
+
+    Raises:
+        ExportError: it does.
+    """
     if (difference := _difference_of_reload(folder, tokenizer, trusts_code=trusts_code)) is not None:
         raise ExportError(f"{folder}: the tokenizer, loaded back, {difference}")
 
 
 @torch.no_grad()
 def _check(
-    folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, expansion: InputExpansion | None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    form: HeadForm,
+    expansion: InputExpansion | None,
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     has_own_class = expansion is not None  # its code was written here, a moment ago
-    _check_tokenizer(folder, tokenizer, trusts_code=has_own_class)
+    check_tokenizer(folder, tokenizer, trusts_code=has_own_class)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
     ids_BT = _sample_batch(loaded, tokenizer)
-    logits_TV = loaded(input_ids=ids_BT).logits[0, :-1, : tokenizer.vocab_size]
-    got_T = logits_TV.log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
-    expected_T = _sample_logp(model.float(), tokenizer, None if expansion is None else expansion.float())
+    logits_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0, :, : tokenizer.vocab_size]
+    got_T = logits_TV[:-1].log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
+    whole = None if expansion is None else expansion.float()
+    expected_T = _sample_logp(model.float(), tokenizer, form, whole)
     _check_agreement(got_T, expected_T, f"{folder}: the model, loaded back,")
+    if expansion is None:  # of every token, also those that the sample does not hold
+        own_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :, : tokenizer.vocab_size]
+        _check_agreement(logits_TV.flatten(), own_TV.flatten(), f"{folder}: the model, loaded back,")
 
 
 @torch.no_grad()
@@ -303,12 +330,12 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
     from transformers import AutoModelForCausalLM
 
-    _check_tokenizer(folder, tokenizer, trusts_code=False)
+    check_tokenizer(folder, tokenizer, trusts_code=False)
     ids_BT = _sample_batch(model, tokenizer)
-    expected_TV, dtype = model(input_ids=ids_BT).logits[0].float(), model.dtype
+    expected_TV, dtype = model(input_ids=ids_BT, use_cache=False).logits[0].float(), model.dtype
     model.to("meta")
     loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval()
-    got_TV = loaded(input_ids=ids_BT).logits[0].float()
+    got_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0].float()
     _check_agreement(got_TV.flatten(), expected_TV.flatten(), f"{folder}: the model, loaded back,")
 
 
@@ -320,12 +347,12 @@ def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
 
 @torch.no_grad()
 def _sample_logp(
-    model: PreTrainedModel, tokenizer: Tokenizer, expansion: InputExpansion | None = None
+    model: PreTrainedModel, tokenizer: Tokenizer, form: HeadForm, expansion: InputExpansion | None = None
 ) -> Tensor:
     """Return the log-probability of each token of the sample, as the losses compute it."""
     ids_BT = _sample_batch(model, tokenizer)
     causal_lm = CausalLM(model, tokenizer.vocab_size)
-    causal_lm.expansion = expansion
+    causal_lm.form, causal_lm.expansion = form, expansion
     states = causal_lm(ids_BT)
     return linear_logprob(states.hidden_BTD[0, :-1], states.head, ids_BT[0, 1:]).logp_N
 

@@ -9,26 +9,20 @@ as teacher (old tokenizer) and student (new tokenizer).
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tokenkit.models.collect import collecting, projections, qkv_widths
+from tokenkit.models.check import HeadForm, guess_form, settle
+from tokenkit.models.collect import collecting, qkv_widths
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.reading import read_model
 from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-EXPANDED = "byte_expansion_"
-"""Begins the model type of an exported model with input-id expansion."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,22 +44,52 @@ class Rows(Protocol):
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """From ids to input embeddings."""
 
+    def per_layer(self, ids_BT: Tensor) -> Tensor | None:
+        """Return what each layer gets for these ids, [B, T, layers, width]; None: nothing."""
+
     def head(self) -> Head:
         """Return the head as the kernels take it."""
 
 
 class Vocabulary(nn.Module):
-    """The two matrices that a tokenizer's ids index, detached from any body."""
+    """The matrices that a tokenizer's ids index, detached from any body."""
 
-    def __init__(self, embedding: nn.Module, output: nn.Module, head: Mapping[str, Any]):
+    table: LayerTable | None
+    """Of a model in which every layer has rows of its own."""
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        output: nn.Module,
+        head: Mapping[str, Any],
+        table: LayerTable | None = None,
+    ):
         super().__init__()
         self.embedding = embedding
         self.output = output
+        self.table = table
         self._head = dict(head)
+
+    def per_layer(self, ids_BT: Tensor) -> Tensor | None:
+        """Return what each layer gets for these ids."""
+        return None if self.table is None else self.table(ids_BT)
 
     def head(self) -> Head:
         """Return the head as the kernels take it."""
         return Head(weight_VD=effective_weight(self.output), bias_V=head_bias(self.output), **self._head)
+
+
+class LayerTable(nn.Module):
+    """An embedding with rows for every layer in one (Gemma 3n, Gemma 4), read as those bodies read it."""
+
+    def __init__(self, embedding: nn.Module, layers: int):
+        super().__init__()
+        self.embedding, self.layers = embedding, layers
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Return [B, T, layers, width]; ids without a row (of images, of sound) take that of id 0."""
+        known_BT = torch.where(ids_BT < effective_weight(self.embedding).shape[0], ids_BT, 0)
+        return self.embedding(known_BT).unflatten(-1, (self.layers, -1))
 
 
 class OwnVocabulary:
@@ -88,6 +112,11 @@ class OwnVocabulary:
             embedded_BTD = functional_call(model.embedding, {"weight": self._written[0]}, (ids_BT,))
         return embedded_BTD if model.expansion is None else embedded_BTD + model.expansion(ids_BT)
 
+    def per_layer(self, ids_BT: Tensor) -> Tensor | None:
+        """Return what each layer gets for these ids."""
+        table = self._model.layer_table
+        return None if table is None else LayerTable(table, self._model.config.num_hidden_layers)(ids_BT)
+
     def head(self) -> Head:
         """Return the head as the kernels take it; padding rows are marked, LoRA on the head is applied."""
         model = self._model
@@ -107,11 +136,14 @@ class CausalLM(nn.Module):
     """What a byte model adds to its own embeddings; never used with another `Vocabulary`."""
     projector: nn.Module | None
     """Takes the model's own matrices and returns those that it uses; never used with another `Vocabulary`."""
+    form: HeadForm
+    """How logits follow from hidden states: guessed, and measured where the model is loaded."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int):
+    def __init__(self, model: Any, vocab_size: int):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.form = guess_form(self.causal_lm.config)
         self.expansion = None
         self.projector = None
         rows = self.embedding.weight.shape[0]
@@ -122,7 +154,7 @@ class CausalLM(nn.Module):
             )
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def causal_lm(self) -> Any:
         """The Hugging Face model itself, out of PEFT's wrapper where there is one."""
         unwrap = getattr(self.model, "get_base_model", None)
         return unwrap() if unwrap is not None else self.model
@@ -130,7 +162,12 @@ class CausalLM(nn.Module):
     @property
     def body(self) -> nn.Module:
         """Everything between the embedding and the head."""
-        return self.causal_lm.base_model
+        model = self.causal_lm
+        if (body := model.base_model) is not model:
+            return body
+        # Llama 4's class names a prefix under which it has nothing
+        holds = (child for child in model.children() if any(m is self.embedding for m in child.modules()))
+        return next(holds, model)
 
     @property
     def embedding(self) -> Any:
@@ -141,6 +178,16 @@ class CausalLM(nn.Module):
     def output(self) -> Any:
         """The module whose weight is the head."""
         return self.causal_lm.get_output_embeddings()
+
+    @property
+    def layer_table(self) -> Any:
+        """The embedding with rows for every layer, which the ids index too; None where there is none."""
+        return getattr(self.body, "embed_tokens_per_layer", None)
+
+    @property
+    def vocabulary_modules(self) -> list[Any]:
+        """The modules that ids index: embedding, head, and the table of all layers where there is one."""
+        return [m for m in (self.embedding, self.output, self.layer_table) if m is not None]
 
     @property
     def config(self) -> Any:
@@ -162,8 +209,9 @@ class CausalLM(nn.Module):
 
     def vocabulary(self) -> Vocabulary:
         """Return a frozen copy of this model's embedding and head, still tied where they are tied."""
-        embedding, output = copy.deepcopy((self.embedding, self.output))
-        return Vocabulary(embedding, output, self.head_options()).requires_grad_(False)
+        embedding, output, table = copy.deepcopy((self.embedding, self.output, self.layer_table))
+        layers = None if table is None else LayerTable(table, self.config.num_hidden_layers)
+        return Vocabulary(embedding, output, self.head_options(), layers).requires_grad_(False)
 
     def own(self) -> OwnVocabulary:
         """Return this model's own embedding and head, to be used in one forward."""
@@ -185,7 +233,7 @@ class CausalLM(nn.Module):
             hidden=effective_weight(source.output).shape[1],
             embedding=effective_weight(source.embedding).shape[1],
             layers=len(self.layers),
-            qkv=None if projections(self.layers[0]) is None else qkv_widths(self.config),
+            qkv=qkv_widths(list(self.layers), self.config),
         )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -213,8 +261,9 @@ class CausalLM(nn.Module):
         source = self.own() if vocabulary is None else vocabulary
         embedded_BTD = source.embedding(ids_BT)
         with collecting(self.layers if collect else (), collect, self.config) as found:
-            outputs = self.body(inputs_embeds=embedded_BTD, use_cache=False)
-        hidden_BTD = outputs.last_hidden_state
+            hidden_BTD = self.run_body(source, ids_BT, embedded_BTD)
+        if self.form.transform is not None:
+            hidden_BTD = self.causal_lm.get_submodule(self.form.transform)(hidden_BTD)
         return HiddenStates(
             hidden_BTD,
             source.head(),
@@ -223,8 +272,22 @@ class CausalLM(nn.Module):
             qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
         )
 
+    def run_body(self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Return the body's last hidden states for ids of `source` and their embeddings."""
+        rows_BTLP = source.per_layer(ids_BT)
+        more = {} if rows_BTLP is None else {"per_layer_inputs": rows_BTLP}
+        if self.form.embedding_scale != 1:
+            embedded_BTD = self.form.embedding_scale * embedded_BTD
+        hidden_BTD: Tensor = self.body(inputs_embeds=embedded_BTD, use_cache=False, **more).last_hidden_state
+        return hidden_BTD
+
     def replace_vocabulary(
-        self, embedding_VD: Tensor, output_VD: Tensor | None, bias_V: Tensor | None, vocab_size: int
+        self,
+        embedding_VD: Tensor,
+        output_VD: Tensor | None,
+        bias_V: Tensor | None,
+        vocab_size: int,
+        table_VE: Tensor | None = None,
     ) -> None:
         """Give the model other embedding rows, in place.
 
@@ -233,26 +296,36 @@ class CausalLM(nn.Module):
             output_VD: new head; None ties it to the input embedding.
             bias_V: new bias of the head, for a model whose head has one.
             vocab_size: real tokens; the rows from there on are padding.
+            table_VE: new rows of all layers, for a model that has such a table.
         """
-        model, embedding, output = self.causal_lm, self.embedding, self.output
-        embedding.weight = nn.Parameter(embedding_VD)
+        config, embedding, output = self.causal_lm.config, self.embedding, self.output
+        self._put(embedding, "weight", embedding_VD)
         embedding.num_embeddings, embedding.padding_idx = embedding_VD.shape[0], None
         output.weight = embedding.weight if output_VD is None else nn.Parameter(output_VD)
         output.out_features = embedding_VD.shape[0]
         if bias_V is not None:
-            output.bias = nn.Parameter(bias_V)
-        model.config.vocab_size = embedding_VD.shape[0]
-        model.config.tie_word_embeddings = output_VD is None
+            self._put(output, "bias", bias_V)
+        config.vocab_size = embedding_VD.shape[0]
+        config.tie_word_embeddings = output_VD is None
+        if table_VE is not None:
+            self._put(self.layer_table, "weight", table_VE)
+            self.layer_table.num_embeddings, self.layer_table.padding_idx = table_VE.shape[0], None
+            config.vocab_size_per_layer_input = table_VE.shape[0]
+        if hasattr(config, "unpadded_vocab_size"):  # Inkling cuts its logits there
+            config.unpadded_vocab_size = embedding_VD.shape[0]
         self.vocab_size = vocab_size
+
+    def _put(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        """Let a parameter be new rows, under every name that the model has for it."""
+        old, new = getattr(owner, name), nn.Parameter(rows)
+        for module in self.causal_lm.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is old:
+                    setattr(module, key, new)
 
     def head_options(self) -> dict[str, Any]:
         """Return what a `Head` of this model has beside weight and bias."""
-        config = self.config
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-        if divisor := getattr(config, "logits_scaling", None):  # Granite divides
-            scale /= divisor
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return {"softcap": softcap, "scale": scale, "vocab_size": self.vocab_size}
+        return {"softcap": self.form.softcap, "scale": self.form.scale, "vocab_size": self.vocab_size}
 
 
 def effective_weight(module: Any) -> Tensor:
@@ -286,63 +359,16 @@ def _active(module: Any) -> str:
 
 
 def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> CausalLM:
-    """Load a pretrained model from a folder or, by name, from the hub.
+    """Load a pretrained model from a folder or, by name, from the hub, and compare it with itself.
 
-    Only safetensors are read; code from the repository runs only with `trust_remote_code`.
+    Only safetensors are read; code from the repository runs only with `trust_remote_code`. Of a model of
+    images and text the text part alone is read.
 
     Raises:
-        FileNotFoundError: `name_or_path` looks like a folder and is none.
-        ValueError: the folder holds no causal model that can be read.
+        FileNotFoundError: `name_or_path` looks like a folder and is none, or lacks files.
+        ValueError: no causal model that can be read, one whose weights are missing, quantised or not
+            finite, or one whose logits are not those of its hidden states and head.
     """
-    from transformers import AutoModelForCausalLM
-
-    _check_path(name_or_path)
-    quiet_off_terminal()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            revision=options.revision,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=True,
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"{options.attn_implementation!r} attention cannot be used for {name_or_path!r}: {error}"
-        ) from error
-    except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
-            "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
-        ) from error
-    if str(model.config.model_type).startswith(EXPANDED):
-        raise ValueError(
-            f"{name_or_path!r} is a byte model with input-id expansion, which cannot be trained on, moved or "
-            "teach: start from the model that it was made from, or resume its run"
-        )
-    return CausalLM(model, vocab_size)
-
-
-def quiet_off_terminal() -> None:
-    """Let transformers draw its bars on a terminal only."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
-def _check_path(name_or_path: str) -> None:
-    path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{name_or_path} has no config.json: it is not a Hugging Face model folder"
-            )
-        try:
-            json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{name_or_path}/config.json is not JSON: {error}") from error
-    elif path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"model folder {name_or_path} does not exist")
+    loaded = CausalLM(read_model(name_or_path, options), vocab_size)
+    settle(loaded, name_or_path)
+    return loaded

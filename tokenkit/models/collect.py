@@ -6,7 +6,7 @@ checkpointing what is caught in the first run carries the gradient, and the seco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,24 @@ def projections(layer: nn.Module) -> list[nn.Module] | None:
     return next(([by_name[name]] for name in FUSED if name in by_name), None)
 
 
-def qkv_widths(config: Any) -> tuple[int, int, int]:
-    """Return how wide queries, keys and values are, from a Hugging Face configuration."""
+def qkv_widths(layers: Sequence[nn.Module], config: Any) -> tuple[int, int, int] | None:
+    """Return how wide queries, keys and values are; None: not known, or not the same in all layers."""
+    found = {_widths_of(layer, config) for layer in layers}
+    return found.pop() if len(found) == 1 else None
+
+
+def _widths_of(layer: nn.Module, config: Any) -> tuple[int, int, int] | None:
+    parts = projections(layer)
+    if parts is None:
+        return None
+    if len(parts) == 1:
+        return _fused_widths(config)
+    linear: list[Any] = [getattr(part, "base_layer", part) for part in parts]
+    return linear[0].out_features, linear[1].out_features, linear[2].out_features
+
+
+def _fused_widths(config: Any) -> tuple[int, int, int]:
+    """Return how the output of one projection is cut, from a Hugging Face configuration."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -68,7 +84,7 @@ def collecting(layers: Iterable[nn.Module], kinds: frozenset[str], config: Any) 
                 )
             found.qkv.append({})
             for place, module in enumerate(parts):
-                keep = _keep_part(found.qkv[-1], place, None if len(parts) == 3 else qkv_widths(config))
+                keep = _keep_part(found.qkv[-1], place, None if len(parts) == 3 else _fused_widths(config))
                 handles.append(module.register_forward_hook(keep))
     try:
         yield found

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenkit.models.causal_lm import CausalLM
@@ -26,7 +27,7 @@ class LoraOptions:
     """Scales the adapter by alpha / rank; None: alpha = rank."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
-    """Module names; empty: every linear layer of the body."""
+    """Module names; empty: every linear layer of the body, routers of experts with own code left out."""
     target_regex: str | None = None
     """A pattern on full module names, instead of `targets`."""
     layers: str | None = None
@@ -106,12 +107,27 @@ def adapted_modules(student: CausalLM, options: LoraOptions) -> list[str]:
         if (isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D")
         and is_meant(name, module)
     ]
+    routers = [name for name in names if _is_router(student.causal_lm.get_submodule(name))]
+    if routers and (pattern is not None or options.targets):
+        raise ValueError(
+            f"model_lora_target_regex or model_lora_targets name {routers[0]}, a router of experts, whose "
+            "output is no matrix: no adapter can stand beside it; name the linear layers alone"
+        )
+    names = [name for name in names if name not in routers]
     if not names:
         raise ValueError(
             f"model_lora_targets={list(options.targets)}, model_lora_target_regex={options.target_regex!r} "
             f"and model_lora_layers={options.layers!r} name no linear layer of this model"
         )
     return names
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer gives something else than a matrix (PhiMoE, Llama 4: a choice of experts)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    with torch.no_grad():
+        return not isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int] | None:

@@ -39,7 +39,7 @@ def prefix_states(
     embedded_BTD = source.embedding(ids_BT)
     kinds = frozenset({"layers"})
     with first_layers(model, n_layers) as layers, collecting(layers[-1:], kinds, model.config) as found:
-        last_BTD = model.body(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+        last_BTD = model.run_body(source, ids_BT, embedded_BTD)
     # FSDP2 looks for a gradient at the end of the body to gather the weights of its layers again
     hidden_BTD = found.layers_BTD[0] + 0 * last_BTD[:1, :1].sum()
     return HiddenStates(hidden_BTD, source.head())

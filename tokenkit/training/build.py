@@ -23,6 +23,7 @@ from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
+from tokenkit.export.rehearsal import rehearse
 from tokenkit.models.causal_lm import (
     DTYPES,
     CausalLM,
@@ -250,6 +251,11 @@ def build_models(
         teacher = student.vocabulary()
     old = [] if not config.training.has_hypernet else _old_rows(config, student, teacher)
     if config.target.expand_input_ids:
+        if student.layer_table is not None:
+            raise ConfigError(
+                "expand_input_ids adds old embeddings to those of bytes, and every layer of this model has "
+                "rows of its own that would stay behind: leave it out"
+            )
         tables = expansion_tables(ids_by_bytes(tokenizers.old))
         old_WD = student.embedding.weight[: tokenizers.old.vocab_size]
         student.expansion = InputExpansion(student.embedding, tables, old_WD)
@@ -262,9 +268,10 @@ def build_models(
             pad_to_multiple_of=config.target.pad_to_multiple_of,
             output_embeddings=output_mode,
         )
+    rehearse(student, tokenizers.target)
     if config.training.train_embeddings:
-        student.embedding.float()
-        student.output.float()
+        for module in student.vocabulary_modules:
+            module.float()
         if student.expansion is not None:
             student.expansion.float()
         _float_norms(student)
@@ -328,7 +335,7 @@ def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
         student.model.requires_grad_(mode == "full")
     elif not config.training.train_embeddings:
         return  # a head that model_lora_targets or modules_to_save name is trained all the same
-    for module in (student.embedding, student.output):
+    for module in student.vocabulary_modules:
         effective_weight(module).requires_grad_(config.training.train_embeddings)
 
 

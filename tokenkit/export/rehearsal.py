@@ -1,0 +1,81 @@
+"""What the export would refuse after the last step, tried before the first: all but the weights."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tokenkit.config.errors import DataError
+from tokenkit.export.huggingface import (
+    ExportError,
+    check_tokenizer,
+    make_auto_tokenizer_keep_it,
+    set_generation,
+)
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.check import positions_from_padding
+from tokenkit.tokenization.byteify import Tokenizer
+
+
+def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:
+    """Write what a folder holds beside weights, read it back, and see that the weights would fit.
+
+    Args:
+        student: with the rows that it ends with, without adapters.
+        tokenizer: the tokenizer that it ends with.
+
+    Raises:
+        DataError: what cannot be exported, and why.
+    """
+    _check_padding(student, tokenizer)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _check_shapes(student, tokenizer, folder)
+            tokenizer.save(folder)
+            make_auto_tokenizer_keep_it(folder, tokenizer, has_own_class=False)
+            check_tokenizer(folder, tokenizer, trusts_code=False)
+    except (ExportError, ValueError) as error:
+        reason = str(error).replace(f"{name}: ", "")
+        raise DataError(
+            f"the model cannot be exported with tokenizer {tokenizer.spec}: {reason}; nothing was trained"
+        ) from error
+
+
+def _check_shapes(student: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Compare the student's tensors with those of a model that its configuration makes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config))
+    set_generation(model, student, tokenizer)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in student.causal_lm.state_dict().items()}
+    if wrong := sorted(name for name in wanted | own if wanted.get(name) != own.get(name)):
+        raise ExportError(
+            f"its configuration, written and read, makes {wrong[0]} {wanted.get(wrong[0], 'absent')}, and "
+            f"the model's is {own.get(wrong[0], 'absent')}"
+        )
+
+
+def _check_padding(student: CausalLM, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that gives the id of padding to text, where positions depend on that id."""
+    pad = getattr(student.config, "pad_token_id", None)
+    rows = student.embedding.weight.shape[0]
+    if positions_from_padding(student) and not pad < rows:
+        raise DataError(
+            f"the model's positions depend on its pad_token_id, {pad}, and it would have {rows} rows: no "
+            "smaller vocabulary can be given to it"
+        )
+    if student.form.reads_padding and tokenizer.pad_id != pad:
+        raise DataError(
+            f"the model computes something else at its pad_token_id, {pad}, and in tokenizer "
+            f"{tokenizer.spec} padding is {tokenizer.pad_id}: take a tokenizer that pads with {pad}"
+        )

@@ -1,0 +1,227 @@
+"""Reading a model: what its folder must be before, and what its weights must be afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from tokenkit.models.causal_lm import LoadOptions
+
+EXPANDED = "byte_expansion_"
+"""Begins the model type of an exported model with input-id expansion."""
+INDEX = "model.safetensors.index.json"
+SHOWN = 4
+"""Names that an error lists, at most."""
+
+
+def read_model(name_or_path: str, options: LoadOptions) -> Any:
+    """Read a model's own class from safetensors; of a model of images and text the text part.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_causal_lm`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_path(name_or_path)
+    quiet_off_terminal()
+    origin = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    with _one_line(name_or_path, options):
+        config = AutoConfig.from_pretrained(name_or_path, **origin)
+    check_config(name_or_path, config)
+    if str(config.model_type).startswith(EXPANDED):
+        raise ValueError(
+            f"{name_or_path!r} is a byte model with input-id expansion, which cannot be trained on, moved or "
+            "teach: start from the model that it was made from, or resume its run"
+        )
+    how: dict[str, Any] = {
+        **origin,
+        "dtype": options.dtype,
+        "attn_implementation": options.attn_implementation,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, by name
+    }
+    with _one_line(name_or_path, options):
+        if (part := text_class(config)) is None:
+            model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **how)
+        else:
+            kind, how["config"] = part
+            how["key_mapping"] = TEXT_NAMES
+            print(f"{name_or_path}: of {config.model_type} the text part is read alone", file=sys.stderr)
+            model, info = kind.from_pretrained(name_or_path, **how)
+    if type(model).__module__.startswith("transformers."):
+        # where the repository has code of its own too: what is written here needs none and holds none
+        model.config.__dict__.pop("auto_map", None)
+    check_weights(name_or_path, model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
+    return model
+
+
+@contextmanager
+def _one_line(name_or_path: str, options: LoadOptions) -> Iterator[None]:
+    """Turn what transformers raises into one line."""
+    try:
+        yield
+    except ImportError as error:
+        wanted = options.attn_implementation
+        what = "it" if wanted is None else f"{wanted!r} attention"
+        raise ValueError(f"{name_or_path!r}: {what} cannot be used here: {error}") from error
+    except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
+            "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
+        ) from error
+
+
+def check_path(name_or_path: str) -> None:
+    """Refuse a folder that holds no model as transformers writes one, before anything is read.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: the adapter of a model, or files that lead out of the folder.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir():
+        if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+            raise FileNotFoundError(f"model folder {name_or_path} does not exist")
+        return
+    if (path / "adapter_config.json").is_file():
+        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{name_or_path} holds a PEFT adapter of {base!r}, not a model: merge it first "
+            "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)), and name "
+            "the merged folder"
+        )
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name_or_path} has no config.json: it is not a Hugging Face model folder")
+    _json(path / "config.json")
+    _check_index(path)
+
+
+def check_config(name_or_path: str, config: Any) -> None:
+    """Refuse weights that are stored in other than their own numbers.
+
+    Raises:
+        ValueError: naming the method of quantisation.
+    """
+    found = getattr(config, "quantization_config", None)
+    method = None
+    if found is not None:
+        read = found if isinstance(found, Mapping) else vars(found)
+        method = str(getattr(read.get("quant_method"), "value", read.get("quant_method")) or "unnamed")
+    for file, name in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if method is None and (Path(name_or_path) / file).is_file():
+            method = name
+    if method is not None:
+        raise ValueError(
+            f"{name_or_path} is a quantised model (method {method}): its weights cannot be trained or moved; "
+            "name the folder that it was made from, or dequantise it first (model.dequantize(), then "
+            "save_pretrained) and name that folder"
+        )
+
+
+def check_weights(name_or_path: str, model: nn.Module, missing: list[str], mismatched: list[Any]) -> None:
+    """Refuse weights that were made at random because the file has none, or that are no numbers.
+
+    Args:
+        name_or_path: for the error.
+        model: as it was loaded, whole.
+        missing: parameters that no file holds.
+        mismatched: those of another shape.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    if missing:
+        total = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} of the model's {total} tensors: {_list(missing)}; they "
+            "would be made at random. Fetch or save the folder again; names that differ by a prefix are of "
+            "another class of model"
+        )
+    if mismatched:
+        raise ValueError(
+            f"{name_or_path} holds tensors of other shapes than its config.json says: "
+            f"{_list([str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in mismatched])}"
+        )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            low, high = tensor.detach().aminmax()  # either is NaN where one number is; no copy is made
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                rows = ~torch.isfinite(tensor.detach().flatten(1) if tensor.ndim > 1 else tensor[:, None])
+                first = int(rows.any(-1).nonzero()[0]) if tensor.ndim else 0
+                raise ValueError(
+                    f"{name_or_path}: {name} holds NaN or infinity ({int(rows.sum())} numbers, the first in "
+                    f"row {first}): the file is damaged, or the model diverged before it was saved"
+                )
+
+
+def text_class(config: Any) -> tuple[Any, Any] | None:
+    """Return class and configuration of the language model in a model of images and text; None for others.
+
+    None too where transformers itself reads the text part alone.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = getattr(config, "text_config", None)
+    if text is None or isinstance(text, dict) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if whole is not None and whole.config_class is type(text):
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text
+
+
+TEXT_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)": "model.",
+    r"^(?:model\.)?text_model\.(?:model\.)?(?!lm_head\.)": "model.",
+}
+"""How folders of images and text name the tensors of the text part, and how the text model does."""
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / INDEX
+    if not path.is_file():
+        return
+    files = _json(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path} has no weight_map: it is no index of weight files")
+    for name, file in files.items():
+        # by its name alone: the hub's cache has links in the place of files
+        if not isinstance(file, str) or re.fullmatch(r"[^/\\\0]+", file) is None or file in (".", ".."):
+            raise ValueError(f"{path} looks for {name} in {file!r}: expected a file of the same folder")
+    if lost := sorted({file for file in files.values() if not (folder / file).is_file()}):
+        raise FileNotFoundError(f"{folder} lacks {len(lost)} of its weight files: {_list(lost)}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(read).__name__}")
+    return read
+
+
+def _list(names: list[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def quiet_off_terminal() -> None:
+    """Let transformers draw its bars on a terminal only."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
