@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenkit.kernels.divergence_rows import Problem, RowState
 from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.vocabulary_parallel import check_cover, check_head
 from tokenkit.structs import Head
@@ -136,7 +137,7 @@ def check_finite(state: RowState, problem: Problem) -> None:
             found = "it holds NaN or infinity"
             if torch.isfinite(side.hidden_ND[row]).all():
                 found = f"its log-sum-exp is {lse_N[row].item()}"
-            raise ValueError(f"{words}: in row {row} {found}")
+            raise NotFiniteError(f"{words}: in row {row} {found}")
 
 
 def check_hidden(name: str, hidden_ND: Tensor) -> None:
@@ -146,4 +147,4 @@ def check_hidden(name: str, hidden_ND: Tensor) -> None:
     if is_finite_N.is_cuda:
         torch._assert_async(is_finite_N.all(), words)
     elif not torch.compiler.is_compiling() and not bool(is_finite_N.all()):
-        raise ValueError(f"{words}: row {int(torch.nonzero(~is_finite_N)[0])} holds NaN or infinity")
+        raise NotFiniteError(f"{words}: row {int(torch.nonzero(~is_finite_N)[0])} holds NaN or infinity")

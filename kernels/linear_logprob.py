@@ -48,6 +48,7 @@ from tokenkit.kernels.logprob_plan import (
     sum_dtype,
     unpack,
 )
+from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.vocabulary import REST, SUBSET, Subset, split_vocabulary
 from tokenkit.kernels.vocabulary_parallel import check_head, local_rows, vocab_size
 from tokenkit.structs import Head
@@ -296,8 +297,8 @@ def _check_finite(lse_N: Tensor, hidden_ND: Tensor, head: Head) -> None:
     elif not finite_N.all():
         row = int((~finite_N).nonzero()[0])
         if hidden_ND[row].isfinite().all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"the head's weight_VD and bias_V, and their products with hidden_ND, must be finite: "
                 f"the log-sum-exp of row {row} is {lse_N[row].item()}"
             )
-        raise ValueError(f"hidden_ND must be finite: row {row} holds NaN or infinity")
+        raise NotFiniteError(f"hidden_ND must be finite: row {row} holds NaN or infinity")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
 from tokenkit.kernels.launch import runs_triton
+from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.row_chunks import (
     add_hidden_gradient,
     add_weight_gradient,
@@ -272,4 +273,4 @@ def _check_finite(name: str, finite_N: Tensor, rows: slice) -> None:
         torch._assert_async(finite_N.all(), words)
     elif not bool(finite_N.all()):
         row = rows.start + int((~finite_N).nonzero()[0])
-        raise ValueError(f"{words}: row {row} holds NaN or inf; look at what the model returned there")
+        raise NotFiniteError(f"{words}: row {row} holds NaN or inf; look at what the model returned there")

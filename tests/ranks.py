@@ -58,7 +58,7 @@ def start_ranks(
     world_size: int,
     *args: Any,
     always_shard: bool = True,
-    startup_timeout: float = 60.0,
+    collective_timeout: float = 60.0,
 ) -> Ranks:
     """Fork the ranks and return at once."""
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
@@ -67,7 +67,7 @@ def start_ranks(
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            _child(rank, world_size, port, folder, (function, args, always_shard, startup_timeout))
+            _child(rank, world_size, port, folder, (function, args, always_shard, collective_timeout))
         pids.append(pid)
     return Ranks(folder, pids)
 
@@ -103,7 +103,7 @@ def _free_port() -> int:
 
 def _child(rank: int, world_size: int, port: int, folder: Path, job: tuple[Any, ...]) -> None:
     """Be rank `rank`; never return into the parent's stack."""
-    function, args, always_shard, startup_timeout = job
+    function, args, always_shard, collective_timeout = job
     code = 1
     try:
         errors = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
@@ -117,7 +117,7 @@ def _child(rank: int, world_size: int, port: int, folder: Path, job: tuple[Any, 
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-        world = parallel.start(backend="gloo", always_shard=always_shard, startup_timeout=startup_timeout)
+        world = parallel.start(backend="gloo", always_shard=always_shard, timeout=collective_timeout)
         result = function(world, *args)
         torch.save({"result": result}, folder / f"{rank}.pt")
         parallel.stop(world)

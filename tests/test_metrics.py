@@ -16,6 +16,7 @@ from tokenkit import metrics, trackers
 from tokenkit.metrics import (
     ExitCode,
     MetricsFile,
+    Outcome,
     Progress,
     draw_curves,
     read_metrics,
@@ -146,14 +147,20 @@ def test_a_bar_shows_the_numbers_on_a_terminal_and_nothing_elsewhere(monkeypatch
 
 def test_the_outcome_says_how_it_ended_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
-    write_outcome(tmp_path, ExitCode.NUMERICS, "loss alm is nan (correct-horse-battery)", 17)
+    write_outcome(tmp_path, Outcome(ExitCode.NUMERICS, "loss alm is nan (correct-horse-battery)", 17))
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome.pop("time").endswith("+00:00")
-    assert outcome == {"code": 70, "outcome": "numerics", "reason": f"loss alm is nan ({HIDDEN})", "step": 17}
+    assert outcome == {
+        "code": 70,
+        "outcome": "numerics",
+        "reason": f"loss alm is nan ({HIDDEN})",
+        "step": 17,
+        "rank": 0,
+    }
 
 
 def test_exit_codes_are_those_that_schedulers_are_told():
-    assert [int(code) for code in ExitCode] == [0, 1, 64, 65, 69, 70, 75, 130]
+    assert [int(code) for code in ExitCode] == [0, 1, 64, 65, 69, 70, 71, 74, 75, 130]
 
 
 def test_secrets_of_the_environment_and_well_known_keys_are_hidden(monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -104,19 +103,23 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def write_lock(folder, **changes):
-    owner = run_folder._identity(os.getpid()) | changes
-    (folder / ".lock").write_text(json.dumps(owner))
+    """Leave the lock of a run that is gone: nobody has the kernel's lock on it."""
+    (folder / ".lock").write_text(json.dumps(run_folder.identity() | changes))
 
 
-@pytest.mark.parametrize("changes", [{"started": "1"}, {"boot": "another"}, {"pid": 2**22 + 1}])
-def test_a_process_number_that_was_given_out_again_does_not_hold_a_lock(changes, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [{"pid": os.getpid()}, {"pid": 1}, {"pid": 10**30}, {"pid": "?"}, {"host": "another container's name"}],
+)
+def test_who_is_gone_from_this_machine_holds_nothing_whatever_the_file_says(changes, tmp_path):
     write_lock(tmp_path, **changes)
-    with RunLock(tmp_path):
-        pass
+    with RunLock(tmp_path) as lock:
+        assert lock.is_held()
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_lock_of_another_machine_holds_while_its_heart_beats(tmp_path):
-    write_lock(tmp_path, host=socket.gethostname() + "-other")
+    write_lock(tmp_path, boot="another")
     with pytest.raises(BlockingIOError, match=r"delete .*\.lock if you know that run to be gone"):
         RunLock(tmp_path).__enter__()
     old = time.time() - run_folder.STALE_SECONDS - 5
@@ -125,8 +128,22 @@ def test_the_lock_of_another_machine_holds_while_its_heart_beats(tmp_path):
         pass
 
 
-def test_a_lock_that_cannot_be_read_holds_until_it_is_old(tmp_path):
-    (tmp_path / ".lock").write_text("?")
+def test_on_a_disk_without_locks_the_heartbeat_decides(tmp_path, monkeypatch):
+    def refuse(handle, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with RunLock(tmp_path):
+        with pytest.raises(BlockingIOError, match="in use by another run"):
+            RunLock(tmp_path).__enter__()
+        old = time.time() - run_folder.STALE_SECONDS - 5
+        os.utime(tmp_path / ".lock", (old, old))
+        RunLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("text", ["?", "[" * 100_000, "{}", '{"boot": {}}'])
+def test_a_lock_that_cannot_be_read_holds_until_it_is_old(text, tmp_path):
+    (tmp_path / ".lock").write_text(text)
     with pytest.raises(BlockingIOError):
         RunLock(tmp_path).__enter__()
 
@@ -143,13 +160,13 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 def test_a_lock_that_was_taken_from_us_is_not_deleted_by_us(tmp_path):
     with RunLock(tmp_path):
-        write_lock(tmp_path, started="1")
+        write_lock(tmp_path, pid=1)
     assert (tmp_path / ".lock").exists()
 
 
 def test_of_many_that_find_a_stale_lock_one_takes_it(tmp_path):
     for _ in range(20):
-        write_lock(tmp_path, started="1")
+        write_lock(tmp_path, pid=1)
         taken, start = [], threading.Barrier(4)
 
         def contend(taken=taken, start=start):

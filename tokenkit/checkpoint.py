@@ -31,7 +31,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tokenkit.parallel import OtherRankError, World, broadcast_json, gather_json, together
-from tokenkit.run_folder import free_bytes, fsync_folder, write_durably
+from tokenkit.run_folder import (
+    DiskError,
+    free_bytes,
+    fsync_folder,
+    is_disk_trouble,
+    trouble_of_disk,
+    write_durably,
+)
 from tokenkit.safe_dcp import (
     FORMAT,
     MANIFEST,
@@ -91,7 +98,7 @@ def save(root: Path, state: State, identity: Identity, world: World, *, keep_las
     nonce = broadcast_json(secrets.token_hex(8), world)
     temporary = root / f".tmp-{final.name}-{nonce}"
     try:
-        with _as_checkpoint_error(f"save {final}", world):
+        with _as_checkpoint_error("save", final, world):
             _make_room(root, temporary, tensors, world)
             _write(temporary, tensors, state, world)
             files = _hash(temporary, world)
@@ -106,17 +113,25 @@ def save(root: Path, state: State, identity: Identity, world: World, *, keep_las
 
 
 @contextmanager
-def _as_checkpoint_error(what: str, world: World) -> Iterator[None]:
+def _as_checkpoint_error(what: str, folder: Path, world: World) -> Iterator[None]:
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, OtherRankError):
         raise
-    except (OSError, OtherRankError) as error:
-        raise CheckpointError(f"rank {world.rank} could not {what}: {error}") from error
+    except OSError as error:
+        raise _failed(what, folder, world.rank, error) from error
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        words = f"{type(cause).__name__}: {cause}"
-        raise CheckpointError(f"rank {rank} could not {what}: {words}") from error
+        raise _failed(what, folder, rank, cause) from error
+
+
+def _failed(what: str, folder: Path, rank: int, cause: BaseException) -> CheckpointError:
+    """Return the error of `rank`, with the exit code of a disk where that is at fault."""
+    is_disk = is_disk_trouble(cause)
+    words = trouble_of_disk(folder, cause) if is_disk else f"{type(cause).__name__}: {cause}"
+    error = CheckpointError(f"rank {rank} could not {what} {folder}: {words}")
+    error.exit_code = DiskError.exit_code if is_disk else CheckpointError.exit_code
+    return error
 
 
 def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world: World) -> None:
@@ -127,7 +142,7 @@ def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world
             fsync_folder(root.parent)
             free = free_bytes(root)
             if free < needed:
-                raise OSError(
+                raise DiskError(
                     f"a checkpoint needs {needed} bytes and {root} has {free} free: make room, "
                     "save less often, or choose another output_dir"
                 )
@@ -335,7 +350,7 @@ def load(folder: Path, state: State, world: World) -> None:
 def _load(folder: Path, manifest: Manifest, state: State, world: World) -> None:
     metadata = read_metadata(folder, manifest)
     targets = tensors_to_load(state, metadata)
-    with _as_checkpoint_error(f"load {folder}", world):
+    with _as_checkpoint_error("load", folder, world):
         with _knowing_that_it_is_alone(world):
             dcp.load(targets, no_dist=world.mesh is None, **reader_and_planner(folder, metadata))
         fill_optimizer(state, targets)

@@ -9,10 +9,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from tokenkit.redaction import redact
+from tokenkit.redaction import complain, redact_logs, shortened
 
 try:
-    from tokenkit.config.errors import EXIT_CONFIG, ConfigError, exit_code, nearest
+    from tokenkit.config.errors import (
+        EXIT_CONFIG,
+        MEMORY_REMEDY,
+        ConfigError,
+        exit_code,
+        is_out_of_memory,
+        nearest,
+    )
 except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
     raise SystemExit(
         f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit[train]'"
@@ -35,6 +42,7 @@ ALIASES = {"compute_tokenizer_info": "pair-stats"}
 """Names that scripts of others know a command by."""
 
 STDOUT = 1
+LONGEST_LINE = 2000  # characters of an error; a value may have millions
 EXIT_PIPE = 141  # what a shell calls the end of a process by SIGPIPE
 
 EXTRAS = {
@@ -96,31 +104,35 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         door: does the work; an int that it returns is the exit code.
         debug: show the traceback of every error.
     """
+    redact_logs()
     try:
         try:
             result = door()
         finally:
             sys.stdout.flush()  # here, not at the interpreter's end, where nobody catches what it raises
         return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        print("tokenkit: interrupted", file=sys.stderr)
-        return exit_code(KeyboardInterrupt())
+    except KeyboardInterrupt as error:
+        complain(f"tokenkit: {error or 'interrupted'}")
+        return exit_code(error)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return EXIT_PIPE
         code = exit_code(error)
         if _is_on_every_rank(error) and os.environ.get("RANK", "0") != "0":
             return code  # one of them speaks
-        if debug or code == 1:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        if code != 1:
-            print(f"tokenkit: {redact(one_line(error))}", file=sys.stderr)
+        is_told = code != 1 or getattr(error, "is_told", False)
+        if debug or not is_told:
+            complain(traceback.format_exc().rstrip())
+        if is_told:
+            complain(f"tokenkit: {one_line(error)}")
         return code
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, with its rank where several processes run."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = shortened(" ".join(str(error).split()), LONGEST_LINE) or type(error).__name__
+    if is_out_of_memory(error):
+        text = f"out of memory: {text.partition('. If reserved but')[0]}: {MEMORY_REMEDY}"
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name:

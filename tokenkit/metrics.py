@@ -13,11 +13,14 @@ for are the strings "nan", "inf" and "-inf".
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from itertools import cycle
@@ -26,8 +29,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenkit.redaction import redact
-from tokenkit.run_folder import write_durably
+from tokenkit.redaction import redact, shortened
+from tokenkit.run_folder import OUTCOME_NAME, DiskError, blaming_disk, write_durably
 
 METRICS_NAME = "metrics.jsonl"
 Value = float | int | str | Tensor
@@ -57,10 +60,14 @@ class ExitCode(IntEnum):
     """Another process failed and says why."""
     NUMERICS = 70
     """A loss or gradient that is not finite, or no progress: starting again will not help."""
+    MEMORY = 71
+    """Out of memory: start again with --resume once something is smaller."""
+    DISK = 74
+    """A disk that is full or cannot be written: start again with --resume once there is room."""
     PREEMPTED = 75
     """Stopped from outside after saving: start again with --resume."""
     INTERRUPTED = 130
-    """Stopped from the keyboard, without saving."""
+    """Stopped from the keyboard a second time, without saving."""
 
     @classmethod
     def _missing_(cls, value: object) -> ExitCode:
@@ -82,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             values = {name: _number(value) for name, value in json.loads(line).items()}
             values["step"] = int(values["step"])
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path} must be a JSON object with a step, got {line[:80]!r}: "
                 "correct or remove it"
@@ -128,24 +135,43 @@ class MetricsFile:
         self._file = None
         if is_main:
             truncate_metrics(self.path, step)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            # unbuffered: a line that the disk would not take must not come again, as an error, when it closes
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+            self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Append one line. A tensor makes the host wait for its device: pass numbers where speed counts."""
-        if self._file is not None:
-            self._file.write(_line({"step": step, **values}))
+        """Append one line. A tensor makes the host wait for its device: pass numbers where speed counts.
+
+        Raises:
+            DiskError: the disk is full, or the file was removed while the run went on.
+        """
+        if self._file is None:
+            return
+        line = _line({"step": step, **values}).encode()
+        with blaming_disk(self.path, len(line)):
+            written = self._file.write(line)
+            if written != len(line):  # as far as the disk, or a limit on files, allowed
+                self._file.write(line[written:])
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise DiskError(
+                f"{self.path} was removed while the run went on, and nothing that it writes would be found: "
+                "put the folder back if you have it and go on with --resume, or start again"
+            )
 
     def sync(self) -> None:
         """Put every line on the disk. Call it before a checkpoint: a resume expects the lines up to it."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with blaming_disk(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Put every line on the disk and close the file."""
         if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+                self._file = None
 
 
 def draw_curves(folder: Path) -> None:
@@ -177,9 +203,9 @@ def draw_curves(folder: Path) -> None:
         axes.grid(alpha=0.2)
         if len(series[panel]) > 1:
             axes.legend(frameon=False, fontsize=8)
-    temporary = folder / ".curves.png"
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, folder / "curves.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_durably(folder / "curves.png", picture.getvalue())
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -229,20 +255,59 @@ class Progress:
             self._bar.close()
 
 
-def write_outcome(folder: Path, code: ExitCode, reason: str, step: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    code: ExitCode
+    """What the process exits with."""
+    reason: str
+    """One sentence; secrets in it are blacked out."""
+    step: int = 0
+    """Optimizer steps done."""
+    rank: int | None = 0
+    """Who says so; None: a rank that saw another end, and knows no cause."""
+    word: str = ""
+    """Instead of the code's name."""
+
+
+RUNNING = "running"
+_OUTCOME_BYTES = 4096  # more than any outcome: a full disk lets a file be written over, not grow
+_LONGEST_REASON = 2000
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Say in `outcome.json` how a run ended: torchrun loses the exit codes of its workers.
 
-    Args:
-        folder: `output_dir`.
-        code: what the process will exit with.
-        reason: one sentence; secrets in it are blacked out.
-        step: optimizer steps done.
+    Where the disk is full, the file that said that the run goes on is written over in its place.
     """
-    outcome = {
-        "code": int(code),
-        "outcome": code.name.lower(),
-        "reason": redact(reason),
-        "step": step,
+    path, text = folder / OUTCOME_NAME, _said(outcome, _LONGEST_REASON)
+    try:
+        write_durably(path, text.ljust(_OUTCOME_BYTES) if outcome.word == RUNNING else text)
+    except DiskError:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < _OUTCOME_BYTES:
+            raise
+        with path.open("r+", encoding="ascii") as file:
+            file.write(_said(outcome, _LONGEST_REASON // 6).ljust(path.stat().st_size))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _said(outcome: Outcome, longest: int) -> str:
+    said = {
+        "code": int(outcome.code),
+        "outcome": outcome.word or outcome.code.name.lower(),
+        "reason": shortened(redact(outcome.reason), longest),
+        "step": outcome.step,
+        "rank": outcome.rank,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_durably(folder / "outcome.json", json.dumps(outcome, indent=1) + "\n")
+    return json.dumps(said, indent=1) + "\n"
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Return what `outcome.json` says; empty where it says nothing."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / OUTCOME_NAME).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -34,6 +34,7 @@ class OtherRankError(RuntimeError):
     """Another rank failed: this rank stops with it instead of waiting for it in the next collective."""
 
     exit_code = 69  # that rank says what was wrong, with a code of its own
+    is_told = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def start(
     backend: Backend | None = None,
     n_data_parallel: int | None = None,
     n_model_parallel: int = 1,
-    startup_timeout: float = 300.0,
+    timeout: float = 600.0,
     always_shard: bool = False,
 ) -> World:
     """Join the processes that torchrun started, or be the only one.
@@ -66,8 +67,7 @@ def start(
         backend: "nccl" or "gloo"; gloo computes on CPUs. None: nccl where a GPU is, else gloo.
         n_data_parallel: ranks that share the batch; None: as many as there are processes.
         n_model_parallel: 1.
-        startup_timeout: seconds that a collective may take until `set_timeout` says otherwise. Ranks
-            arrive minutes apart while they load models.
+        timeout: seconds that a collective may take. Ranks arrive minutes apart while they load models.
         always_shard: build a group and a mesh for a single process too, so that FSDP2 keeps float32
             weights beside the bfloat16 ones there as well.
 
@@ -85,11 +85,11 @@ def start(
         torch.cuda.set_device(device)
     # JSON and checkpoint plans travel as CPU tensors, over gloo, whatever moves the gradients.
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=startup_timeout)
+    limit = timedelta(seconds=timeout)
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backends, timeout=timeout)
+        dist.init_process_group(backends, timeout=limit)
     else:
-        dist.init_process_group(backends, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return World(rank, world_size, device, mesh)
 
@@ -126,13 +126,6 @@ def _device(backend: Backend | None) -> torch.device:
             f"{torch.cuda.device_count()}, start at most so many processes on it"
         )
     return torch.device("cuda", local_rank)
-
-
-def set_timeout(world: World, seconds: float) -> None:
-    """Give collectives `seconds` from here on: after the first step a silent rank is a dead rank."""
-    if world.mesh is not None:
-        for group in {None, world.mesh.get_group()}:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def stop(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,61 @@ LOCK_NAME = ".lock"
 OUTCOME_NAME = "outcome.json"
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0  # twenty heartbeats: a lock of another machine this old has no owner
+WRITTEN = frozenset(  # what runs write at the top of their folder; others are replaced
+    (LOCK_NAME, OUTCOME_NAME, "config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "export")
+)
+_BROKEN = (errno.EIO, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *_BROKEN)
+# libraries that write in other languages say it in words
+_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded", "unexpected pos")
+
+
+class DiskError(OSError):
+    """A disk takes no more, or what was written to it is gone. Make room, then go on with --resume."""
+
+    exit_code = 74
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether a disk would not take what was written; libraries say it in words, without a number."""
+    number = getattr(error, "errno", None)
+    return (
+        isinstance(error, DiskError)
+        or number in _DISK_ERRORS
+        or any(words in str(error) for words in _DISK_WORDS)
+    )
+
+
+@contextlib.contextmanager
+def blaming_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Say which file would not go to the disk, how large it is if that is known, and how much is free.
+
+    Raises:
+        DiskError: in place of an error that says that the disk is full, or a limit reached.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        if not is_disk_trouble(error):
+            raise
+        raise DiskError(trouble_of_disk(path, error, needed)) from error
+
+
+def trouble_of_disk(path: Path, error: BaseException, needed: int | None = None) -> str:
+    """Say what would not go to the disk, how large it is if that is known, how much is free, what to do."""
+    if isinstance(error, DiskError):
+        return str(error)
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    if "unexpected pos" in reason:
+        reason = "the disk is full, or files are limited in size (ulimit -f)"
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {free_bytes(path.parent)} bytes are free there"
+    size = "" if needed is None else f", of {needed} bytes,"
+    remedy = "mend the disk" if getattr(error, "errno", None) in _BROKEN else "make room"
+    return f"{path}{size} could not be written: {reason}{free}; {remedy}, then go on with --resume"
 
 
 def prepare_output(folder: Path, *, resume: bool) -> None:
@@ -36,6 +92,7 @@ def prepare_output(folder: Path, *, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir must be a folder: {folder} is a file, choose another path")
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    _refuse_links(folder)
     content = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(LOCK_NAME))
     if content == [
         OUTCOME_NAME
@@ -57,6 +114,16 @@ def prepare_output(folder: Path, *, resume: bool) -> None:
     probe.unlink()
 
 
+def _refuse_links(folder: Path) -> None:
+    """Nothing is written through a link, hence nothing outside the folder."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and (entry.name in WRITTEN or entry.name.startswith(LOCK_NAME)):
+            raise FileExistsError(
+                f"{entry} is a link, and the run would write through it: remove it, or name another output "
+                "folder (which may itself be a link)"
+            )
+
+
 def free_bytes(folder: Path) -> int:
     """Return how many bytes this user may still write on the disk of `folder`."""
     disk = os.statvfs(folder)
@@ -72,24 +139,26 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file so that after a crash the old content is there, or all of the new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    data = content.encode() if isinstance(content, str) else content
+    with blaming_disk(path, len(data)):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep processes apart while they look at a lock and take it over. It ends with the process."""
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep processes apart while they read and write the same file. It ends with the process."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # some network disks have no such locks
@@ -102,9 +171,10 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 class RunLock:
     """One run per folder. Use it as a context around everything that writes there.
 
-    The lock is a file that names its owner: host, boot, process and that process's start. A lock whose
-    owner is gone from this machine is taken over; one of another machine only after `STALE_SECONDS`
-    without a heartbeat.
+    The file `.lock` names its owner, who holds a lock of the kernel on it (flock): that ends with the
+    process, whatever ended it, and is seen from every container of the machine, and over NFS from every
+    machine. On a disk without such locks, or where the owner is another machine that they do not reach,
+    the file holds until `STALE_SECONDS` without a heartbeat.
 
     Raises:
         BlockingIOError: another run holds the folder.
@@ -112,14 +182,14 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK_NAME
-        self.owner = json.dumps(_identity(os.getpid()))
+        self.owner = json.dumps(identity())
+        self._file: int | None = None
         self._stop = threading.Event()
 
     def __enter__(self) -> RunLock:
         """Take the lock."""
-        with _one_at_a_time(self.path.parent):
-            while not self._create():
-                self._remove_if_stale()
+        with one_at_a_time(self.path.parent):
+            self._file = self._take()
         threading.Thread(target=self._beat, name="tokenkit-lock", daemon=True).start()
         return self
 
@@ -128,83 +198,88 @@ class RunLock:
     ) -> None:
         """Give the lock back, if it is still ours."""
         self._stop.set()
-        if self._read() == self.owner:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), one_at_a_time(self.path.parent):
+            if self.is_held():  # nobody may open it now, and lock it when it has no name any more
+                self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
-    def _create(self) -> bool:
-        """Put a complete lock file in place, or return False if there is one."""
-        draft = self.path.with_name(f"{LOCK_NAME}-{secrets.token_hex(8)}")
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(self.owner)
-        try:
-            os.link(draft, self.path)  # as exclusive as O_EXCL, and never seen half written
-        except FileExistsError:
+    def is_held(self) -> bool:
+        """Whether the folder still has the file that this run made."""
+        if self._file is None:
             return False
-        finally:
-            draft.unlink()
-        return True
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._file)) and self._read() == self.owner
+        return False
 
-    def _read(self) -> str | None:
+    def _take(self) -> int:
         try:
-            return self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise FileExistsError(
+                f"{self.path} cannot be opened ({error.strerror}): it must be a plain file; remove it"
+            ) from error
+        try:
+            is_sure = _lock(file)
+            if is_sure is None or self._may_be_alive(file, is_sure):
+                raise BlockingIOError(
+                    f"{self.path.parent} is in use by another run ({self._read()}): wait for it, choose "
+                    f"another output_dir, or delete {self.path} if you know that run to be gone"
+                )
+            os.ftruncate(file, 0)
+            os.pwrite(file, self.owner.encode(), 0)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
 
-    def _remove_if_stale(self) -> None:
+    def _may_be_alive(self, file: int, is_sure: bool) -> bool:
+        """Whether an owner whom the kernel does not know of may be at work."""
         found = self._read()
-        if found is None:
-            return
-        if not _is_stale(found, self._age()):
-            raise BlockingIOError(
-                f"{self.path.parent} is in use by another run ({found}): wait for it, choose another "
-                f"output_dir, or delete {self.path} if you know that run to be gone"
-            )
-        self.path.unlink(missing_ok=True)
+        if not found:
+            return False
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            if is_sure and json.loads(found)["boot"] == identity()["boot"]:
+                return False  # an owner on this machine would hold the kernel's lock
+        return self._age(file) <= STALE_SECONDS
 
-    def _age(self) -> float:
+    def _read(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.path.read_bytes()[:1000].decode("utf-8", errors="replace")
+        return ""
+
+    def _age(self, file: int) -> float:
         """Seconds since the last heartbeat, by the clock of the disk."""
         probe = self.path.with_name(f"{LOCK_NAME}-clock-{secrets.token_hex(8)}")
         probe.touch()
         try:
-            return probe.stat().st_mtime - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+            return probe.stat().st_mtime - os.fstat(file).st_mtime
         finally:
             probe.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            if self._read() == self.owner:
+            if self.is_held():
                 with contextlib.suppress(OSError):
-                    os.utime(self.path, (time.time(), time.time()))
+                    os.utime(self.path, (time.time(), time.time()), follow_symlinks=False)
 
 
-def _is_stale(found: str, age: float) -> bool:
+def _lock(file: int) -> bool | None:
+    """True: locked; None: somebody else has it; False: this disk has no locks."""
     try:
-        owner = json.loads(found)
-        here = owner["host"] == socket.gethostname()
-        gone = here and _identity(int(owner["pid"])) != owner
-    except (ValueError, TypeError, KeyError):
-        return age > STALE_SECONDS  # not a lock of ours: its owner cannot be asked
-    return gone if here else age > STALE_SECONDS
-
-
-def _identity(pid: int) -> dict[str, Any]:
-    """Name a process of this machine so that no later process can have the same name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # the name of the program may hold spaces and brackets; the start time is field 22
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        boot, started = "", "" if _is_alive(pid) else "gone"
-    return {"host": socket.gethostname(), "boot": boot, "pid": pid, "started": started}
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:
         return False
-    except PermissionError:
-        return True
     return True
+
+
+def identity() -> dict[str, Any]:
+    """Name this process to people, and its machine: containers of one machine share its boot."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"host": socket.gethostname(), "boot": boot, "pid": os.getpid(), "started": started}

@@ -61,6 +61,8 @@ _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 class CheckpointError(OSError):
     """A checkpoint could not be written, or is not whole, or is not safe to read."""
 
+    exit_code = 65
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:

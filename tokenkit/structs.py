@@ -221,6 +221,9 @@ class HiddenStates:
     qkv: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
     """Of each layer, [B, T, ·] queries, keys and values as their projections give them: before rotation
     and before norms of single heads."""
+    spoiled: Tensor | None = None
+    """float32 scalar, 0, or NaN where a state of a real token is not finite. Whoever makes it has put 0 in
+    place of such states, and adds it to every total."""
 
 
 StateKind = Literal["embedded", "layers", "qkv"]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenkit.redaction import redact_config
+from tokenkit.redaction import redact, redact_config, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ class Trackers:
             action()
         except Exception as error:  # other people's code, which may raise anything
             if not self.failures[name]:
-                logger.warning("%s failed and will be ignored: %s: %s", name, type(error).__name__, error)
+                words = shortened(redact(str(error)), 500)
+                logger.warning("%s failed and will be ignored: %s: %s", name, type(error).__name__, words)
             self.failures[name] += 1
 
 

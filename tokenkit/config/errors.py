@@ -1,6 +1,7 @@
 """What a configuration may do wrong, and what the process then says to the shell."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,8 +14,23 @@ EXIT_DATA = 65
 EXIT_NUMERICS = 70
 """The mathematics left the finite numbers: no restart helps."""
 
+EXIT_MEMORY = 71
+"""Memory ran out: something must be made smaller."""
+
+EXIT_DISK = 74
+"""A disk is full, or would not take what was written."""
+
+EXIT_STOPPED = 75
+"""Stopped from outside: starting again with --resume goes on."""
+
 EXIT_INTERRUPTED = 130
-"""Stopped from the keyboard."""
+"""Stopped from the keyboard, at once."""
+
+MEMORY_REMEDY = (
+    "lower max_length_new and max_length_teacher, raise gradient_accumulation_steps (fewer documents at a "
+    "time), turn gradient_checkpointing on, train adapters (train_model_mode lora), or share the run among "
+    "more processes; --resume goes on from the last checkpoint where these fields move no number"
+)
 
 
 class ConfigError(ValueError):
@@ -27,6 +43,38 @@ class DataError(ValueError):
     """A file, a data set, a tokenizer or a model cannot be used. One line: which, why, what to do."""
 
     exit_code = EXIT_DATA
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal asked the process to end, where there was nothing to save first.
+
+    As an interruption it passes through those who catch every `Exception`.
+    """
+
+    exit_code = EXIT_STOPPED
+
+
+class SilenceError(RuntimeError):
+    """Somebody whom the run waits for is gone or does nothing. The words say who, and since when."""
+
+    exit_code = 1
+    is_told = True
+    """One line says it all: a traceback would show who waited, not who failed."""
+    is_own = False
+    """It is this process that hangs."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; without importing torch."""
+    words = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in words
+            or "CUDA out of memory" in words
+        )
+    )
 
 
 @contextmanager
@@ -45,7 +93,8 @@ def blaming_data() -> Iterator[None]:
 
 
 def exit_code(error: BaseException) -> int:
-    """64 the configuration, 65 a file or data, 70 numbers that are not finite, 130 Ctrl-C, 1 anything else.
+    """64 the configuration, 65 a file or data, 70 numbers that are not finite, 71 memory, 74 a full disk,
+    75 a signal, 130 Ctrl-C twice, 1 anything else.
 
     An error may carry its own `exit_code`.
     """
@@ -54,6 +103,10 @@ def exit_code(error: BaseException) -> int:
         return own
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tokenkit"):
         return 1
+    if is_out_of_memory(error):
+        return EXIT_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return EXIT_DISK
     kinds: list[tuple[type[BaseException], int]] = [
         (KeyboardInterrupt, EXIT_INTERRUPTED),
         (ArithmeticError, EXIT_NUMERICS),

@@ -11,10 +11,10 @@ from tokenkit.config.errors import ConfigError, nearest
 from tokenkit.config.schema import Leaf, build, flatten, group_prefixes, leaves
 from tokenkit.config.values import coerce, plain
 from tokenkit.config.yaml_files import dump_yaml, read_yaml
+from tokenkit.redaction import has_secret, is_secret_name
 
 T = TypeVar("T")
 
-_SECRET = re.compile(r"(?i)(^|[_.\-])(api_?key|access_?key|secret\w*|token|passw\w*|credentials?|auth)$")
 _OPEN = r"(?<!\\)(?:\\\\)*\$\{\s*"  # a backslash in front makes it ordinary text
 _RESOLVER = re.compile(_OPEN + r"([\w.]+)\s*:")
 _ENVIRONMENT = re.compile(_OPEN + r"oc\.env\s*:\s*([^,}\s]+)")
@@ -62,7 +62,23 @@ def read_config(
         except ConfigError as error:
             source = origin[name]
             raise ConfigError(f"{error} ({source})" if source else str(error)) from error
+        _refuse_secrets(name, typed[name], origin[name])
     return build(schema, typed)
+
+
+def _refuse_secrets(name: str, value: Any, source: str) -> None:
+    """Refuse a value that holds a key, however it came there. The value is never repeated.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if any(has_secret(text) for text in _texts(plain(value))):
+        raise ConfigError(
+            f"{name} holds a key, or the value of a secret variable of the environment"
+            + (f" ({source})" if source else "")
+            + ", and configurations are saved with checkpoints: remove it; programs that need it read it "
+            "from the environment themselves"
+        )
 
 
 def to_yaml(config: Any) -> str:
@@ -141,7 +157,7 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
 
 def looks_secret(name: str) -> bool:
     """A name that usually holds a credential."""
-    return bool(_SECRET.search(name))
+    return is_secret_name(name)
 
 
 def _interpolate(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -209,9 +209,14 @@ class Parallel:
     n_model_parallel: int = 1
     """Processes that share one vocabulary and its layers."""
 
+    hang_timeout: float = 600.0
+    """Seconds that a step, another process or the next documents may keep a process waiting. Then the run
+    ends and says who was waited for."""
+
     def __post_init__(self) -> None:
         at_least("n_data_parallel", self.n_data_parallel, 1)
         at_least("n_model_parallel", self.n_model_parallel, 1)
+        at_least("hang_timeout", self.hang_timeout, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,29 @@ micro-batches changes which documents a step sees. What has been read ahead does
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import Mix
 from tokenkit.structs import Batch
+
+_LOOK_SECONDS = 0.2  # between two looks at whether somebody wants the run to stop
+_LEAVE_SECONDS = 1.0  # that the end of a run waits for its thread
+
+
+class StuckError(TimeoutError):
+    """The data does not come. The words say who waits, and for what."""
+
+    exit_code = 1
+    is_told = True
 
 
 class _Step(NamedTuple):
@@ -38,7 +53,7 @@ class Batches:
         accumulation: micro-batches of one rank and step.
         rank: this process's number.
         world: number of processes that share the documents of a step.
-        prefetch: steps that are tokenized ahead in a background thread; 0: none.
+        prefetch: steps that are tokenized ahead, in a background thread that reads all.
 
     Raises:
         ValueError: if the documents of a step do not divide evenly.
@@ -69,8 +84,7 @@ class Batches:
         self._consumed = mix.state_dict()
         self._untokenized = Counter(collator.skipped)
         self._pending: deque[Future[_Step]] = deque()
-        # one worker: steps must be read in order
-        self._pool = ThreadPoolExecutor(1, "tokenkit-data") if prefetch else None
+        self._reader: _Reader | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Return itself: steps never end."""
@@ -82,14 +96,35 @@ class Batches:
         Raises:
             ValueError: if the data cannot go on.
         """
-        if self._pool is None:
-            step = self._read_step()
-        else:
-            while len(self._pending) <= self._prefetch:
-                self._pending.append(self._pool.submit(self._read_step))
-            step = self._pending.popleft().result()
+        self._read_ahead()
+        step = self._pending.popleft().result()
         self._consumed, self._untokenized = step.state, step.untokenized
         return step.micro_batches
+
+    def ready(self, seconds: float, stop: Callable[[], object] = lambda: False) -> bool:
+        """Wait until the next step can be had; False: `stop` said so before.
+
+        Raises:
+            StuckError: nothing came for so many seconds.
+        """
+        self._read_ahead()
+        began = time.monotonic()
+        while not wait([self._pending[0]], timeout=_LOOK_SECONDS).done:
+            if stop():
+                return False
+            if time.monotonic() - began > seconds:
+                raise StuckError(
+                    f"rank {self._rank} (host {socket.gethostname()}, process {os.getpid()}) has waited "
+                    f"{seconds:g} s for data (hang_timeout), and reads {self._mix.reading}: look at the disk "
+                    "or network that it comes from, then go on with --resume"
+                )
+        return True
+
+    def _read_ahead(self) -> None:
+        if self._reader is None:
+            self._reader = _Reader()
+        while len(self._pending) <= self._prefetch:
+            self._pending.append(self._reader.submit(self._read_step))
 
     def _read_step(self) -> _Step:
         documents = self._mix.take(self._batch_size)
@@ -127,20 +162,51 @@ class Batches:
 
     def close(self) -> None:
         """Stop the background thread; what it has read ahead is read again if the steps go on."""
-        self._stop_reading()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+        if not self._stop_reading(_LEAVE_SECONDS):
+            return  # it hangs, and has the mix
         self._mix.load_state_dict(self._consumed)
         self._count_from(self._untokenized)
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
     def _count_from(self, untokenized: Mapping[str, int]) -> None:
         self._untokenized = Counter(untokenized)
         self._collator.skipped.clear()
         self._collator.skipped.update(untokenized)
 
-    def _stop_reading(self) -> None:
+    def _stop_reading(self, seconds: float | None = None) -> bool:
+        """Return whether the thread let go of the mix; None: wait until it does."""
         for future in self._pending:
             future.cancel()
-        wait(self._pending)  # until the thread lets go of the mix
+        left = wait(self._pending, timeout=seconds).not_done
         self._pending.clear()
+        return not left
+
+
+class _Reader:
+    """A thread that does one job after another: steps must be read in order.
+
+    Unlike that of a pool it is no reason for a process not to end, whatever it hangs in.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Future[_Step], Callable[[], _Step]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="tokenkit-data", daemon=True).start()
+
+    def submit(self, job: Callable[[], _Step]) -> Future[_Step]:
+        future: Future[_Step] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:  # of whoever asks for the result
+                    future.set_exception(error)

@@ -35,13 +35,19 @@ class Mix:
             raise ValueError("a mix needs at least one data set: got none")
         self.documents = 0
         """Documents given out so far."""
-        self._sources, self._seed = list(sources), seed
+        self._sources, self._seed, self._now = list(sources), seed, 0
         self._upper = np.cumsum(np.array(weights, np.float64) / np.sum(weights))
 
     @property
     def epoch(self) -> int:
         """Passes over the first data set that are complete."""
         return self._sources[0].epoch
+
+    @property
+    def reading(self) -> str:
+        """Where the mix is, for people."""
+        source = self._sources[self._now]
+        return f"data set {source.name}, row {source.position}"
 
     @property
     def skipped(self) -> Counter[str]:
@@ -57,6 +63,7 @@ class Mix:
         number = np.array([self.documents], np.uint64)
         point = hash64(hash64(np.array([self._seed], np.uint64)) ^ number)[0] / 2.0**64
         chosen = min(int(np.searchsorted(self._upper, point, side="right")), len(self._sources) - 1)
+        self._now = chosen
         document = next(self._sources[chosen])
         self.documents += 1
         return document

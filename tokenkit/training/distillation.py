@@ -16,12 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import LatentsOptions, Loss, clm_loss, latents
 from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
-from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, StateKind
+from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side, StateKind
+
+TEACHER = "#teacher"
+"""What the teacher's half returns beside the losses: 0, or NaN where its states are not finite."""
 
 Half = Literal["teacher", "settle", "student", "last_layer", "evaluate", "prefix_teacher", "prefix", "rows"]
 
@@ -145,12 +149,13 @@ class Distillation(nn.Module):
         states = self._teacher_states(batch, self.collect) if needed else None
         at_once = [active for active in self.losses if active.loss.measure is None]
         context = self._teacher_context(batch, states, at_once)
-        return {
+        prepared = {
             active.name: (active.loss.measure or active.loss.prepare)(
                 states, batch, active.options, self._with_parts(context, active)
             )
             for active in self.losses
         }
+        return prepared | {TEACHER: None if states is None else states.spoiled}
 
     @torch.no_grad()
     def _settle(self, batch: Batch, measured: dict[str, tuple[Any, Tensor]]) -> dict[str, Any]:
@@ -182,12 +187,14 @@ class Distillation(nn.Module):
     def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
         # read here: what the teacher's half read is freed under FSDP2
         context = Context(teacher_head=self._head(self.teacher.head(), states))
-        terms = {
-            active.name: active.loss.function(
-                states, prepared[active.name], batch, active.options, self._with_parts(context, active)
-            )
-            for active in self.losses
-        }
+        terms = {}
+        for active in self.losses:
+            ready, around = prepared[active.name], self._with_parts(context, active)
+            try:
+                term = active.loss.function(states, ready, batch, active.options, around)
+            except NotFiniteError:  # the other ranks take part in the backward, and hear of it behind that
+                term = _nan_term(states.hidden_BTD, ready.count)
+            terms[active.name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
         inside = {active.name for active in self.losses if active.loss.states(active.options)}
         return {
             name: _connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
@@ -214,10 +221,10 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _evaluate(self, batch: Batch, rows: list[Tensor] | None) -> Tensor:
         own = None if rows is None else OwnVocabulary(self.student, rows)
-        student = clm_loss(self._student_states(batch, own=own), batch)
+        student = _nats(self._student_states(batch, own=own), batch)
         swapped = replace(batch, student=batch.teacher)
-        teacher = clm_loss(self._teacher_states(batch), swapped)
-        return torch.stack([student.total, teacher.total])
+        teacher = _nats(self._teacher_states(batch), swapped)
+        return torch.stack([student, teacher])
 
     @torch.no_grad()
     def _prefix_teacher(self, batch: Batch) -> Any:
@@ -237,14 +244,17 @@ class Distillation(nn.Module):
             states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
         measured, sum_K = prepared
         settled = latents.settle(measured, sum_K, batch, self.prefix.latents)
-        return latents.function(states, settled, batch, self.prefix.latents)
+        try:
+            return latents.function(states, settled, batch, self.prefix.latents)
+        except NotFiniteError:
+            return _nan_term(states.layers_BTD[-1] if states.layers_BTD else states.hidden_BTD, settled.count)
 
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
     ) -> HiddenStates:
         with self._autocast(batch):
             states = self.student(batch.student.ids_BT, own, collect)
-        return self._in_compute_dtype(states)
+        return _without_spoiled(self._in_compute_dtype(states), batch.student)
 
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         ids_BS = batch.teacher.ids_BT
@@ -254,7 +264,7 @@ class Distillation(nn.Module):
                     states = self.student(ids_BS, self.teacher, collect)
             else:
                 states = self.teacher(ids_BS, collect=collect)
-        return self._in_compute_dtype(states)
+        return _without_spoiled(self._in_compute_dtype(states), batch.teacher)
 
     def _autocast(self, batch: Batch) -> AbstractContextManager[Any]:
         if self.compute_dtype in (None, torch.float32):
@@ -291,6 +301,41 @@ def graph_from(layer: nn.Module) -> Iterator[None]:
             yield
     finally:
         handle.remove()
+
+
+def _without_spoiled(states: HiddenStates, side: Side) -> HiddenStates:
+    """Put 0 in place of states that are not finite, which kernels refuse, and remember that there were some.
+
+    Such a rank goes on to the end of the step: an error here would leave the others in a collective.
+    """
+    finite_BTD = states.hidden_BTD.isfinite()
+    position_T = torch.arange(finite_BTD.shape[1], device=finite_BTD.device)
+    is_padding_BT = position_T >= side.length_B[:, None]
+    is_well = (finite_BTD.all(-1) | is_padding_BT).all()
+    spoiled = torch.where(is_well, 0.0, torch.nan)
+    return replace(states, hidden_BTD=states.hidden_BTD.masked_fill(~finite_BTD, 0), spoiled=spoiled)
+
+
+def _nan_term(hidden_BTD: Tensor, count: Any) -> LossTerm:
+    """Return a total that is NaN and reaches the student, so that its backward runs as on the other ranks."""
+    nan = hidden_BTD.float().sum() * 0 + torch.nan
+    return LossTerm(nan.expand_as(torch.as_tensor(count)), count)
+
+
+def _nats(states: HiddenStates, batch: Batch) -> Tensor:
+    """Return the nats of the trained tokens; NaN where there is no such number."""
+    try:
+        term = clm_loss(states, batch)
+    except NotFiniteError:
+        return states.hidden_BTD.new_full((), torch.nan, dtype=torch.float32)
+    return _spoil(term, states.spoiled).total
+
+
+def _spoil(term: LossTerm, *spoiled: Tensor | None) -> LossTerm:
+    total = term.total
+    for nan in spoiled:
+        total = total if nan is None else total + nan
+    return LossTerm(total, term.count)
 
 
 def _with_frozen_head(states: HiddenStates) -> HiddenStates:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tokenkit import __version__, checkpoint
 from tokenkit.checkpoint import Identity, State
 from tokenkit.config import TrainConfig, to_dict, to_yaml
-from tokenkit.config.errors import DataError, blaming_data, exit_code
+from tokenkit.config.errors import DataError, blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
-from tokenkit.metrics import ExitCode, draw_curves, write_outcome
+from tokenkit.metrics import ExitCode, draw_curves
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import (
@@ -29,27 +31,25 @@ from tokenkit.parallel import (
     barrier,
     broadcast_json,
     gather_json,
-    set_timeout,
     start,
     stop,
     together,
 )
-from tokenkit.run_folder import RunLock, prepare_output, write_durably
+from tokenkit.run_folder import DiskError, RunLock, blaming_disk, prepare_output, write_durably
 from tokenkit.tokenization.one_sided import explain_one_sided_bos
 from tokenkit.training.build import Parts, build
+from tokenkit.training.ending import Ending, begin_outcome, ending
+from tokenkit.training.finished import (
+    MAY_DIFFER,
+    check_finished,
+    export_folder,
+    is_finished,
+    refuse_old_export,
+)
 from tokenkit.training.prefix_stage import current_optimizer, take_over, take_step
 from tokenkit.training.reports import Reports
 from tokenkit.training.signals import StopRequest
-
-MAY_DIFFER = (  # of the configuration, on resume: what moves no number
-    "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
-    "logging_interval", "save_interval", "sync_interval", "eval_interval",
-    "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
-    "use_distributed", "distributed_backend", "n_data_parallel",
-)  # fmt: skip
-
-
-COLLECTIVE_SECONDS = 1800.0  # a rank that is silent for longer, while training, is dead
+from tokenkit.training.step import NonFiniteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,9 @@ class Session:
     reports: Reports
     is_resumed: bool
     """It goes on from a checkpoint."""
+    lock: RunLock
+    ending: Ending
+    stop: StopRequest
 
 
 def train(config: TrainConfig) -> int:
@@ -73,24 +76,14 @@ def train(config: TrainConfig) -> int:
     Raises:
         ValueError, OSError, ArithmeticError: one line for the user; `tokenkit.cli` gives each its exit code.
     """
-    world = _join(config)
-    try:
-        if config.run.dry_run:
-            return _dry_run(config, world)
-        folder = Path(config.run.output_dir)
-        if config.run.resume and broadcast_json(_is_finished(folder, config), world):
-            _say(world, f"{folder}: this run is done and exported; there is nothing to resume")
-            return ExitCode.DONE
-        with together("prepare the output folder", world):
-            if world.is_main:
-                prepare_output(folder, resume=config.run.resume)
-                _refuse_old_export(_export_folder(config))
-        if not world.is_main:
-            return _run(folder, config, world)
-        with RunLock(folder):
-            return _run(folder, config, world)
-    finally:
-        stop(world)
+    with StopRequest() as stop_request:
+        world = _join(config)
+        try:
+            if config.run.dry_run:
+                return _dry_run(config, world)
+            return _run(Path(config.run.output_dir), config, world, stop_request)
+        finally:
+            stop(world)
 
 
 def _join(config: TrainConfig) -> World:
@@ -100,6 +93,7 @@ def _join(config: TrainConfig) -> World:
             "use_distributed is set but torchrun started nothing: run torchrun -m tokenkit.train"
         )
     return start(
+        timeout=parallel.hang_timeout,
         backend=parallel.distributed_backend,
         n_data_parallel=parallel.n_data_parallel,
         n_model_parallel=parallel.n_model_parallel,
@@ -130,27 +124,33 @@ def _build(config: TrainConfig, world: World) -> Parts:
     return parts
 
 
-def _run(folder: Path, config: TrainConfig, world: World) -> int:
-    """Build, restore, train, export; say in outcome.json how it ended."""
-    parts = None
-    try:
+def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequest) -> int:
+    """Take the folder, build, restore, train, export; say in outcome.json how it ended."""
+    if config.run.resume and broadcast_json(is_finished(folder, config), world):
+        with together("compare the finished run", world):
+            check_finished(folder, config)
+        _say(world, f"{folder}: this run is done and exported; there is nothing to resume")
+        return ExitCode.DONE
+    lock = RunLock(folder)
+    with ExitStack() as stack:
+        with together("prepare the output folder", world):
+            if world.is_main:
+                prepare_output(folder, resume=config.run.resume)
+                refuse_old_export(export_folder(config))
+                stack.enter_context(lock)
+                begin_outcome(folder)
+        state = stack.enter_context(ending(folder, world, config.parallel.hang_timeout))
         parts = _build(config, world)
+        stack.callback(parts.batches.close)
         _say(world, _describe(parts, config))
-        code, reason = _train(_begin(folder, config, world, parts))
-    except BaseException as error:
-        if world.is_main:
-            code = ExitCode(exit_code(error))
-            write_outcome(folder, code, f"{type(error).__name__}: {error}", parts.run.step if parts else 0)
-        raise
-    finally:
-        if parts is not None:
-            parts.batches.close()
-    if world.is_main:
-        write_outcome(folder, code, reason, parts.run.step)
-    return code
+        session = _begin(folder, config, world, parts, (lock, state, stop_request))
+        state.code, state.reason = _train(session)
+    return state.code
 
 
-def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Session:
+def _begin(
+    folder: Path, config: TrainConfig, world: World, parts: Parts, around: tuple[RunLock, Ending, StopRequest]
+) -> Session:
     """Restore the newest checkpoint if asked to, and open the reports where it ends."""
     run = parts.run
     state = State(module=run.model, optimizer=run.optimizer)
@@ -171,9 +171,9 @@ def _begin(folder: Path, config: TrainConfig, world: World, parts: Parts) -> Ses
             _say(world, f"resuming after step {run.step} from {found}")
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
-    set_timeout(world, COLLECTIVE_SECONDS)
+    around[1].step = run.step
     reports = Reports.open(folder, config, run.step, is_main=world.is_main)
-    return Session(config, world, folder, parts, state, identity, reports, is_resumed=found is not None)
+    return Session(config, world, folder, parts, state, identity, reports, found is not None, *around)
 
 
 def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
@@ -189,45 +189,67 @@ def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
 
 
 def _train(session: Session) -> tuple[ExitCode, str]:
-    config, run, reports = session.config, session.parts.run, session.reports
-    schedule, evaluation = config.schedule, config.evaluation
-    try:
-        if run.step == 0 and not session.is_resumed:  # a checkpoint of step 0 comes after its evaluation
-            if evaluation.eval_at_step_zero:
-                _evaluate(session)
-            if schedule.save_at_step_zero:
-                _save(session)
-        with StopRequest() as stop_request:
-            while run.step < schedule.steps:
-                with blaming_data():
-                    micro_batches = next(session.parts.batches)
-                report = take_step(run, session.parts.prefix, micro_batches)
-                run.step += 1
-                if report.skipped == "untrained":
-                    reports.untrained(run.step, run.untrained_steps)
-                is_last = run.step == schedule.steps
-                reports.step(
-                    run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last)
-                )
-                if _due(run.step, evaluation.eval_interval, is_last):
-                    _evaluate(session)
-                stopping = not is_last and _any_rank(stop_request.asked, session)
-                if _due(run.step, schedule.save_interval, is_last or stopping):
-                    _save(session)
-                if run.step % schedule.sync_interval == 0:
-                    barrier(session.world)
-                if stopping:
-                    return (
-                        ExitCode.PREEMPTED,
-                        f"stopped by a signal after step {run.step}: go on with --resume",
-                    )
-    finally:
-        reports.close()
+    run, reports, stop_request = session.parts.run, session.reports, session.stop
+    with reports:
+        with stop_request.waiting_for_step("all steps are taken and saved, --resume exports"):
+            _before_steps(session)
+            while run.step < session.config.schedule.steps and not _is_asked_to_stop(session):
+                _one_step(session)
+            asked = _any_rank(stop_request.asked is not None, session)
+        if asked:
+            session.ending.at("saving")
+            _save(session)
+            name = stop_request.asked or "a signal to another rank"
+            return ExitCode.PREEMPTED, f"stopped by {name} after step {run.step}: go on with --resume"
     _say_left_out(session)
     if session.world.is_main:
         draw_curves(session.folder)
+    session.ending.at("exporting")
     _export(session)
     return ExitCode.DONE, f"{run.step} steps done"
+
+
+def _before_steps(session: Session) -> None:
+    if session.parts.run.step or session.is_resumed:
+        return  # a checkpoint of step 0 comes after its evaluation
+    if session.config.evaluation.eval_at_step_zero:
+        _evaluate(session)
+    if session.config.schedule.save_at_step_zero:
+        _save(session)
+
+
+def _is_asked_to_stop(session: Session) -> bool:
+    """Wait for the data of the next step; True on every rank where a signal reached one of them."""
+    run, stop_request = session.parts.run, session.stop
+    session.ending.at(f"waiting for the data of step {run.step + 1}")
+    with blaming_data():
+        is_ready = session.parts.batches.ready(
+            session.config.parallel.hang_timeout, lambda: stop_request.asked is not None
+        )
+    session.ending.at(f"step {run.step + 1}")
+    return _any_rank(not is_ready or stop_request.asked is not None, session)
+
+
+def _one_step(session: Session) -> None:
+    config, run, reports = session.config, session.parts.run, session.reports
+    schedule = config.schedule
+    with blaming_data():
+        micro_batches = next(session.parts.batches)
+    report = take_step(run, session.parts.prefix, micro_batches)
+    run.step += 1
+    session.ending.step = run.step
+    if report.skipped == "untrained":
+        reports.untrained(run.step, run.untrained_steps)
+    is_last = run.step == schedule.steps
+    reports.step(run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last))
+    if _due(run.step, config.evaluation.eval_interval, is_last):
+        session.ending.at("evaluating")
+        _evaluate(session)
+    if _due(run.step, schedule.save_interval, is_last):
+        session.ending.at("saving")
+        _save(session)
+    if run.step % schedule.sync_interval == 0:
+        barrier(session.world)
 
 
 def _due(step: int, interval: int, always: bool) -> bool:
@@ -247,10 +269,20 @@ def _evaluate(session: Session) -> None:
     if parts.heldout:
         measured = bits_per_byte(parts.run.model, parts.heldout, session.world, parts.run.step)
         session.reports.evaluation(parts.run.step, measured)
+        if not math.isfinite(measured.student):
+            raise NonFiniteError(
+                f"the student's bits per byte are not finite after step {parts.run.step}: the update of that "
+                "step spoiled it; lower the learning rate or use dtype float32, in a new output_dir"
+            )
 
 
 def _save(session: Session) -> None:
     run, state = session.parts.run, session.state
+    if session.world.is_main and not session.lock.is_held():
+        raise DiskError(
+            f"{session.lock.path} is gone or of another run: the folder was removed or taken while the run "
+            "went on, and nothing was written there; choose another output_dir, or start again"
+        )
     untokenized = _untokenized(session)
     session.reports.left_out(run.step, session.parts.batches.skipped + untokenized)
     session.reports.sync()
@@ -297,9 +329,10 @@ def _export(session: Session) -> None:
     with together("export the student", session.world):
         if session.world.is_main:
             request = ExportRequest(
-                folder=_export_folder(config), dtype=DTYPES[config.training.dtype], facts=_facts(session)
+                folder=export_folder(config), dtype=DTYPES[config.training.dtype], facts=_facts(session)
             )
-            folder = export_huggingface(student, state, session.parts.tokenizers.target, request)
+            with blaming_disk(request.folder):
+                folder = export_huggingface(student, state, session.parts.tokenizers.target, request)
             _say(session.world, f"exported to {folder}")
 
 
@@ -315,27 +348,6 @@ def _written_rows(session: Session) -> dict[str, Tensor]:
         for weight, row_VD in zip(own, rows, strict=True)
         if p is weight
     }
-
-
-def _export_folder(config: TrainConfig) -> Path:
-    return Path(config.run.export_to or Path(config.run.output_dir) / "export")
-
-
-def _is_finished(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run in `folder` came to its end: it took this number of steps, and its export is whole.
-
-    An export gets its name only after it was checked, so its name says that nothing is missing.
-    """
-    last = folder / "checkpoints" / f"step_{config.schedule.steps:08d}"
-    return last.is_dir() and (_export_folder(config) / "config.json").is_file()
-
-
-def _refuse_old_export(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} already holds an exported model, and the run would write there at its end: "
-            "move it away, or name another folder with export_to"
-        )
 
 
 def _facts(session: Session) -> dict[str, str]:

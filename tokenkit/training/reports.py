@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from tokenkit.config import TrainConfig, to_dict
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.metrics import MetricsFile, Progress
+from tokenkit.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
+from tokenkit.redaction import complain
 from tokenkit.structs import Batch
 from tokenkit.trackers import Trackers
 from tokenkit.training.step import StepReport
@@ -34,10 +36,12 @@ class Reports:
     @classmethod
     def open(cls, folder: Path, config: TrainConfig, step: int, *, is_main: bool) -> Reports:
         """Open all reports of the run in `folder`, of which `step` steps are done."""
+        metrics = MetricsFile(folder, step=step, is_main=is_main)
         return cls(
-            MetricsFile(folder, step=step, is_main=is_main),
+            metrics,
             Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main),
             Progress(config.schedule.steps, step, is_main=is_main),
+            _last_measured(folder) if is_main and step else None,
         )
 
     def step(self, step: int, report: StepReport, micro_batches: Sequence[Batch], *, is_due: bool) -> None:
@@ -80,12 +84,32 @@ class Reports:
         """Put every line on the disk: a checkpoint expects them there."""
         self.metrics.sync()
 
-    def close(self) -> None:
-        """Put everything on the disk and let go of it."""
-        self.metrics.close()
+    def __enter__(self) -> Reports:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put everything on the disk and let go of it; what hinders that does not hide `error`."""
         self.progress.close()
         self.trackers.close()
+        try:
+            self.metrics.close()
+        except OSError as trouble:
+            if error is None:
+                raise
+            complain(f"tokenkit: {trouble}")
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write(step, values)
         self.trackers.log(step, values)
+
+
+def _last_measured(folder: Path) -> BitsPerByte | None:
+    """Return the newest measurement that metrics.jsonl holds: a resumed run may take none of its own."""
+    for line in reversed(read_metrics(folder / METRICS_NAME)):
+        names = ("bits_per_byte/student", "bits_per_byte/teacher", "heldout_bytes")
+        if all(name in line for name in names):
+            return BitsPerByte(*(line[name] for name in names))
+    return None

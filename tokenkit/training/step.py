@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokenkit.config.errors import DataError
+from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.objective import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
@@ -45,8 +46,8 @@ class LossScale:
         """What the loss is multiplied by."""
         return self.value if self.enabled else 1.0
 
-    def update(self, finite: bool) -> None:
-        """Halve after an overflow, double after `grow_every` steps without one.
+    def update(self, finite: bool, what: str = "the gradient norm") -> None:
+        """Halve after an overflow of `what`, double after `grow_every` steps without one.
 
         Raises:
             NonFiniteError: the scale is so small that the overflow cannot come from it.
@@ -55,8 +56,8 @@ class LossScale:
             self.value, self.good_steps = self.value / 2, 0
             if self.value < SMALLEST_SCALE:
                 raise NonFiniteError(
-                    f"the gradient norm is not finite at any loss scale down to {SMALLEST_SCALE:g} although "
-                    "every loss is: lower the learning rate, or use dtype bfloat16 or float32"
+                    f"{what} is not finite at any loss scale down to {SMALLEST_SCALE:g}: nothing was "
+                    "updated; lower the learning rate, or use dtype bfloat16 or float32"
                 )
             return
         self.good_steps += 1
@@ -105,7 +106,8 @@ class StepReport:
     phase: str | None = None
     """The stage of the run, where it is not the main one."""
     skipped: Literal["overflow", "untrained"] | None = None
-    """Nothing was updated: a float16 overflow, which halved the loss scale, or no token that is trained."""
+    """Nothing was updated: a float16 overflow, forward or backward, which halved the loss scale, or no token
+    that is trained."""
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
@@ -120,7 +122,13 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     """
     device = run.world.device
     batches = [batch.to(device) for batch in micro_batches]
-    prepared = prepare(run, batches)
+    try:
+        prepared = prepare(run, batches)
+    except NotFiniteError as error:
+        raise NonFiniteError(
+            f"the teacher cannot be scored at step {run.step}: {error}; nothing was updated; use dtype "
+            "float32, or another teacher"
+        ) from error
     counts = global_counts(prepared, run)
 
     run.optimizer.zero_grad(set_to_none=True)
@@ -237,15 +245,16 @@ def whether_skipped(
         return "untrained"
     run.untrained_in_a_row = 0
     _check_finite(run, losses, grad_norm)
-    overflow = not math.isfinite(grad_norm)
+    overflow = not all(map(math.isfinite, [grad_norm, *losses.values()]))
     if run.loss_scale.enabled:
-        run.loss_scale.update(not overflow)
+        bad = [f"loss {name}" for name, loss in losses.items() if not math.isfinite(loss)]
+        run.loss_scale.update(not overflow, f"{', '.join(bad) or 'the gradient norm'} of step {run.step}")
     return "overflow" if overflow else None
 
 
 def _check_finite(run: Run, losses: dict[str, float], grad_norm: float) -> None:
     bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad:
+    if bad and not run.loss_scale.enabled:
         raise NonFiniteError(
             f"loss {', '.join(bad)} is not finite at step {run.step}: nothing was updated; look at the "
             "data of this step, lower the learning rate, or use dtype float32"

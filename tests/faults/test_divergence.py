@@ -1,0 +1,170 @@
+"""Numbers that leave the finite ones, on any rank, in any pass: all ranks end alike, or skip the step."""
+
+import json
+
+import pytest
+import torch
+
+from tests.faults.registry import fault
+from tests.ranks import run_ranks
+from tokenkit import parallel
+from tokenkit.config.errors import exit_code
+from tokenkit.training import loop
+from tokenkit.training.build import build
+from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.step import NonFiniteError, train_step
+
+SINGLE = parallel.World(0, 1, torch.device("cpu"), None)
+
+
+def spoil_states(parts, value, *, of="student"):
+    """Put `value` into one real token's last hidden state whenever the model runs."""
+    model = parts.run.model.teacher if of == "teacher" else parts.run.model.student
+    layer = model.layers[-1]
+
+    def put(module, args, output):
+        hidden_BTD = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden_BTD[0, 1, 3] = value
+        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+
+    return layer.register_forward_hook(put)
+
+
+@fault(
+    "Hidden states or logits that are not finite, in the forward of student or teacher",
+    "the losses, the step and a remedy are said; nothing is updated",
+    code=70,
+    kept="the last checkpoint",
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("of", ["student", "teacher"])
+@pytest.mark.parametrize("losses", [["clm", "alm_unconstrained"], ["alm_latents"], ["baseline_uld"]])
+def test_states_that_are_not_finite_end_the_step(make_config, value, of, losses):
+    mode = "full" if of == "teacher" else "lora"
+    parts = build(make_config(losses=losses, train_model_mode=mode), SINGLE)
+    before = [p.detach().clone() for p in parts.run.model.parameters()]
+    spoil_states(parts, value, of=of)
+    with pytest.raises(NonFiniteError, match=r"at step 0.*nothing was updated.*float32") as caught:
+        train_step(parts.run, next(parts.batches))
+    assert exit_code(caught.value) == 70
+    assert all(map(torch.equal, before, parts.run.model.parameters()))
+
+
+@pytest.mark.parametrize("loss", ["clm", "baseline_uld"])
+def test_logits_that_overflow_end_the_step(make_config, loss):
+    parts = build(make_config(losses=[loss], train_model_mode="full"), SINGLE)
+    with torch.no_grad():
+        parts.student.output.weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=f"loss {loss} is not finite at step 0"):
+        train_step(parts.run, next(parts.batches))
+
+
+@pytest.mark.parametrize("fn", ["gradmag", "pcgrad", "approx_gradmag_preserve_mag"])
+def test_whatever_joins_the_losses_the_end_is_the_same(make_config, fn):
+    parts = build(make_config(losses=["clm", "alm_unconstrained"], multitask_aggregation_fn=fn), SINGLE)
+    spoil_states(parts, torch.nan)
+    with pytest.raises(NonFiniteError, match="loss clm"):
+        train_step(parts.run, next(parts.batches))
+
+
+def test_padding_may_hold_anything(make_config):
+    parts = build(make_config(train_model_mode="full"), SINGLE)
+    (batch,) = next(parts.batches)
+    length_B = batch.student.length_B
+    row = int((length_B < batch.student.ids_BT.shape[1]).nonzero()[0])
+
+    def put(module, args, output):
+        hidden_BTD = output.clone()
+        hidden_BTD[row, length_B[row] :] = torch.nan
+        return hidden_BTD
+
+    parts.run.model.student.causal_lm.model.norm.register_forward_hook(put)
+    assert torch.isfinite(torch.tensor(train_step(parts.run, [batch]).loss))
+
+
+@fault(
+    "float16 overflows in the forward",
+    "the step is skipped and the loss scale halved, as for an overflow of the gradient",
+    code="-, 70 after 25 in a row",
+    kept="everything",
+)
+def test_float16_overflow_in_the_forward_is_a_skipped_step(make_config):
+    parts = build(make_config(losses=["clm"], dtype="float16"), SINGLE)
+    before = [p.detach().clone() for p in parts.run.model.parameters()]
+    hook = spoil_states(parts, torch.inf)
+    micro_batches = next(parts.batches)
+    report = train_step(parts.run, micro_batches)
+    assert report.skipped
+    assert parts.run.loss_scale.value == 2.0**14
+    assert all(map(torch.equal, before, parts.run.model.parameters()))
+    parts.run.loss_scale.value = 2.0**-9
+    reports = (train_step(parts.run, micro_batches) for _ in range(40))
+    with pytest.raises(NonFiniteError, match="loss clm of step 0 is not finite at any loss scale"):
+        list(reports)
+    hook.remove()
+    parts.run.loss_scale.value = 1.0
+    assert not train_step(parts.run, micro_batches).skipped
+
+
+def diverge_on_rank_1(world, config):
+    loop.start = lambda **_: world
+    built = loop.build
+
+    def build_and_spoil(config, world):
+        parts = built(config, world)
+        if world.rank == 1:
+            spoil_states(parts, torch.nan)
+        return parts
+
+    loop.build = build_and_spoil
+    try:
+        loop.train(config)
+    except NonFiniteError as error:
+        return [exit_code(error), str(error)]
+    return []
+
+
+@fault(
+    "The same on one rank of several",
+    "every rank ends with the same words",
+    code=70,
+    kept="the last checkpoint",
+)
+def test_one_rank_that_diverges_ends_all_alike(make_config, tmp_path):
+    said = run_ranks(diverge_on_rank_1, 2, make_config(eval_interval=100, steps=8), always_shard=False)
+    assert said[0] == said[1]
+    assert said[0][0] == 70
+    assert "loss clm, alm_unconstrained is not finite at step 0" in said[0][1]
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["code"], outcome["outcome"]) == (70, "numerics")
+
+
+@fault(
+    "A learning rate that throws the weights out of the finite numbers",
+    "found at the next step or evaluation, before anything is saved or exported",
+    code=70,
+    kept="the last checkpoint",
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_rate_that_is_far_too_high_is_70_and_not_the_configurations_fault(make_config, tmp_path, steps):
+    config = make_config(
+        train_model_mode="full", optimizer__learning_rate=1e38, steps=steps, save_interval=1, eval_interval=1
+    )
+    with pytest.raises(NonFiniteError):
+        loop.train(config)
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["code"], outcome["step"]) == (70, 1)
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_prefix_stage_ends_or_skips_its_step_too(make_config, dtype):
+    changes = {"prefix_steps": 2, "n_prefix_layers": 1, "prefix_trainable": "embeddings", "dtype": dtype}
+    parts = build(make_config(losses=["clm"], **changes), SINGLE)
+    with torch.no_grad():
+        parts.student.embedding.weight[5:].fill_(torch.nan)
+    if dtype == "float16":
+        assert take_step(parts.run, parts.prefix, next(parts.batches)).skipped == "overflow"
+        return
+    with pytest.raises(NonFiniteError, match="loss prefix is not finite at step 0"):
+        take_step(parts.run, parts.prefix, next(parts.batches))
