@@ -322,7 +322,7 @@ def byte_families():
 
 def test_templates_derived_from_jinja_are_those_of_the_family(tokenizers):
     derived = tokenizers["byte-level"].chat
-    assert derived.turns == FAMILIES["Qwen2"].turns
+    assert derived.turns.items() >= FAMILIES["Qwen2"].turns.items()
     assert not derived.trims_content
 
 

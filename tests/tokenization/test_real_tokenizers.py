@@ -64,25 +64,71 @@ def test_every_id_has_bytes(name):
     assert len(set(ordinary)) >= len(ordinary) - 130  # a byte piece and the character spell the same
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2.5", "qwen2.5-sub8000", "phi-3-mini", "smollm2"])
-def test_conversations_are_written_as_the_hugging_face_template_does(name):
+TALK = [
+    {"role": "system", "content": "You are terse."},
+    {"role": "user", "content": "What is 15 + 27?"},
+    {"role": "assistant", "content": "42"},
+    {"role": "user", "content": "Naïve 日本?\n\nPlease."},
+    {"role": "assistant", "content": "def f():\n    return 1"},
+]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"numbers": [15, 27], "say": "é"}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+WORK = [
+    TALK[1],
+    {"role": "assistant", "content": "I add.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "42", "name": "add"},
+    {"role": "tool", "content": "it's 42", "name": "add"},
+    TALK[2],
+]
+THOUGHT = [
+    TALK[1],
+    {"role": "assistant", "content": "<think>\nCarry.\n</think>\n\n42"},
+    TALK[3],
+    {"role": "assistant", "content": "<think>Well</think>1"},
+]
+CONVERSATIONS = {
+    "with a system text": {"messages": TALK},
+    "without one": {"messages": TALK[1:]},
+    "calls": {"messages": WORK},
+    "tools": {"messages": WORK, "tools": [TOOL]},
+    "tools, system": {"messages": [TALK[0], *WORK], "tools": [TOOL]},
+    "thinking": {"messages": THOUGHT},
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen2.5", "qwen2.5-sub8000", "phi-3-mini", "smollm2", "smollm2:target=Qwen2"]
+)
+def test_conversations_are_written_as_the_exported_template_does(name, kind):
+    row = CONVERSATIONS[kind]
+    tokenizer = load(f"tokenizers/{name}")
+    document = document_from_row(row)
+    writes_calls = "qwen" in name or "target" in name
+    if kind in ("calls", "tools", "tools, system") and not writes_calls:
+        with pytest.raises(ValueError, match="does not write tool calls"):
+            encode_documents([document], [tokenizer])
+        return
+    ((tokens,),) = encode_documents([document], [tokenizer])
+    assert tokens.ids.tolist() == hugging_face(name).apply_chat_template(
+        row["messages"], tools=row.get("tools"), tokenize=True, return_dict=False
+    )
+    said = b"".join(tokenizer.token_bytes[i] for i in tokens.ids[tokens.trained]).decode()
+    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    at = [said.replace(" ", "").find(answer.replace(" ", "")) for answer in answers]
+    assert at == sorted(at)
+    assert at[0] == 0
+    assert "15 + 27?" not in said
+
+
+@functools.cache
+def hugging_face(name: str):
+    """What a user loads: the files as they are, or those that we export."""
     from transformers import AutoTokenizer
 
-    folder = SHARED_DATA / "tokenizers" / name
-    hugging_face, tokenizer = AutoTokenizer.from_pretrained(folder), load(f"tokenizers/{name}")
-    messages = [
-        {"role": "system", "content": "You are terse."},
-        {"role": "user", "content": "What is 15 + 27?"},
-        {"role": "assistant", "content": "42"},
-        {"role": "user", "content": "Naïve 日本?\n\nPlease."},
-        {"role": "assistant", "content": "def f():\n    return 1"},
-    ]
-    expected = hugging_face.apply_chat_template(messages, tokenize=True, return_dict=False)
-    ((tokens,),) = encode_documents([document_from_row({"messages": messages})], [tokenizer])
-    assert tokens.ids.tolist() == expected
-    # No system prompt is put into a conversation that has none.
-    ((tokens,),) = encode_documents([document_from_row({"messages": messages[1:]})], [tokenizer])
-    assert b"".join(tokenizer.token_bytes[i] for i in tokens.ids).count(b"system") == 0
+    if ":" in name:
+        return load(f"tokenizers/{name}").to_huggingface()
+    return AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / name)
 
 
 @pytest.mark.parametrize(

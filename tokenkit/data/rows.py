@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
 
 from tokenkit.data.files import BadRow, Row
 from tokenkit.data.options import SourceOptions
-from tokenkit.tokenization.documents import Document, document_from_row
-
-_KNOWN_FIELDS = ("text", "messages", "conversations", "prompt", "instruction")
+from tokenkit.tokenization.documents import KNOWN_FIELDS, Document, document_from_row
 
 
 def check_fields(first: Row, options: SourceOptions, name: str) -> None:
@@ -19,10 +16,10 @@ def check_fields(first: Row, options: SourceOptions, name: str) -> None:
         ValueError: with the fields that it has.
     """
     wanted = _fields(options)
-    if set(wanted) <= set(first) if wanted else set(_KNOWN_FIELDS) & set(first):
+    if set(wanted) <= set(first) if wanted else set(KNOWN_FIELDS) & set(first):
         return
     expected = (
-        "the field " + " and ".join(map(repr, wanted)) if wanted else f"one of {', '.join(_KNOWN_FIELDS)}"
+        "the field " + " and ".join(map(repr, wanted)) if wanted else f"one of {', '.join(KNOWN_FIELDS)}"
     )
     raise ValueError(
         f"data set {name}: expected rows with {expected}, but the first row has "
@@ -65,7 +62,7 @@ def document_of(row: Row | BadRow, options: SourceOptions, max_bytes: int) -> Do
     if options.text_field is not None:
         value = _field(row, options.text_field)
         is_chat = isinstance(value, list)
-        document = document_from_row({"messages": value} if is_chat else {"text": value})
+        document = document_from_row({**row, "messages": value} if is_chat else {"text": value})
     elif options.text_template is not None:
         text = "".join(
             literal + ("" if name is None else _as_text(_field(row, name), name))
@@ -74,7 +71,7 @@ def document_of(row: Row | BadRow, options: SourceOptions, max_bytes: int) -> Do
         document = document_from_row({"text": text})
     else:
         document = document_from_row(row)
-    for text in (document.text,) if document.text is not None else _contents(document):
+    for text in (*document.says, document.tools or ""):
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
@@ -82,10 +79,6 @@ def document_of(row: Row | BadRow, options: SourceOptions, max_bytes: int) -> Do
         if size > max_bytes:
             raise ValueError("too long")
     return document
-
-
-def _contents(document: Document) -> Iterator[str]:
-    return (message.content for message in document.messages or ())
 
 
 def _field(row: Row, name: str) -> object:

@@ -42,6 +42,8 @@ class Segments:
     """All tokens of the segment are trained."""
     closes_trained_S: Bools
     """A gap behind a trained text: its tokens that close that text are trained."""
+    opens_trained_S: Bools
+    """A gap before a trained text: its tokens that open that text are trained."""
     offset_B: Ints
     """[B + 1] document b is segments offset[b] to offset[b + 1], end exclusive."""
     parts: tuple[Ints, Bools] | None
@@ -96,6 +98,7 @@ def _segments(
     trained_S[is_text_S] = trained_K
     closes_trained_S = np.zeros(len(row_S), bool)
     closes_trained_S[1:] = trained_S[:-1]
+    opens_trained_S = np.append(trained_S[1:], False)
     trained_S |= trains_all | (~is_text_S & np.repeat(trains_gaps_B, size_B))
     parts = None
     if any(parts_B) and not trains_all:
@@ -106,7 +109,7 @@ def _segments(
         starts = [(s, start) for s, own in enumerate(by_segment) for start, _ in own]
         keys = np.array([_key(s, start) for s, start in starts], np.int64)
         parts = keys, np.array([trained for own in by_segment for _, trained in own], bool)
-    return Segments(row_S, trained_S, closes_trained_S, offset_B, parts)
+    return Segments(row_S, trained_S, closes_trained_S, opens_trained_S, offset_B, parts)
 
 
 def _key(segment: Any, byte: Any) -> Any:
@@ -142,8 +145,12 @@ def assemble(order: Segments, gaps: Sequence[Gap], texts: EncodedTexts) -> FlatT
     ends_N[template[own_end_N[template] == UNPAIRED]] = UNPAIRED
     trained_N = np.repeat(order.trained_S, length_S)
     if not order.trained_S.all():
-        closes = np.concatenate([gap.closes for gap in gaps])[from_N[template]]
-        trained_N[template] |= closes & np.repeat(order.closes_trained_S, length_S)[template]
+        for flags, neighbour_S in (
+            ([gap.closes for gap in gaps], order.closes_trained_S),
+            ([gap.opens for gap in gaps], order.opens_trained_S),
+        ):
+            own = np.concatenate(flags)[from_N[template]]
+            trained_N[template] |= own & np.repeat(neighbour_S, length_S)[template]
     if order.parts is not None:
         own_start_N = np.append(0, own_end_N[:-1])
         own_start_N[offset_S[:-1][length_S > 0]] = 0

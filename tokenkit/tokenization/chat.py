@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Literal, get_args
 
@@ -19,6 +18,7 @@ from tokenkit.structs import Tokens
 from tokenkit.tokenization.assembly import Script, assemble, segments
 from tokenkit.tokenization.backend import Before
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text
+from tokenkit.tokenization.conversation import written_turns
 from tokenkit.tokenization.documents import Document, Message, document_from_row
 from tokenkit.tokenization.flat import EncodedTexts, FlatTokens, no_texts, split
 from tokenkit.tokenization.layout import Plan, layouts
@@ -55,7 +55,8 @@ def encode_flat(
 
     Args:
         documents: plain texts and conversations.
-        tokenizers: student and teacher, or one of them.
+        tokenizers: student and teacher, or one of them. The first one's template decides what the texts of a
+            conversation are; the others write the same texts with their own.
         mode: how plain text is written. `surround_instruct`: as the assistant's answer to an empty user
             turn; `direct_encode`: BOS (where the tokenizer writes one), text, EOS; with `_no_force_bos`,
             `_no_force_eos` or both behind it, without these.
@@ -131,54 +132,32 @@ def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str, us
         return Script(_plain_plan(mode), [document.text], (True,))
     if mode != "surround_instruct" and (document.is_pair or not use_template):
         said = document.messages or ()
+        if document.tools or any(message.calls or message.reasoning for message in said):
+            raise ValueError("tool calls, tools or reasoning, which only a chat template writes")
         end = "" if document.is_pair else "\n"
         contents = [message.content + end for message in said[:-1]] + [said[-1].content]
         trained = [message.is_trained for message in said]
         parts = tuple(zip(contents, trained, strict=True))
         return Script(_plain_plan(mode), ["".join(contents)], (trained[-1],), parts)
-    surrounded = (Message("user", ""), Message("assistant", document.text or ""))
-    roles, trims = _shared_rules(tokenizers)
-    messages = _writable(document.messages or surrounded, roles)
+    student = tokenizers[0]
+    if document.messages is None:
+        text = document.text or ""
+        turns = [
+            Message("user", ""),
+            Message("assistant", text.strip() if student.chat.trims_content else text),
+        ]
+    else:
+        turns = written_turns(document, student)
     return Script(
-        Plan(tuple(message.role for message in messages), writes_bos=True, writes_eos=True),
-        [message.content.strip() if trims else message.content for message in messages],
-        tuple(message.is_trained for message in messages),
+        Plan(tuple(turn.role for turn in turns), writes_bos=True, writes_eos=True),
+        [turn.content for turn in turns],
+        tuple(turn.is_trained for turn in turns),
     )
 
 
 @functools.cache
 def _plain_plan(mode: str) -> Plan:
     return Plan((), writes_bos="no_force_bos" not in mode, writes_eos="no_force_eos" not in mode)
-
-
-@functools.lru_cache(maxsize=64)
-def _shared_rules(tokenizers: tuple[Tokenizer, ...]) -> tuple[frozenset[str], bool]:
-    """Return the roles that every template has, and whether one of them strips whitespace."""
-    families = [tokenizer.chat for tokenizer in tokenizers]
-    roles = frozenset.intersection(*(frozenset(family.turns) for family in families))
-    return roles, any(family.trims_content for family in families)
-
-
-def _writable(messages: Sequence[Message], roles: frozenset[str]) -> list[Message]:
-    """Give messages whose role some template lacks to the user: the same text on every side.
-
-    A system message goes in front of the user message that follows; what tools say is said by the user.
-    """
-    result: list[Message] = []
-    system: list[str] = []
-    for message in messages:
-        if message.role in roles:
-            if message.role == "user" and system:
-                message = replace(message, content="\n\n".join([*system, message.content]))
-                system = []
-            result.append(message)
-        elif message.role == "system":
-            system.append(message.content)
-        else:
-            result.append(replace(message, role="user"))
-    if system:
-        result.append(Message("user", "\n\n".join(system)))
-    return result
 
 
 def _encode_texts(

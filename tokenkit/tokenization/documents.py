@@ -4,39 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-"""The roles that data sets use, and what they are here."""
+from tokenkit.tokenization.messages import ROLES, Message, read_message, read_tools, refuse_media
 
+__all__ = ["KNOWN_FIELDS", "ROLES", "Document", "Message", "document_from_row"]
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    """system, user, assistant or tool."""
-    content: str
-    trained: bool | None = None
-    """Whether the loss looks at it; None: where the role is assistant."""
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the loss looks at this message."""
-        return self.role == "assistant" if self.trained is None else self.trained
+KNOWN_FIELDS = ("text", "messages", "conversations", "prompt", "instruction", "ideal")
+"""The fields of which a row that is read by its own shape has one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +23,8 @@ class Document:
     messages: tuple[Message, ...] | None = None
     is_pair: bool = False
     """The messages are a prompt and its completion: the direct modes write them as one plain text."""
+    tools: str | None = None
+    """The tools that a conversation may call: a JSON list as chat templates expect it."""
 
     def __post_init__(self) -> None:
         """Check that it is one of both, and says something.
@@ -56,19 +34,26 @@ class Document:
         """
         if (self.text is None) == (self.messages is None):
             raise ValueError("a document has either text or messages")
-        said = (self.text or "",) if self.messages is None else [m.content for m in self.messages]
-        for content in said:
+        for content in self.says:
             if content and not content.isspace():
                 return
         raise ValueError("empty document")
 
+    @property
+    def says(self) -> tuple[str, ...]:
+        """All texts of the document, but the definitions of its tools."""
+        if self.messages is None:
+            return (self.text or "",)
+        return tuple(chain.from_iterable(message.says for message in self.messages))
+
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
-    """Read a row by the fields that it has.
+    """Read a row by the fields that it has. A null says the same as a missing field.
 
-        messages | conversations                          a list of role and content (or `from` and `value`)
-        prompt, completion | response                     the prompt is masked
-        instruction, input, output [, system]             the same, Alpaca's names
+        messages | conversations [, system, tools]        a list of role and content (or `from` and `value`)
+        prompt, completion | response [, system, history] the prompt is masked
+        instruction, input, output [, system, history]    the same, Alpaca's names
+        input, ideal                                      the same, of OpenAI's evaluations
         text                                              plain text
 
     Raises:
@@ -78,30 +63,67 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
         return Document(text=row["text"])  # by far the most common row
     if not isinstance(row, Mapping):
         raise ValueError(f"a row is a mapping of fields: got {type(row).__name__}")
-    for field in ("messages", "conversations"):
-        if row.get(field) is not None:
-            return Document(messages=_messages(row[field]))
+    messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if messages is not None:
+        return _conversation(row, _messages(messages))
     if row.get("prompt") is not None:
         answer = "completion" if row.get("completion") is not None else "response"
-        return _prompt_and_answer(row, "prompt", answer)
+        return _prompt_and_answer(row, "prompt", row.get(answer), answer)
     if row.get("instruction") is not None:
-        messages = [
-            Message("user", "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input", "")))))
-        ]
-        if row.get("system"):
-            messages.insert(0, Message("system", _text(row, "system")))
-        return Document(messages=(*messages, Message("assistant", _text(row, "output"))))
+        question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input", ""))))
+        return _conversation(row, (Message("user", question), Message("assistant", _text(row, "output"))))
+    if row.get("ideal") is not None:
+        ideal = row["ideal"]
+        is_choice = isinstance(ideal, Sequence) and not isinstance(ideal, str) and len(ideal) > 0
+        document = _prompt_and_answer(row, "input", ideal[0] if is_choice else ideal, "ideal")
+        return Document(messages=document.messages, tools=document.tools)
     if "text" in row:
         return Document(text=_text(row, "text"))
     raise ValueError("no field text, messages, prompt or instruction")
 
 
-def _prompt_and_answer(row: Mapping[str, Any], prompt: str, answer: str) -> Document:
-    if isinstance(row[prompt], Sequence) and not isinstance(row[prompt], str):
-        return Document(messages=_messages([*row[prompt], *_as_turns(row.get(answer))]))
-    return Document(
-        messages=(Message("user", _text(row, prompt)), Message("assistant", _text(row, answer))), is_pair=True
-    )
+def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...]) -> Document:
+    """Return a conversation with what the row says of it beside the messages."""
+    refuse_media(row)
+    if row.get("chat_template_kwargs"):
+        raise ValueError("chat_template_kwargs: the template is written without options")
+    messages = (*_history(row.get("history")), *messages)
+    if system := _text(row, "system", ""):
+        first = messages[0]
+        if first.role != "system":
+            messages = (Message("system", system), *messages)
+        elif first.content != system:
+            messages = (Message("system", f"{system}\n\n{first.content}", first.trained), *messages[1:])
+    tools = read_tools(row.get("tools") if row.get("tools") is not None else row.get("functions"))
+    return Document(messages=messages, tools=tools)
+
+
+def _history(pairs: Any) -> tuple[Message, ...]:
+    """Read earlier questions and answers: a list of pairs, or of messages."""
+    if not pairs:
+        return ()
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise ValueError("history is not a list of pairs")
+    if all(isinstance(entry, Mapping) for entry in pairs):
+        return _messages(pairs)
+    said = []
+    for pair in pairs:
+        is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise ValueError("history is not a list of pairs")
+        said += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return tuple(said)
+
+
+def _prompt_and_answer(row: Mapping[str, Any], prompt: str, answer: Any, name: str) -> Document:
+    """Return a prompt and its answer: one text in the direct modes, where neither is a list of messages."""
+    asked = row.get(prompt)
+    if isinstance(asked, Sequence) and not isinstance(asked, str):
+        return _conversation(row, _messages([*asked, *_as_turns(answer)]))
+    messages = (Message("user", _text(row, prompt)), Message("assistant", _text({name: answer}, name)))
+    if any(row.get(field) for field in ("system", "history", "tools", "functions")):
+        return _conversation(row, messages)
+    return Document(messages=messages, is_pair=True)
 
 
 def _as_turns(answer: Any) -> Sequence[Any]:
@@ -111,39 +133,7 @@ def _as_turns(answer: Any) -> Sequence[Any]:
 def _messages(entries: Any) -> tuple[Message, ...]:
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise ValueError("messages is not a list of messages")
-    return tuple(_message(entry) for entry in entries)
-
-
-def _message(entry: Any) -> Message:
-    if not isinstance(entry, Mapping):
-        raise ValueError("a message is not a mapping")
-    role = entry.get("role", entry.get("from"))
-    if role not in ROLES:
-        raise ValueError(f"unknown role {str(role)[:20]!r}")
-    weight = entry.get("loss_weight", entry.get("weight", entry.get("train")))
-    if weight is not None and not isinstance(weight, bool | int | float):
-        raise ValueError("a message's weight is not a number")
-    content = _content(entry.get("content", entry.get("value")))
-    return Message(ROLES[role], content, None if weight is None else weight > 0)
-
-
-def _content(content: Any) -> str:
-    """Return the text of a message, whose parts of type `text` are put one after the other."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        return "".join(_part(part) for part in content)
-    raise ValueError("a message without text")
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type") == "text":
-        text = part.get("text", part.get("value"))
-        if isinstance(text, str):
-            return text
-    raise ValueError("a message with something else than text")
+    return tuple(read_message(entry) for entry in entries)
 
 
 def _text(row: Mapping[str, Any], field: str, missing: str | None = None) -> str:

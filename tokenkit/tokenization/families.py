@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 BOS, EOS = "bos", "eos"
 START, ROLE, END_HEADER = "start", "role", "end_header"
 END_TURN, AFTER_TURN = "end_turn", "after_turn"
+OPENS = "opens"  # what a template writes in front of an answer, and leaves to the model when it generates
 HEADER = (START, ROLE, END_HEADER)
 NEXT = "next."  # the atom belongs to the turn that follows, and is written only where there is one
 NEXT_HEADER = tuple(NEXT + atom for atom in HEADER)
@@ -53,6 +54,8 @@ class Family:
     """EOS is written after the last turn of a conversation."""
     trims_content: bool = False
     """The template strips whitespace around each message."""
+    joins_system: str = "\n\n"
+    """Stands between a system text and the user's message that takes it in, where `system` is no turn."""
 
 
 def _turns(header: Mapping[str, tuple[Piece, ...]], end: tuple[Piece, ...]) -> dict[str, Turn]:

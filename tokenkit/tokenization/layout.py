@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,25 @@ from numpy.typing import NDArray
 from tokenkit.structs import UNPAIRED, Tokens
 from tokenkit.tokenization.backend import Before
 from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.families import AFTER_TURN, BOS, END_TURN, EOS, HEADER, NEXT, Family, Piece
+from tokenkit.tokenization.conversation import CONTINUES
+from tokenkit.tokenization.families import (
+    AFTER_TURN,
+    BOS,
+    END_TURN,
+    EOS,
+    HEADER,
+    NEXT,
+    OPENS,
+    Family,
+    Piece,
+)
+from tokenkit.tokenization.rendering import TemplateError
+from tokenkit.tokenization.template import marked
 
-ORDER = {atom: rank for rank, atom in enumerate((END_TURN, AFTER_TURN, EOS, BOS, *HEADER))}
+ORDER = {atom: rank for rank, atom in enumerate((END_TURN, AFTER_TURN, EOS, BOS, *HEADER, OPENS))}
 Atom = tuple[int, str]  # (turn that it belongs to, name)
+Said = tuple[str, tuple[Atom, ...]]  # a piece's text, and the atoms that it says here
+_CLOSING = (END_TURN, AFTER_TURN, EOS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ class Gap:
     """Units from the gap's start; UNPAIRED."""
     closes: NDArray[np.bool_]
     """The token ends the text before it: it is trained if that text is."""
+    opens: NDArray[np.bool_]
+    """The token belongs to the text behind it, as far as training goes."""
     width: int
     """Units that the gap takes on the shared axis."""
     before: Before
@@ -70,7 +88,7 @@ def layouts(plan: Plan, tokenizers: tuple[Tokenizer, ...]) -> list[list[Gap]]:
     Raises:
         ValueError: a tokenizer that has no way to write messages.
     """
-    written = [_write_gaps(plan, tokenizer) for tokenizer in tokenizers]
+    written = [_write_gaps(plan, tokenizer, is_first=tokenizer is tokenizers[0]) for tokenizer in tokenizers]
     result: list[list[Gap]] = [[] for _ in tokenizers]
     for index in range(plan.texts + 1):
         sides = [gaps[index] for gaps in written]
@@ -85,6 +103,7 @@ def _gap(pieces: Iterable[_Written], unit: dict[Atom, int], before: Before, clos
     ids: list[int] = []
     ends: list[int] = []
     closes: list[bool] = []
+    opens: list[bool] = []
     position = 0
     for piece in pieces:
         paired = [unit[atom] for atom in piece.atoms if atom in unit]
@@ -98,11 +117,19 @@ def _gap(pieces: Iterable[_Written], unit: dict[Atom, int], before: Before, clos
         ids += piece.ids
         is_closing = any(atom in ((closed_turn, END_TURN), (closed_turn, EOS)) for atom in piece.atoms)
         closes += [is_closing] * len(piece.ids)
-    return Gap(np.array(ids, np.int32), np.array(ends, np.int64), np.array(closes, bool), len(unit), before)
+        opens += [any(atom == OPENS for _, atom in piece.atoms)] * len(piece.ids)
+    return Gap(
+        ids=np.array(ids, np.int32),
+        ends=np.array(ends, np.int64),
+        closes=np.array(closes, bool),
+        opens=np.array(opens, bool),
+        width=len(unit),
+        before=before,
+    )
 
 
-def _write_gaps(plan: Plan, tokenizer: Tokenizer) -> list[tuple[list[_Written], Before]]:
-    gaps = _plain_gaps(plan, tokenizer) if not plan.roles else _chat_gaps(plan, tokenizer.chat)
+def _write_gaps(plan: Plan, tokenizer: Tokenizer, *, is_first: bool) -> list[tuple[list[_Written], Before]]:
+    gaps = _plain_gaps(plan, tokenizer) if not plan.roles else _chat_gaps(plan, tokenizer, is_first=is_first)
     texts = plan.texts
     result = []
     for index, pieces in enumerate(gaps):
@@ -117,10 +144,10 @@ def _write_gaps(plan: Plan, tokenizer: Tokenizer) -> list[tuple[list[_Written], 
     return result
 
 
-def _plain_gaps(plan: Plan, tokenizer: Tokenizer) -> list[list[tuple[str, tuple[Atom, ...]]]]:
+def _plain_gaps(plan: Plan, tokenizer: Tokenizer) -> list[list[Said]]:
     tokens = tokenizer.family.tokens
-    first: list[tuple[str, tuple[Atom, ...]]] = []
-    last: list[tuple[str, tuple[Atom, ...]]] = []
+    first: list[Said] = []
+    last: list[Said] = []
     if plan.writes_bos and tokenizer.family.writes_bos and tokenizer.bos_id is not None:
         first.append((tokens[BOS], ((0, BOS),)))
     if plan.writes_eos and tokenizer.eos_id is not None:
@@ -128,24 +155,105 @@ def _plain_gaps(plan: Plan, tokenizer: Tokenizer) -> list[list[tuple[str, tuple[
     return [first, last]
 
 
-def _chat_gaps(plan: Plan, family: Family) -> list[list[tuple[str, tuple[Atom, ...]]]]:
-    gaps: list[list[tuple[str, tuple[Atom, ...]]]] = [[] for _ in range(plan.texts + 1)]
-    if family.writes_bos and plan.writes_bos:
+def _chat_gaps(plan: Plan, tokenizer: Tokenizer, *, is_first: bool) -> list[list[Said]]:
+    """Return the pieces around the texts of a conversation, a turn's own parts included."""
+    begins = [index for index, role in enumerate(plan.roles) if not role.startswith(CONTINUES)]
+    turns = _turn_gaps(tuple(plan.roles[index] for index in begins), tokenizer, is_first=is_first)
+    # An atom belongs to the last text of its turn, which is the one that the turn's end stands behind.
+    ends = [index - 1 for index in (*begins[1:], plan.texts)]
+    gaps: list[list[Said]] = [
+        [(role.removeprefix(CONTINUES), ((index, OPENS),))] for index, role in enumerate(plan.roles)
+    ]
+    for index, gap in zip((*begins, plan.texts), turns, strict=True):
+        own: list[Said] = [(text, tuple((ends[turn], name) for turn, name in atoms)) for text, atoms in gap]
+        gaps[index : index + 1] = [own]
+    return gaps
+
+
+def _turn_gaps(roles: tuple[str, ...], tokenizer: Tokenizer, *, is_first: bool) -> list[list[Said]]:
+    """Return the pieces around turns: those of a family, or all that the template writes there.
+
+    A template that does not write these roles leaves it to the pieces of its turns, where the texts are
+    another tokenizer's (`is_first` is false).
+    """
+    composed = _composed(roles, tokenizer.chat)
+    if not tokenizer.has_own_template or tokenizer.chat_template is None:
+        return composed
+    template, tokens = tokenizer.chat_template, tokenizer.family.tokens
+    try:
+        written = marked(template, tokens, roles)
+    except TemplateError as error:
+        if is_first:
+            raise ValueError(f"the chat template does not write the conversation: {error}") from error
+        return composed
+    result = []
+    for index, (text, pieces) in enumerate(zip(written, composed, strict=True)):
+        said, opening = _matched(text, pieces)
+        if opening:
+            prompt = 0
+            if 0 < index < len(roles) and roles[index] == "assistant":
+                with suppress(TemplateError):
+                    generated = marked(template, tokens, roles[:index], generates=True)[-1]
+                    if text.startswith(generated):
+                        prompt = max(0, len(generated) - (len(text) - len(opening)))
+            said += [(opening[:prompt], ()), (opening[prompt:], ((index, OPENS),))]
+        result.append([piece for piece in said if piece[0]])
+    return result
+
+
+def _matched(text: str, pieces: Sequence[Said]) -> tuple[list[Said], str]:
+    """Find the pieces of a gap in what a template writes there, and return what stands behind the last.
+
+    What stands between an end and the next header is a piece that says nothing.
+    """
+    if text == "".join(piece for piece, _ in pieces):
+        return list(pieces), ""
+    said: list[Said] = []
+    rest = list(pieces)
+    while rest and text.startswith(rest[0][0]) and _stands_first(rest[0]):
+        said.append(rest[0])
+        text = text.removeprefix(rest.pop(0)[0])
+    rest = [piece for piece in rest if not _stands_first(piece)]
+    for first in range(len(rest)):
+        header = "".join(piece for piece, _ in rest[first:])
+        if (at := text.rfind(header)) >= 0:
+            return [*said, (text[:at], ()), *rest[first:]], text[at + len(header) :]
+    return [*said, (text, ())], ""
+
+
+def _stands_first(piece: Said) -> bool:
+    return any(atom in (*_CLOSING, BOS) for _, atom in piece[1])
+
+
+def _composed(roles: Sequence[str], family: Family) -> list[list[Said]]:
+    """Return the pieces of the turns. A role that the family lacks is the user's.
+
+    A system text then stands in the turn of the user's message behind it.
+    """
+    gaps: list[list[Said]] = [[] for _ in range(len(roles) + 1)]
+    if family.writes_bos:
         gaps[0].append((family.tokens[BOS], ((0, BOS),)))
-    last = len(plan.roles) - 1
-    for turn, role in enumerate(plan.roles):
-        if role == "user" and turn and family.repeats_bos:
-            gaps[turn].append((family.tokens[BOS], ((turn, BOS),)))
-        header, end = family.turns[role].header, family.turns[role].end
-        gaps[turn] += [_as_said(piece, turn, opens_next=False) for piece in header]
-        opens_next = turn < last and not family.turns[plan.roles[turn + 1]].header
-        gaps[turn + 1] += [_as_said(piece, turn, opens_next) for piece in end]
+    last = len(roles) - 1
+    user, joined = family.turns["user"], False
+    for turn, role in enumerate(roles):
+        own = family.turns.get(role, user)
+        joins_next = role == "system" and own is user and roles[turn + 1 : turn + 2] == ("user",)
+        if not joined:
+            if own is user and turn and family.repeats_bos:
+                gaps[turn].append((family.tokens[BOS], ((turn, BOS),)))
+            gaps[turn] += [_as_said(piece, turn, opens_next=False) for piece in own.header]
+        joined = joins_next
+        if joins_next:
+            gaps[turn + 1].append((family.joins_system, ()))
+            continue
+        opens_next = turn < last and not family.turns.get(roles[turn + 1], user).header
+        gaps[turn + 1] += [_as_said(piece, turn, opens_next) for piece in own.end]
     if family.ends_chat_with_eos:
         gaps[-1].append((family.tokens[EOS], ((last, EOS),)))
     return gaps
 
 
-def _as_said(piece: Piece, turn: int, opens_next: bool) -> tuple[str, tuple[Atom, ...]]:
+def _as_said(piece: Piece, turn: int, opens_next: bool) -> Said:
     """Return a piece's text and the atoms that it says here; where it opens no answer, its space goes too."""
     own = tuple((turn, atom) for atom in piece.atoms if not atom.startswith(NEXT))
     following = tuple((turn + 1, atom.removeprefix(NEXT)) for atom in piece.atoms if atom.startswith(NEXT))
@@ -154,13 +262,11 @@ def _as_said(piece: Piece, turn: int, opens_next: bool) -> tuple[str, tuple[Atom
     return piece.text, own + following
 
 
-def _ends_in_space(pieces: Sequence[tuple[str, tuple[Atom, ...]]]) -> bool:
+def _ends_in_space(pieces: Sequence[Said]) -> bool:
     return bool(pieces) and pieces[-1][0].endswith(" ")
 
 
-def _hand_over(
-    pieces: Sequence[tuple[str, tuple[Atom, ...]]], text_follows: bool
-) -> Sequence[tuple[str, tuple[Atom, ...]]]:
+def _hand_over(pieces: Sequence[Said], text_follows: bool) -> Sequence[Said]:
     """Take a space at the very end away: the text that follows writes it (`backend.Before`)."""
     if not text_follows or not _ends_in_space(pieces):
         return pieces

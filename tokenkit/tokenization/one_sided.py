@@ -104,6 +104,6 @@ def fitting_families(tokenizer: Tokenizer, *, in_chat: bool = False) -> list[str
         and (not family.writes_bos or family.tokens["bos"] == tokenizer.family.tokens["bos"])
     ]
     with suppress(ValueError):  # no template
-        turns = tokenizer.chat.turns
-        fits = [family for family in fits if family.turns == turns] or fits
+        turns = tokenizer.chat.turns.items()
+        fits = [family for family in fits if family.turns.items() <= turns] or fits
     return [family.name for family in fits]

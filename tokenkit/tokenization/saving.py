@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from tokenkit.tokenization.backend import build
 from tokenkit.tokenization.generic import leading_tokens
 from tokenkit.tokenization.prefix import with_prepended_space
-from tokenkit.tokenization.template import template_of_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +48,7 @@ def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokens = tokenizer.family.tokens
     names = {f"{role}_token": tokens[role] for role in _ROLES if tokens.get(role) in tokenizer.control}
     result = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
-    result.chat_template = _chat_template(tokenizer)
+    result.chat_template = tokenizer.exported_template
     return result
 
 
@@ -70,12 +69,6 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _chat_template(tokenizer: Tokenizer) -> str | None:
-    if tokenizer.chat_template is not None:
-        return tokenizer.chat_template
-    return template_of_family(tokenizer.family) if tokenizer.family.turns else None
 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:

@@ -137,13 +137,26 @@ def _converted(folder: Path, name: str, revision: str | None, trust_remote_code:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}): fetch the tokenizer again") from error
     template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template
+    if isinstance(template, list) and all(_is_named_template(entry) for entry in template):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise ValueError(
+        f"chat_template in {folder / 'tokenizer_config.json'} is text, or a list of objects with 'name' and "
+        f"'template', both text: got {type(template).__name__}. Mend the file, or write the template into "
+        f"{file.name} beside it"
+    )
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _content(token: Any) -> str | None:

@@ -1,17 +1,17 @@
-"""Chat templates (Jinja): reading the pieces out of one, and writing one from the pieces.
+"""Chat templates (Jinja): reading the pieces out of one.
 
 A template is rendered on conversations of marker words; what stands between the markers is the template's
 own. Headers and ends are told apart by comparing a turn that another one follows with one that is last.
-Nothing of a data set is ever rendered, and rendering happens in the sandbox of transformers.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 from tokenkit.tokenization.families import (
     AFTER_TURN,
@@ -24,29 +24,71 @@ from tokenkit.tokenization.families import (
     Piece,
     Turn,
 )
+from tokenkit.tokenization.rendering import TemplateError, render
 
-_MARKERS = tuple(f"Marker{index}Word" for index in range(4))
 _PADDING = "  "
+_MARKER = re.compile(r"Marker\d+Word")
 _SPELLED_ROLE = re.compile(r"(\w+)(\s*)")
 
-Render = Callable[..., list[str]]
-"""(roles, padding="") -> what stands before, between and after the marker words of these roles."""
+
+class Marked(Protocol):
+    """`marked` of one template."""
+
+    def __call__(self, roles: Sequence[str], padding: str = "", *, generates: bool = False) -> list[str]:
+        """Return what stands before, between and after the marker words of these roles."""
+
+
+def token_names(tokens: Mapping[str, str]) -> dict[str, str]:
+    """Return the special tokens under the names that templates know."""
+    return {f"{role}_token": string for role, string in tokens.items()}
+
+
+def marked(
+    chat_template: str,
+    tokens: Mapping[str, str],
+    roles: Sequence[str],
+    padding: str = "",
+    *,
+    generates: bool = False,
+) -> list[str]:
+    """Return what a template writes before, between and after the messages of these roles.
+
+    Args:
+        chat_template: Jinja.
+        tokens: role to special token.
+        roles: of the messages.
+        padding: whitespace around each message.
+        generates: an answer is opened at the end.
+
+    Raises:
+        TemplateError: the template fails, or does not write each message once and in order.
+    """
+    markers = [f"Marker{index}Word" for index in range(len(roles))]
+    messages = [
+        {"role": role, "content": padding + marker + padding}
+        for role, marker in zip(roles, markers, strict=True)
+    ]
+    written = render(chat_template, messages, names=token_names(tokens), add_generation_prompt=generates)
+    if _MARKER.findall(written) != markers:
+        raise TemplateError("it does not write each message once and in order")
+    return _MARKER.split(written)
 
 
 def family_of_template(family: Family, chat_template: str, control: Collection[str]) -> Family:
     """Return the family with the turns of a chat template.
 
-    A system prompt that the template injects by itself is not a turn, and is left out. A template that
-    writes system messages inside the first user turn counts as one without them.
+    What a template writes beside the turns (a system prompt of its own, a date, an empty block of thinking)
+    is in none of them: `layout` finds it where a conversation is written. A template that puts a system text
+    in front of the first user's counts as one without system turns.
 
     Raises:
         ValueError: a template that fails, or does not write a conversation turn by turn.
     """
-    render = _renderer(family, chat_template)
+    own = partial(marked, chat_template, family.tokens)
     try:
-        first, to_answer, to_user, _, end = render(("user", "assistant", "user", "assistant"))
-        *_, last_user = render(("user", "assistant", "user"))
-        answer_behind_padding = render(("user", "assistant"), padding=_PADDING)[1]
+        first, to_answer, to_user, _, end = own(("user", "assistant", "user", "assistant"))
+        *_, last_user = own(("user", "assistant", "user"))
+        answer_behind_padding = own(("user", "assistant"), _PADDING)[1]
     except ValueError as error:
         raise ValueError(
             f"the chat template cannot be read ({error}): name a family with ':target=' in the tokenizer spec"
@@ -55,7 +97,9 @@ def family_of_template(family: Family, chat_template: str, control: Collection[s
     assistant_end, user_header = split.shared_start(to_user, end)
     user_end, assistant_header = split.shared_start(to_answer, last_user)
     bos, eos = family.tokens.get(BOS, ""), family.tokens.get(EOS, "")
-    repeats_bos = family.writes_bos and bool(bos) and user_header.startswith(bos) and first == user_header
+    # a token in front of answers too is no BOS but the start of a turn
+    repeats_bos = bool(bos) and first == user_header and user_header.startswith(bos)
+    repeats_bos = repeats_bos and not assistant_header.startswith(bos)
     # the template alone decides: transformers writes no BOS of its own in front of a rendered conversation
     starts = bos + user_header if user_header.startswith(bos) else bos
     writes_bos = repeats_bos or (bool(bos) and first.startswith(starts))
@@ -69,10 +113,15 @@ def family_of_template(family: Family, chat_template: str, control: Collection[s
         closing = (Piece(user_end + assistant_header, (END_TURN, *NEXT_HEADER)),)
         turns["user"] = replace(turns["user"], end=closing)
         turns["assistant"] = replace(turns["assistant"], header=())
-    system = _system_turn(render, split, bos if writes_bos else "", user_header)
+    others = _system_turn(own, split, bos if writes_bos else "", user_header)
+    joins = others.pop("", None)
+    tool = _tool_turn(own, split, assistant_end, assistant_header)
+    if tool is not None and tool != turns["user"]:
+        others["tool"] = tool
     return replace(
         family,
-        turns=turns | system,
+        turns=turns | others,
+        joins_system=family.joins_system if joins is None else joins.header[0].text,
         writes_bos=writes_bos,
         repeats_bos=repeats_bos,
         ends_chat_with_eos=bool(eos) and end == assistant_end + eos,
@@ -84,7 +133,8 @@ def tokens_by_role(family: Family, chat_template: str | None, control: Collectio
     """Return the family's special tokens by role, and those that its turns are written with.
 
     Turns have the roles `start`, `end_header` and `end_turn`; a special token that is a whole header has the
-    name of the message's role. A template that cannot be read says nothing.
+    name of the message's role. A question's end is none: a model that stops there does not stop at its own.
+    A template that cannot be read says nothing.
     """
     if not family.turns and chat_template is not None:
         with suppress(ValueError):
@@ -95,96 +145,52 @@ def tokens_by_role(family: Family, chat_template: str | None, control: Collectio
     for message_role in ("assistant", *family.turns):
         turn = family.turns[message_role]
         for piece in (*turn.header, *turn.end):
-            role = message_role if piece.atoms == HEADER else piece.atoms[0]
-            if piece.text.strip() in control:
-                roles.setdefault(role, piece.text.strip())
+            string = piece.text.strip()
+            is_header = piece.atoms == HEADER
+            if string not in control or (is_header and string in family.tokens.values()):
+                continue
+            if piece.atoms[0] != END_TURN or message_role == "assistant":
+                roles.setdefault(message_role if is_header else piece.atoms[0], string)
     return roles
 
 
-def template_of_family(family: Family) -> str:
-    """Write the chat template (Jinja) whose rendering is what `encode_documents` writes for the family."""
-    trim = " | trim" if family.trims_content else ""
-    has_system = "system" in family.turns
-    parts = [
-        "{%- set conversation = messages %}{%- set system = '' %}",
-        "" if has_system else _SYSTEM_TO_USER,
-    ]
-    if family.writes_bos:
-        parts.append(_writes(_quoted(family.tokens[BOS])))
-    parts.append("{%- for message in conversation %}")
-    for role, turn in family.turns.items():
-        header = _quoted("".join(piece.text for piece in turn.header))
-        end = _quoted("".join(piece.text for piece in turn.end))
-        content = "message['content']"
-        if role == "user":
-            content = f"((system if loop.first else '') + {content})"
-            if family.repeats_bos:
-                header = f"({_quoted(family.tokens[BOS])} if not loop.first else '') + {header}"
-        parts.append(_when(f"message['role'] == '{role}'", _writes(f"{header} + ({content}{trim}) + {end}")))
-    parts.append("{%- endfor %}")
-    answer = _quoted("".join(piece.text for piece in family.turns["assistant"].header))
-    parts.append(_when("add_generation_prompt", _writes(answer)))
-    if family.ends_chat_with_eos:
-        parts.append(_when("not add_generation_prompt", _writes(_quoted(family.tokens[EOS]))))
-    return "".join(parts)
+def _system_turn(own: Marked, split: _Splitter, bos: str, user_header: str) -> dict[str, Turn]:
+    """Return how a leading system message is written; nothing where a template has no word for it.
 
-
-_SYSTEM_TO_USER = (
-    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] + '\\n\\n' %}"
-    "{%- set conversation = messages[1:] %}{%- endif %}"
-)
-
-
-def _writes(expression: str) -> str:
-    return f"{{{{- {expression} }}}}"
-
-
-def _when(condition: str, body: str) -> str:
-    return f"{{%- if {condition} %}}{body}{{%- endif %}}"
-
-
-def _quoted(text: str) -> str:
-    """Write a string as Jinja does: JSON's escapes are a part of Jinja's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _renderer(family: Family, chat_template: str) -> Render:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def render(roles: Sequence[str], padding: str = "") -> list[str]:
-        markers = _MARKERS[: len(roles)]
-        messages = [
-            {"role": role, "content": padding + marker + padding}
-            for role, marker in zip(roles, markers, strict=True)
-        ]
-        names = {f"{role}_token": string for role, string in family.tokens.items()}
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[messages], chat_template=chat_template, add_generation_prompt=False, **names
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"it fails: {error}") from error
-        pieces = re.split("|".join(markers), rendered[0])
-        if re.findall("|".join(markers), rendered[0]) != list(markers):
-            raise ValueError("it does not write each message once and in order")
-        return pieces
-
-    return render
-
-
-def _system_turn(render: Render, split: _Splitter, bos: str, user_header: str) -> dict[str, Turn]:
-    """Return how a leading system message is written; nothing where it becomes part of the user's turn."""
+    Where it goes in front of the user's text the turn's name is empty, and its header what stands between.
+    """
     try:
-        before, between, *_ = render(("system", "user", "assistant"))
-    except ValueError:
+        before, between, *_ = own(("system", "user", "assistant"))
+    except TemplateError:
         return {}
+    with suppress(TemplateError):
+        as_answer = own(("assistant", "user", "assistant"))
+        if as_answer[:2] == [before, between]:
+            return {}  # no branch of its own: it would be written as something that the model said
     header = before.removeprefix(bos)
-    if not between.endswith(user_header) or not header:
+    if not between.strip() and between and before.endswith(user_header):
+        return {"": Turn((Piece(between, ()),), ())}
+    if not header or not user_header:
         return {}
+    if not between.endswith(user_header):
+        # `[INST] <<SYS>> text <</SYS>> question [/INST]`: in the user's turn, with words of its own
+        return {"system": Turn((Piece(header, HEADER),), (Piece(between, (END_TURN,)),))} if between else {}
     # What a template adds behind the header (a date, a default prompt) is not the message's.
     spelled = user_header.replace("user", "system")
     header = spelled if header.startswith(spelled) else header
     return {"system": Turn(split.header(header, user_header), split.end(between.removesuffix(user_header)))}
+
+
+def _tool_turn(own: Marked, split: _Splitter, answer_end: str, answer_header: str) -> Turn | None:
+    """Return how a tool's answer is written; None where a template has no turn for it."""
+    try:
+        _, _, before, after, _ = own(("user", "assistant", "tool", "assistant"))
+    except TemplateError:
+        return None
+    header, end = before.removeprefix(answer_end), after.removesuffix(answer_header)
+    if not before.startswith(answer_end) or not header.strip() or not after.endswith(answer_header):
+        return None
+    return Turn(split.header(header, answer_header), split.end(end))
 
 
 class _Splitter:

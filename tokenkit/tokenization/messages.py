@@ -1,0 +1,239 @@
+"""One entry of a conversation, under the many names that data sets use, as a `Message`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""The roles that data sets use, and what they are here."""
+
+_EXAMPLES = {"example_user": "user", "example_assistant": "assistant"}  # OpenAI's names of shown examples
+_KEEPS = ("loss_weight", "weight", "train", "trainable", "loss", "loss_mask")  # 1: the message is trained
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: str
+    trained: bool | None = None
+    """Whether the loss looks at it; None: where the role is assistant."""
+    reasoning: str | None = None
+    """What an assistant thought before it answered, where the row keeps that apart."""
+    calls: str | None = None
+    """The tool calls of an assistant: a JSON list as chat templates expect it."""
+    name: str | None = None
+    call_id: str | None = None
+    """Of a tool's answer: whose it is."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the loss looks at this message."""
+        return self.role == "assistant" if self.trained is None else self.trained
+
+    @property
+    def says(self) -> tuple[str, ...]:
+        """All texts of the message."""
+        return tuple(text for text in (self.content, self.reasoning, self.calls) if text)
+
+
+def read_message(entry: Any) -> Message:
+    """Read one entry of `messages` or `conversations`. A null says the same as a missing key.
+
+    Raises:
+        ValueError: with a short reason that does not quote the text.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError("a message is not a mapping")
+    entry = {key: value for key, value in entry.items() if value is not None}
+    spoken = entry.get("role", entry.get("from"))
+    if not isinstance(spoken, str) or spoken not in ROLES:
+        raise ValueError(f"unknown role {str(spoken)[:20]!r}")
+    if any(entry.get(key) for key in _MEDIA):
+        raise ValueError("a message with something else than text")
+    role, name, trained = ROLES[spoken], entry.get("name"), _trained(entry)
+    if role == "system" and name in _EXAMPLES:
+        role, trained, name = _EXAMPLES[name], trained or False, None
+    content, reasoning = _content(entry.get("content", entry.get("value")))
+    reasoning = next((entry[key] for key in _REASONING if entry.get(key)), reasoning)
+    calls = _calls(entry)
+    if spoken == "function_call" and not calls and (calls := _as_calls(content)):
+        content = ""
+    if (calls or reasoning) and role != "assistant":
+        raise ValueError(f"{'tool calls' if calls else 'reasoning'} of a {role}")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise ValueError("a message's reasoning is not text")
+    if content is None:
+        if not calls:
+            raise ValueError("a message without text")
+        content = ""
+    return Message(
+        role, content, trained, reasoning, _json(calls) if calls else None, name, entry.get("tool_call_id")
+    )
+
+
+def read_tools(value: Any) -> str | None:
+    """Return the tools that a row offers, a JSON list as chat templates expect it; None where it has none.
+
+    Raises:
+        ValueError: what is no list of tools.
+    """
+    tools = _from_json(value, "tools")
+    if not tools:
+        return None
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("tools is not a list of tools")
+    wrapped = [
+        _present(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools
+    ]
+    return _json(wrapped)
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """Refuse a conversation that looks at pictures or listens.
+
+    Raises:
+        ValueError: a column of those holds something.
+    """
+    if any(row.get(key) is not None and row[key] != [] and row[key] != "" for key in _MEDIA):
+        raise ValueError("a conversation with something else than text")
+
+
+def _trained(entry: Mapping[str, Any]) -> bool | None:
+    said = {_switch(entry[key]) for key in _KEEPS if key in entry}
+    if "mask" in entry and _switch(entry["mask"]):
+        said.add(False)  # a message that is masked; one that is not is as its role says
+    if len(said) > 1:
+        raise ValueError("a message's masks disagree")
+    return said.pop() if said else None
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool | int | float):
+        raise ValueError("a message's weight is not a number")
+    if value not in (0, 1):
+        raise ValueError("a message's weight is neither 0 nor 1")
+    return bool(value)
+
+
+def _content(content: Any) -> tuple[str | None, str | None]:
+    """Return the text of a message, its parts of type `text` one after the other, and its thinking."""
+    if content is None or isinstance(content, str):
+        return content, None
+    if not isinstance(content, Sequence):
+        raise ValueError("a message without text")
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("thinking", "reasoning"):
+            thoughts.append(_part(part, (kind, "text")))
+        elif isinstance(part, str):
+            texts.append(part)
+        elif kind == "text":
+            texts.append(_part(part, ("text", "value")))
+        else:
+            raise ValueError("a message with something else than text")
+    return "".join(texts), "".join(thoughts) or None
+
+
+def _part(part: Mapping[str, Any], keys: Sequence[str]) -> str:
+    text = next((part[key] for key in keys if part.get(key) is not None), None)
+    if not isinstance(text, str):
+        raise ValueError("a message with something else than text")
+    return text
+
+
+def _calls(entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    value = entry.get("tool_calls")
+    if not value and (old := entry.get("function_call")):  # OpenAI's older form
+        value = [{"function": old}] if _present(old) else None
+    value = _from_json(value, "tool_calls")
+    if not value:
+        return None
+    calls = _as_calls(value)
+    if calls is None:
+        raise ValueError("tool_calls is not a list of calls with a name")
+    return calls
+
+
+def _as_calls(value: Any) -> list[dict[str, Any]] | None:
+    """Return calls as chat templates read them; None where the value says none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    entries = [value] if isinstance(value, Mapping) else value
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        return None
+    calls = []
+    for entry in entries:
+        inner = entry.get("function") or entry if isinstance(entry, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            return None
+        arguments = inner.get("arguments")
+        arguments = inner.get("parameters") if arguments is None else arguments
+        if isinstance(arguments, str):
+            arguments = _or_text(arguments)
+        function = {"name": inner["name"], "arguments": {} if arguments is None else _present(arguments)}
+        call = {"type": "function", "function": function}
+        calls.append(call | ({"id": entry["id"]} if entry.get("id") else {}))
+    return calls
+
+
+def _or_text(arguments: str) -> Any:
+    """Return JSON's object where the string holds one: templates write objects, and quote strings."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _from_json(value: Any, field: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{field} is not JSON") from None
+
+
+def _present(value: Any) -> Any:
+    """Leave out nulls: Arrow gives every struct of a column the keys of all others."""
+    if isinstance(value, Mapping):
+        return {str(key): _present(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_present(item) for item in value]
+    return value
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("tools that are not JSON") from None
