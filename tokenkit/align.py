@@ -71,14 +71,16 @@ def show(options: AlignOptions) -> None:
     from tokenkit.tokenization.byteify import load_tokenizer
     from tokenkit.tokenization.one_sided import explain_one_sided_bos
     from tokenkit.tokenization.spec import parse_spec
+    from tokenkit.tokenization.template_check import explain_template
 
     documents = _documents(options)
     targets = _targets(options.output)
     specs = parse_spec(options.student), parse_spec(options.teacher)
     with blaming_data():
         pair = load_tokenizer(specs[0]), load_tokenizer(specs[1])
-    if (note := explain_one_sided_bos(*pair, options.chat_template_mode)) is not None:
-        print(note, file=sys.stderr)
+    for note in (explain_one_sided_bos(*pair, options.chat_template_mode), explain_template(pair[0])):
+        if note is not None:
+            print(note, file=sys.stderr)
     student, teacher, alignment = _aligned(documents, pair, options)
     row = _first_row(pair, student, teacher, alignment)
     numbers = list(statistics(student, teacher, alignment).rows())

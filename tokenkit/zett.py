@@ -213,10 +213,12 @@ def zett(config: ZettConfig) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"output {folder} is not empty: move it away or name another folder")
     from tokenkit.tokenization.one_sided import explain_changed_bos
+    from tokenkit.tokenization.template_check import explain_template
 
     tokenizers = load_tokenizers(config)
-    if (note := explain_changed_bos(*tokenizers)) is not None:
-        print(note, file=sys.stderr)
+    for note in (explain_changed_bos(*tokenizers), explain_template(tokenizers[1])):
+        if note is not None:
+            print(note, file=sys.stderr)
     is_comparison = config.comparison.compare is not None
     names = list(config.comparison.compare or available(config)) if is_comparison else [config.method]
     with blaming_data():

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tokenkit.structs import Tokens
 from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
-from tokenkit.tokenization.family_template import template_of_family
 from tokenkit.tokenization.flat import EncodedTexts, Ints, walked_texts
 from tokenkit.tokenization.generic import generic_family
 from tokenkit.tokenization.prefix import Prefix, find_prefix
@@ -238,16 +237,6 @@ class Tokenizer:
                 "without one: use_chat_template=false and chat_template_mode=direct_encode"
             )
         return family_of_template(self.family, self.chat_template, self.control)
-
-    @property
-    def has_own_template(self) -> bool:
-        """Messages are written with the template of the tokenizer's files, not with a family's turns."""
-        return not self.family.turns and self.chat_template is not None
-
-    @cached_property
-    def exported_template(self) -> str | None:
-        """The chat template that a saved tokenizer has: the one that messages are written with."""
-        return template_of_family(self.family) if self.family.turns else self.chat_template
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

@@ -139,7 +139,7 @@ def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str, us
         trained = [message.is_trained for message in said]
         parts = tuple(zip(contents, trained, strict=True))
         return Script(_plain_plan(mode), ["".join(contents)], (trained[-1],), parts)
-    student = tokenizers[0]
+    student, is_whole = tokenizers[0], False
     if document.messages is None:
         text = document.text or ""
         turns = [
@@ -147,9 +147,9 @@ def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str, us
             Message("assistant", text.strip() if student.chat.trims_content else text),
         ]
     else:
-        turns = written_turns(document, student)
+        turns, is_whole = written_turns(document, student)
     return Script(
-        Plan(tuple(turn.role for turn in turns), writes_bos=True, writes_eos=True),
+        Plan(tuple(turn.role for turn in turns), writes_bos=True, writes_eos=True, is_whole=is_whole),
         [turn.content for turn in turns],
         tuple(turn.is_trained for turn in turns),
     )

@@ -14,58 +14,40 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tokenkit.tokenization.documents import Document, Message
+from tokenkit.tokenization.family_template import exported_template, has_own_template
+from tokenkit.tokenization.layout import around_turns
+from tokenkit.tokenization.markup import CONTINUES, special_in, special_pattern
 from tokenkit.tokenization.rendering import TemplateError, render
-from tokenkit.tokenization.template import marked, token_names
+from tokenkit.tokenization.template import token_names
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.byteify import Tokenizer
 
-CONTINUES = "+"
-"""A turn goes on behind the special token whose string follows."""
 _THINKING = re.compile(r"</?think>")
 
 
-def written_turns(document: Document, student: Tokenizer) -> list[Message]:
-    """Return the turns that the student's template writes of a conversation.
+def written_turns(document: Document, student: Tokenizer) -> tuple[list[Message], bool]:
+    """Return the turns that the student's template writes of a conversation, and if they are whole.
 
-    A turn that holds special tokens is cut there: its later parts have the role `CONTINUES` and the token's
-    string. Such a token is one that the template writes, or one that transformers finds in text as well
-    (`_special`); any other that the row spells is text.
+    Whole turns hold what a template writes in front of an answer for the model (`OPENS`) in their texts.
+    A turn that holds special tokens is cut there (`CONTINUES`): those that the template writes, and markup
+    (`special_pattern`). Any other that the row spells is text.
 
     Raises:
         ValueError: what the template does not write (the reason is short).
     """
     said = document.messages or ()
     turns = by_role(said, frozenset(student.chat.turns), student.chat.joins_system)
-    spelled = {string for text in _texts(document) for string in _special_in(text, student)}
+    spelled = {string for text in _texts(document) for string in special_in(text, student)}
+    is_whole = False
     extra = bool(document.tools) or any(message.calls or message.reasoning for message in said)
     if extra and spelled:
         raise ValueError("the string of a special token in a conversation with tools or reasoning")
-    if extra or (student.has_own_template and not spelled and any(map(_may_change, said))):
-        turns = _rendered(document, turns, student)
+    if extra or (has_own_template(student) and not spelled and any(map(_may_change, said))):
+        turns, is_whole = _rendered(document, turns, student), True
     elif student.chat.trims_content:
         turns = [replace(turn, content=turn.content.strip()) for turn in turns]
-    return [part for turn in turns for part in _cut(turn, student, spelled)]
-
-
-def _special_in(text: str, tokenizer: Tokenizer, *, with_inside: bool = False) -> list[str]:
-    """Return the strings of special tokens that text spells, leaving out markup."""
-    pattern, inside = _special(tokenizer)
-    found = pattern.findall(text) if pattern else []
-    return found if with_inside else [string for string in found if string not in inside]
-
-
-@functools.lru_cache(maxsize=16)
-def _special(tokenizer: Tokenizer) -> tuple[re.Pattern[str] | None, frozenset[str]]:
-    """Return what finds special tokens, and those that are markup inside messages.
-
-    Markup, such as `<think>`, is no special token for transformers: it reads it in messages as training does.
-    """
-    strings = sorted(tokenizer.control, key=len, reverse=True)
-    added = tokenizer.document.get("added_tokens") or []
-    ordinary = {token["content"] for token in added if not token.get("special")}
-    pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
-    return pattern, frozenset(ordinary & tokenizer.control.keys())
+    return [part for turn in turns for part in _cut(turn, student, spelled)], is_whole
 
 
 def _texts(document: Document) -> tuple[str, ...]:
@@ -74,20 +56,27 @@ def _texts(document: Document) -> tuple[str, ...]:
 
 def _cut(turn: Message, student: Tokenizer, spelled: set[str]) -> list[Message]:
     """Cut a turn at the special tokens in it."""
-    if not any(string not in spelled for string in _special_in(turn.content, student, with_inside=True)):
+    if not any(string not in spelled for string in special_in(turn.content, student, with_inside=True)):
         return [turn]
-    strings = sorted(student.control.keys() - spelled, key=len, reverse=True)
-    first, *others = re.split("(" + "|".join(map(re.escape, strings)) + ")", turn.content)
-    parts = [Message(turn.role, first, turn.is_trained)]
-    for string, text in zip(others[::2], others[1::2], strict=True):
-        parts.append(Message(CONTINUES + string, text, turn.is_trained))
+    pattern, _ = special_pattern(student)
+    assert pattern is not None
+    pieces = pattern.split(turn.content)
+    parts = [replace(turn, content=pieces[0], trained=turn.is_trained)]
+    for string, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        before = parts[-1]
+        if string in spelled:
+            parts[-1] = replace(before, content=before.content + string + text)
+        elif not before.content:  # the token follows what stands in front
+            parts[-1] = replace(before, role=before.role + CONTINUES + string, content=text)
+        else:
+            parts.append(replace(before, role=CONTINUES + string, content=text))
     return parts
 
 
 def _rendered(document: Document, turns: list[Message], student: Tokenizer) -> list[Message]:
     """Return the turns with the texts that the template writes in them."""
     _check_says(document, student)
-    template, tokens = student.exported_template or "", student.family.tokens
+    template, tokens = exported_template(student) or "", student.family.tokens
     tools = json.loads(document.tools) if document.tools else None
     entries = [_entry(message) for message in document.messages or ()]
     candidates = [turns]
@@ -96,12 +85,15 @@ def _rendered(document: Document, turns: list[Message], student: Tokenizer) -> l
     try:
         written = render(template, entries, names=token_names(tokens), tools=tools)
         for candidate in candidates:
-            texts = _between(written, marked(template, tokens, [turn.role for turn in candidate]))
+            texts = _between(written, around_turns(tuple(turn.role for turn in candidate), student))
             if texts is not None:
                 pairs = zip(candidate, texts, strict=True)
                 return [Message(turn.role, text, turn.is_trained) for turn, text in pairs]
     except TemplateError as error:
         raise ValueError(f"the chat template does not write the conversation: {error}") from error
+    for message in document.messages or ():
+        if message.content.strip() not in written:
+            raise ValueError(f"the chat template does not write what the {message.role} says")
     raise ValueError("the chat template does not write the conversation turn by turn")
 
 
@@ -172,16 +164,16 @@ def _check_says(document: Document, student: Tokenizer) -> None:
         "tools": bool(document.tools),
         "reasoning": any(message.reasoning for message in said),
     }
-    able = _abilities(student)
+    able = abilities(student)
     for name, is_asked in wanted.items():
         if is_asked and name not in able:
             raise ValueError(f"the chat template does not write {name}")
 
 
 @functools.lru_cache(maxsize=16)
-def _abilities(student: Tokenizer) -> frozenset[str]:
+def abilities(student: Tokenizer) -> frozenset[str]:
     """Return which of tool calls, tools and reasoning the template writes."""
-    template = student.exported_template
+    template = exported_template(student)
     function = {"name": "Marker1Word", "arguments": {"Marker2Word": "Marker3Word"}}
     call = {"type": "function", "function": function, "id": "call00001"}
     parameters = {"type": "object", "properties": {"Marker2Word": {"type": "string"}}}

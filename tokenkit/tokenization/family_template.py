@@ -7,8 +7,12 @@ way, as text: a call in `<tool_call>`, reasoning in `<think>`, the definitions b
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from tokenkit.tokenization.families import BOS, EOS, Family
+
+if TYPE_CHECKING:
+    from tokenkit.tokenization.byteify import Tokenizer
 
 _TOOLS = (
     "{%- if tools %}{%- set ns.tools = '# Tools\\n\\nThese functions can be called:\\n<tools>' %}"
@@ -28,6 +32,16 @@ _REASONING = (
     "{%- set reasoning = '<think>\\n' + (reasoning | trim) + '\\n</think>\\n\\n' if reasoning else '' %}"
 )
 _FORGET_TOOLS = "{%- set ns.tools = '' %}"
+
+
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Whether messages are written with the template of the tokenizer's files, not with a family's turns."""
+    return not tokenizer.family.turns and tokenizer.chat_template is not None
+
+
+def exported_template(tokenizer: Tokenizer) -> str | None:
+    """Return the chat template of a saved tokenizer: the one that messages are written with."""
+    return template_of_family(tokenizer.family) if tokenizer.family.turns else tokenizer.chat_template
 
 
 def template_of_family(family: Family) -> str:

@@ -8,7 +8,6 @@ them can write takes one unit of the axis; a piece that says none of those has n
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from tokenkit.structs import UNPAIRED, Tokens
 from tokenkit.tokenization.backend import Before
 from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.conversation import CONTINUES
 from tokenkit.tokenization.families import (
     AFTER_TURN,
     BOS,
@@ -31,6 +29,8 @@ from tokenkit.tokenization.families import (
     Family,
     Piece,
 )
+from tokenkit.tokenization.family_template import has_own_template
+from tokenkit.tokenization.markup import CONTINUES, special_pattern
 from tokenkit.tokenization.rendering import TemplateError
 from tokenkit.tokenization.template import marked
 
@@ -49,6 +49,8 @@ class Plan:
     writes_bos: bool
     writes_eos: bool
     """Of plain text; a conversation ends as its family says."""
+    is_whole: bool = False
+    """The texts hold what a template writes in front of an answer for the model."""
 
     @property
     def texts(self) -> int:
@@ -117,7 +119,7 @@ def _gap(pieces: Iterable[_Written], unit: dict[Atom, int], before: Before, clos
         ids += piece.ids
         is_closing = any(atom in ((closed_turn, END_TURN), (closed_turn, EOS)) for atom in piece.atoms)
         closes += [is_closing] * len(piece.ids)
-        opens += [any(atom == OPENS for _, atom in piece.atoms)] * len(piece.ids)
+        opens += [_opens(piece.atoms)] * len(piece.ids)
     return Gap(
         ids=np.array(ids, np.int32),
         ends=np.array(ends, np.int64),
@@ -157,17 +159,33 @@ def _plain_gaps(plan: Plan, tokenizer: Tokenizer) -> list[list[Said]]:
 
 def _chat_gaps(plan: Plan, tokenizer: Tokenizer, *, is_first: bool) -> list[list[Said]]:
     """Return the pieces around the texts of a conversation, a turn's own parts included."""
-    begins = [index for index, role in enumerate(plan.roles) if not role.startswith(CONTINUES)]
-    turns = _turn_gaps(tuple(plan.roles[index] for index in begins), tokenizer, is_first=is_first)
+    parts = [role.split(CONTINUES) for role in plan.roles]
+    begins = [index for index, (role, *_) in enumerate(parts) if role]
+    turns = _turn_gaps(tuple(parts[index][0] for index in begins), tokenizer, is_first=is_first)
     # An atom belongs to the last text of its turn, which is the one that the turn's end stands behind.
     ends = [index - 1 for index in (*begins[1:], plan.texts)]
-    gaps: list[list[Said]] = [
-        [(role.removeprefix(CONTINUES), ((index, OPENS),))] for index, role in enumerate(plan.roles)
-    ]
+    gaps: list[list[Said]] = [[] for _ in range(plan.texts + 1)]
     for index, gap in zip((*begins, plan.texts), turns, strict=True):
-        own: list[Said] = [(text, tuple((ends[turn], name) for turn, name in atoms)) for text, atoms in gap]
-        gaps[index : index + 1] = [own]
+        for text, atoms in gap:
+            if not (plan.is_whole and _opens(atoms)):
+                gaps[index].append((text, tuple((ends[turn], name) for turn, name in atoms)))
+    for index, (_, *strings) in enumerate(parts):
+        gaps[index] += [(string, ((index, OPENS),)) for string in strings]
     return gaps
+
+
+def around_turns(roles: tuple[str, ...], tokenizer: Tokenizer) -> list[str]:
+    """Return what a tokenizer's template writes around turns, without what it leaves to the model.
+
+    Raises:
+        ValueError: the template does not write these roles.
+    """
+    gaps = _turn_gaps(roles, tokenizer, is_first=True)
+    return ["".join(text for text, atoms in gap if not _opens(atoms)) for gap in gaps]
+
+
+def _opens(atoms: Sequence[Atom]) -> bool:
+    return any(atom == OPENS for _, atom in atoms)
 
 
 def _turn_gaps(roles: tuple[str, ...], tokenizer: Tokenizer, *, is_first: bool) -> list[list[Said]]:
@@ -177,7 +195,7 @@ def _turn_gaps(roles: tuple[str, ...], tokenizer: Tokenizer, *, is_first: bool) 
     another tokenizer's (`is_first` is false).
     """
     composed = _composed(roles, tokenizer.chat)
-    if not tokenizer.has_own_template or tokenizer.chat_template is None:
+    if not has_own_template(tokenizer) or tokenizer.chat_template is None:
         return composed
     template, tokens = tokenizer.chat_template, tokenizer.family.tokens
     try:
@@ -274,14 +292,19 @@ def _hand_over(pieces: Sequence[Said], text_follows: bool) -> Sequence[Said]:
     return [*rest, (text[:-1], atoms)]
 
 
+def template_ids(tokenizer: Tokenizer, written: str) -> list[int]:
+    """Return the ids of a rendered conversation, as a saved tokenizer reads it."""
+    (ids,) = _GapWriter(tokenizer, "start").write([written], text_follows=False)
+    return ids
+
+
 class _GapWriter:
     """Writes the pieces of one gap, cut as the tokenizer would cut the rendered template."""
 
     def __init__(self, tokenizer: Tokenizer, before: Before) -> None:
         """Begin a gap at the start of the document or behind a text."""
         self.tokenizer, self.before = tokenizer, before
-        strings = sorted(tokenizer.control, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, strings)) + ")") if strings else None
+        self._control, _ = special_pattern(tokenizer)
         self._swallowing = {
             token["content"] for token in tokenizer.document.get("added_tokens") or [] if token.get("rstrip")
         }

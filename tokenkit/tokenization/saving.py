@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenkit.tokenization.backend import build
+from tokenkit.tokenization.family_template import exported_template
 from tokenkit.tokenization.generic import leading_tokens
 from tokenkit.tokenization.prefix import with_prepended_space
 
@@ -48,7 +49,7 @@ def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokens = tokenizer.family.tokens
     names = {f"{role}_token": tokens[role] for role in _ROLES if tokens.get(role) in tokenizer.control}
     result = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
-    result.chat_template = tokenizer.exported_template
+    result.chat_template = exported_template(tokenizer)
     return result
 
 

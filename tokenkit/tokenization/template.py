@@ -170,11 +170,15 @@ def _system_turn(own: Marked, split: _Splitter, bos: str, user_header: str) -> d
     header = before.removeprefix(bos)
     if not between.strip() and between and before.endswith(user_header):
         return {"": Turn((Piece(between, ()),), ())}
-    if not header or not user_header:
+    if not user_header:
         return {}
     if not between.endswith(user_header):
         # `[INST] <<SYS>> text <</SYS>> question [/INST]`: in the user's turn, with words of its own
-        return {"system": Turn((Piece(header, HEADER),), (Piece(between, (END_TURN,)),))} if between else {}
+        return (
+            {"system": Turn((Piece(header, HEADER),), (Piece(between, (END_TURN,)),))}
+            if between and header
+            else {}
+        )
     # What a template adds behind the header (a date, a default prompt) is not the message's.
     spelled = user_header.replace("user", "system")
     header = spelled if header.startswith(spelled) else header
