@@ -5,10 +5,11 @@ import typing
 from typing import get_args
 
 from tokenkit.config import names
+from tokenkit.config.gold import Gold
 from tokenkit.config.models import Lora, Optimizer
 from tokenkit.config.objective import Alm, Objective
 from tokenkit.kernels.alm_difference import DIFFERENCES
-from tokenkit.losses import LOSSES, AlmOptions
+from tokenkit.losses import LOSSES, AlmOptions, GoldRules, answers, rows
 from tokenkit.losses import alm as alm_module
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.lora import LoraOptions
@@ -39,6 +40,13 @@ def test_options_of_alm():
     assert names.Numerator == alm_module.Numerator
     assert names.Denominator == alm_module.Denominator
     assert AlmOptions(**Alm().options("space")) == AlmOptions(chunks="space")
+
+
+def test_options_of_the_baselines():
+    assert GoldRules(**Gold().rules()) == GoldRules()
+    assert defaults(Gold()) == defaults(GoldRules())
+    assert names.Divergence == rows.Divergence
+    assert names.MergeStrategy == answers.Strategy
 
 
 def test_options_of_the_objective():

@@ -159,9 +159,9 @@ def summary(loss, student):
     return result
 
 
-def inputs(seed=0):
+def inputs(seed=0, count=5):
     """Return (documents, batch, student, teacher)."""
-    given = documents(seed)
+    given = documents(seed, count)
     batch = batch_of(given)
     lengths = (batch.student.ids_BT.shape[1], batch.teacher.ids_BT.shape[1])
     return given, batch, *states(seed, lengths, len(given))

@@ -72,19 +72,45 @@ def stretches(trained, chunks):
     return result
 
 
-def mined_by_hand(student, teacher, batch, temperature=1.0, teacher_temperature=1.0):
+def published_divergence(q, p, kind, skew):
+    """D(q, p) of the papers, of distributions with zeros; rkl and akl: KL(q ‖ p) where q is one-hot."""
+    if kind in ("rkl", "akl") and q.max() == 1:
+        kind = "kl"
+
+    def kl(a, b):
+        return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum()
+
+    if kind == "akl":
+        order = q.argsort(descending=True)
+        head = (q[order].cumsum(0) - q[order]) < 0.5
+        gaps = (q - p).abs()[order].detach()
+        share = gaps[head].sum() / gaps.sum()
+        return share * kl(q, p) + (1 - share) * kl(p, q)
+    return {
+        "kl": lambda: kl(q, p),
+        "rkl": lambda: kl(p, q),
+        "skl": lambda: kl(q, skew * q + (1 - skew) * p),
+        "srkl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "js": lambda: (kl(q, (p + q) / 2) + kl(p, (p + q) / 2)) / 2,
+    }[kind]()
+
+
+def mined_by_hand(student, teacher, batch, temperature=1.0, teacher_temperature=1.0, kind="kl", skew=0.1):
     log_p = full(student, temperature).log_softmax(-1)
     z_t = full(teacher, temperature * teacher_temperature).detach()
     log_q = z_t[:, NEAREST].log_softmax(-1)
     rows = chunk_starts(batch, "unconstrained", one_to_one=True)
-    total = divergence(log_p[rows.student_N], log_q[rows.teacher_N], "kl").sum()
+    faces = zip(log_q[rows.teacher_N].exp(), log_p[rows.student_N].exp(), strict=True)
+    total = sum(published_divergence(q, p, kind, skew) for q, p in faces)
     chunks = batch.chunks["unconstrained"]
     count = len(rows.student_N)
     for b in range(2):
         for i in range(1, 8):
             in_both = chunks.student_BT[b, i] in chunks.teacher_BS[b] and chunks.student_BT[b, i] >= 0
             if scored_tokens(batch.student)[b, i] and in_both and b * 8 + i - 1 not in rows.student_N:
-                total = total - log_p[b * 8 + i - 1, batch.student.ids_BT[b, i]]
+                p = log_p[b * 8 + i - 1].exp()
+                one_hot = torch.nn.functional.one_hot(batch.student.ids_BT[b, i], len(p)).to(p.dtype)
+                total = total + published_divergence(one_hot, p, kind, skew)
                 count += 1
     return total, count
 
@@ -135,6 +161,23 @@ CASES = [
     ("baseline_uld", uld_by_hand, {"exact": True, "temperature": 2.0}, {"temperature": 2.0}),
     ("baseline_mined", mined_by_hand, {}, {}),
     ("baseline_mined", mined_by_hand, *[{"temperature": 2.0, "teacher_temperature": 0.5}] * 2),
+    *[
+        (
+            "baseline_mined",
+            mined_by_hand,
+            {"divergence": kind, "skew": skew},
+            {"kind": kind, "skew": skew},
+        )
+        for kind, skew in (
+            ("rkl", 0.1),
+            ("skl", 0.1),
+            ("skl", 0.0),
+            ("srkl", 0.3),
+            ("srkl", 1.0),
+            ("js", 0.1),
+            ("akl", 0.1),
+        )
+    ],
     *[("alm_side_path", side_path_by_hand, *[{"distance_fn": name}] * 2) for name in DISTANCES],
     ("baseline_gold_js", gold_js_by_hand, {"exact": True}, {}),
     (
@@ -239,6 +282,8 @@ def test_the_drop_in_forms_run_both_halves():
         ),
         ("baseline_gold_js", {"matched_weight": 2}, r"matched_weight must be in \[0, 1\]: got 2"),
         ("baseline_xtoken", {"temperature": -1}, "temperature must be positive"),
+        ("baseline_mined", {"divergence": "kk"}, "unknown divergence 'kk': expected one of kl, rkl"),
+        ("baseline_mined", {"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),
         ("baseline_dskd", {"divergence": "kk"}, "unknown divergence 'kk': expected one of kl, rkl"),
         ("baseline_dskd", {"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),
         ("alm_latents", {"align": "logits"}, "unknown align 'logits'"),

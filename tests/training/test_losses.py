@@ -174,6 +174,16 @@ def test_kd_rate_weighs_baselines_against_clm(config_of):
         ),
         ({"tokenizer_pair_bias_threshold_side_path": 2}, r"must lie in \[0, 1\], got 2"),
         ({"baseline__kd_temp": 0}, r"baseline\.kd_temp must be positive, got 0"),
+        ({"baseline__gold__beta": 2}, r"baseline\.gold\.beta must lie in \[0, 1\], got 2"),
+        ({"baseline__gold__uld_teacher_temperature": 0}, r"uld_teacher_temperature must be positive, got 0"),
+        (
+            {"baseline__gold__uld_hybrid_matched_weight": 1, "baseline__gold__uld_use_hybrid_loss": "true"},
+            "belong together: give both or neither",
+        ),
+        (
+            {f"baseline__gold__uld_hybrid_{x}_weight": 1 for x in ("matched", "unmatched")},
+            r"acts only where baseline\.gold\.uld_use_hybrid_loss is true",
+        ),
         ({"baseline__skew_lambda": 1.5}, r"baseline\.skew_lambda must lie in \[0, 1\], got 1.5"),
         ({"loss_workspace_mib": 0}, "loss_workspace_mib must be at least 1"),
     ],
@@ -256,3 +266,26 @@ def test_of_student_ids_with_one_nearest_teacher_id_the_one_of_its_bytes_is_its_
     )  # fmt: skip
     pairs = _mined_pairs(source)
     assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([2, 3], [1, 0])
+
+
+def test_options_of_baselines_reach_their_losses(config_of):
+    """Each changes the first step's loss. Some seconds: seven runs are built."""
+    srkl = {"baseline__divergence": "srkl"}
+    settings = {
+        "baseline_gold": [{}, {"baseline__gold__uld_use_hybrid_loss": "true"}],
+        "baseline_uld": [{"baseline__uld_extended": x} for x in ("false", "true")],
+        "baseline_mined": [srkl, srkl | {"baseline__skew_lambda": 0.4}],
+    }
+    for name, changes in settings.items():
+        values = []
+        for change in changes:
+            parts = build(config_of(losses=[name], **change), SINGLE)
+            (batch,) = next(parts.batches)
+            parts.batches.close()
+            term = parts.run.model(batch, "student", parts.run.model(batch, "teacher"))[name]
+            values.append(round(float((term.total / term.count).mean().detach()), 5))
+        assert len(set(values)) == len(values), (name, values)
+    gold = build(config_of(losses=["baseline_gold"], baseline__exact_sort="false"), SINGLE).run.model.losses[
+        0
+    ]
+    assert not gold.options.exact
