@@ -2,6 +2,7 @@
 
     from tokenkit.integrations import hidden_states, Distiller          # any loop
     from tokenkit.integrations import DistillationTrainer               # transformers
+    from tokenkit.integrations import DistillationSFTTrainer            # TRL; DistillationGOLDTrainer
 
 docs/integrations.md has an example of each.
 """
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tokenkit.integrations.distiller import Distiller, FlatCollator
     from tokenkit.integrations.forward import hidden_states, unwrapped
     from tokenkit.integrations.trainer import DistillationTrainer
+    from tokenkit.integrations.trl import DistillationGOLDTrainer, DistillationSFTTrainer
 
 PLACES = {
     "hidden_states": "forward",
@@ -22,10 +24,20 @@ PLACES = {
     "Distiller": "distiller",
     "FlatCollator": "distiller",
     "DistillationTrainer": "trainer",
+    "DistillationSFTTrainer": "trl",
+    "DistillationGOLDTrainer": "trl",
 }
 """In which module each name is."""
 
-__all__ = ["DistillationTrainer", "Distiller", "FlatCollator", "hidden_states", "unwrapped"]
+__all__ = [
+    "DistillationGOLDTrainer",
+    "DistillationSFTTrainer",
+    "DistillationTrainer",
+    "Distiller",
+    "FlatCollator",
+    "hidden_states",
+    "unwrapped",
+]
 
 
 def __getattr__(name: str) -> Any:
