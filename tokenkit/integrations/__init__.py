@@ -3,6 +3,8 @@
     from tokenkit.integrations import hidden_states, Distiller          # any loop
     from tokenkit.integrations import DistillationTrainer               # transformers
     from tokenkit.integrations import DistillationSFTTrainer            # TRL; DistillationGOLDTrainer
+    from tokenkit.integrations import DistillationModule                # Lightning
+    from tokenkit.integrations import accelerate_step                   # Accelerate
 
 docs/integrations.md has an example of each.
 """
@@ -13,8 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenkit.integrations.accelerate import accelerate_step
     from tokenkit.integrations.distiller import Distiller, FlatCollator
     from tokenkit.integrations.forward import hidden_states, unwrapped
+    from tokenkit.integrations.lightning import DistillationModule
     from tokenkit.integrations.trainer import DistillationTrainer
     from tokenkit.integrations.trl import DistillationGOLDTrainer, DistillationSFTTrainer
 
@@ -24,6 +28,8 @@ PLACES = {
     "Distiller": "distiller",
     "FlatCollator": "distiller",
     "DistillationTrainer": "trainer",
+    "DistillationModule": "lightning",
+    "accelerate_step": "accelerate",
     "DistillationSFTTrainer": "trl",
     "DistillationGOLDTrainer": "trl",
 }
@@ -31,10 +37,12 @@ PLACES = {
 
 __all__ = [
     "DistillationGOLDTrainer",
+    "DistillationModule",
     "DistillationSFTTrainer",
     "DistillationTrainer",
     "Distiller",
     "FlatCollator",
+    "accelerate_step",
     "hidden_states",
     "unwrapped",
 ]

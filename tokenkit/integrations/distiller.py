@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.training.distillation import ActiveLoss, Distillation
 
 Counts = dict[str, Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By Accelerate's word for it."""
 
 
 class Weighted(NamedTuple):
@@ -84,6 +87,16 @@ class Distiller:
         self.step = Distillation(self.student, self.teacher, active, compute_dtype)
         self.parts = self.step.parts.to(device)
         self.template = collator.collate([])
+
+    def to(self, device: torch.device) -> Distiller:
+        """Move the teacher, and what losses hold, to where the student went."""
+        self.teacher.to(device)
+        self.parts.to(device)
+        self.step.losses = [
+            ActiveLoss(active.name, active.loss, _moved(active.options, device))
+            for active in self.step.losses
+        ]
+        return self
 
     def prepare(
         self,
@@ -307,6 +320,14 @@ def _options(
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(missing)}: give it as options[{name!r}]")
     return loss.options(**given)
+
+
+def _moved(options: Any, device: torch.device) -> Any:
+    if not dataclasses.is_dataclass(options) or isinstance(options, type):
+        return options
+    held = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.init}
+    moved = {name: value.to(device) for name, value in held.items() if hasattr(value, "to")}
+    return dataclasses.replace(options, **moved)
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

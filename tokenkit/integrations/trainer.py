@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.integrations.distiller import Counts, Distiller, FlatCollator
+from tokenkit.integrations.distiller import AUTOCAST, Counts, Distiller, FlatCollator
 from tokenkit.structs import LossTerm
 
 PARTS_FILE = "distillation_parts.safetensors"
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNUSED = {
     "compute_loss_func": "the losses are named by `losses`",
     "compute_metrics": "logits are never formed: evaluation returns every loss",
