@@ -1,9 +1,9 @@
-"""tokenkit's losses in a plain PyTorch loop: a student learns from a teacher with another tokenizer.
+"""Distillation in a plain PyTorch loop: a student learns from a teacher with another tokenizer.
 
     python examples/plain_loop.py
     python examples/plain_loop.py --student A --teacher B --text my.jsonl
 
-Only the collator and the losses are tokenkit's. Without folders, two tiny models are made on the spot.
+Without folders, two tiny models are made on the spot.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from quickstart import make_model, train_tokenizer, write_documents
@@ -19,9 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.losses import alm_loss, clm_loss
-from tokenkit.structs import Head, HiddenStates
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.integrations import Distiller
 
 
 def main() -> None:
@@ -32,44 +31,26 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="folder of the model that learns")
     parser.add_argument("--teacher", type=Path, help="folder of the model that it learns from")
     parser.add_argument("--text", type=Path, help="jsonl with a field `text`")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = (arguments.student, arguments.teacher, arguments.text)
         student, teacher, text = folders if all(folders) else make_inputs(Path(scratch))
-        distill(student, teacher, text, arguments.steps)
+        distill(student, teacher, read_rows(text), arguments.steps)
 
 
-def distill(student_folder: Path, teacher_folder: Path, text: Path, steps: int) -> list[float]:
-    """Minimise CLM + ALM for some steps; return the sum of both at each."""
-    student = AutoModelForCausalLM.from_pretrained(student_folder)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-    tokenizers = load_tokenizer(str(student_folder)), load_tokenizer(str(teacher_folder))
-    collator = AlignedCollator(*tokenizers, max_length_student=128, max_length_teacher=128)
-    rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
-    batches = DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collator, generator=torch.Generator())
-    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
-
-    values = []
-    for step, batch in zip(range(steps), batches, strict=False):
-        with torch.no_grad():
-            teacher_states = hidden_states(teacher, batch.teacher.ids_BT)
-        student_states = hidden_states(student, batch.student.ids_BT)
-        clm = clm_loss(student_states, batch)
-        alm = alm_loss(student_states, teacher_states, batch)
-        loss = clm.total / clm.count + alm.total / alm.count
-        loss.backward()
+def distill(student: Path, teacher: Path, rows: list[Any], steps: int, micro_batches: int = 2) -> None:
+    """Minimise CLM + 100 ALM for some steps of several micro-batches each."""
+    model = AutoModelForCausalLM.from_pretrained(student).train()
+    collator = AlignedCollator(student, teacher, max_length_student=128, max_length_teacher=128)
+    distiller = Distiller(model, teacher, collator, {"clm": 1.0, "alm_unconstrained": 100.0})
+    batches = iter(DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collator.collate))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        values = distiller.backward(model, [next(batches) for _ in range(micro_batches)])
         optimizer.step()
         optimizer.zero_grad()
-        values.append(loss.item())
-        print(f"step {step:3d}  clm {clm.total / clm.count:.4f}  alm {alm.total / alm.count:.4f}")
-    return values
-
-
-def hidden_states(model, ids_BT: torch.Tensor) -> HiddenStates:
-    """Stop at the hidden states: the head goes to the losses as a matrix, its logits are never formed."""
-    hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return HiddenStates(hidden_BTD, Head(model.get_output_embeddings().weight))
+        print(f"step {step:3d}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
@@ -79,6 +60,11 @@ def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
         train_tokenizer(folder / "text.jsonl", folder / name, vocab_size, split_digits=split_digits)
         make_model(folder / name, vocab_size)
     return folder / "student", folder / "teacher", folder / "text.jsonl"
+
+
+def read_rows(text: Path) -> list[Any]:
+    """Read a jsonl file."""
+    return [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":
