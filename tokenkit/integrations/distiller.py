@@ -75,15 +75,13 @@ class Distiller:
     ):
         if not isinstance(collator, AlignedCollator):
             raise TypeError(f"the collator must be an AlignedCollator: got {type(collator).__name__}")
-        self.weights = _checked_weights(losses)
+        self.weights = checked_weights(losses)
         tokenizers = collator.student_tokenizer, collator.teacher_tokenizer or collator.student_tokenizer
         device = next(student.parameters()).device
-        active = _active(self.weights, options or {}, tokenizers, device)
-        kinds = {loss.chunks for loss in active if loss.chunks is not None}
-        collator.chunk_kinds = tuple(dict.fromkeys((*collator.chunk_kinds, *sorted(kinds))))
+        active = active_losses(self.weights, options or {}, collator, device)
         self.collator = collator
         self.student = Wrapped(student, tokenizers[0].vocab_size)
-        self.teacher = _loaded(teacher, tokenizers[1].vocab_size, device)
+        self.teacher = load_teacher(teacher, tokenizers[1].vocab_size, device)
         self.step = Distillation(self.student, self.teacher, active, compute_dtype)
         self.parts = self.step.parts.to(device)
         self.template = collator.collate([])
@@ -133,14 +131,7 @@ class Distiller:
             prepared: of every micro-batch of this process.
             reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
         """
-        local = {
-            name: torch.stack([torch.as_tensor(one[name].count).double() for one in prepared]).sum(0)
-            for name in self.weights
-        }
-        packed = (reduce or _sum_over_ranks)(torch.cat([count.reshape(-1) for count in local.values()]))
-        sizes = [count.numel() for count in local.values()]
-        summed = packed.split(sizes)
-        return {name: part.reshape(local[name].shape) for name, part in zip(local, summed, strict=True)}
+        return sum_counts(prepared, list(self.weights), reduce)
 
     def loss(self, model: nn.Module, batch: Batch, prepared: Mapping[str, Any], counts: Counts) -> Weighted:
         """Return one micro-batch's part of the step's loss; those of all micro-batches add up to it."""
@@ -244,7 +235,8 @@ class FlatCollator:
         return dict(self.collator.collate(rows))
 
 
-def _loaded(teacher: Any, vocab_size: int, device: torch.device) -> CausalLM:
+def load_teacher(teacher: Any, vocab_size: int, device: torch.device) -> CausalLM:
+    """Return a frozen teacher, of a model or of the folder or name of one, checked against its own logits."""
     if isinstance(teacher, str | os.PathLike):
         teacher = load_causal_lm(os.fspath(teacher), vocab_size, LoadOptions(dtype="auto")).model
     loaded = CausalLM(unwrapped(teacher), vocab_size).requires_grad_(False).eval()
@@ -266,7 +258,8 @@ def _check_body(teacher: CausalLM, device: torch.device) -> None:
         )
 
 
-def _checked_weights(losses: Mapping[str, float]) -> dict[str, float]:
+def checked_weights(losses: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of losses as floats; ValueError where one cannot be meant."""
     if not isinstance(losses, Mapping) or not losses:
         raise ValueError(f'losses must give a weight by name, such as {{"clm": 1.0}}: got {losses!r}')
     weights = {name: float(weight) for name, weight in losses.items()}
@@ -276,20 +269,40 @@ def _checked_weights(losses: Mapping[str, float]) -> dict[str, float]:
     return weights
 
 
-def _active(
+def active_losses(
     weights: Mapping[str, float],
     options: Mapping[str, Mapping[str, Any]],
-    tokenizers: tuple[Tokenizer, Tokenizer],
+    collator: AlignedCollator,
     device: torch.device,
 ) -> list[ActiveLoss]:
+    """Look the losses up, give each its options, and let the collator make the chunks that they read."""
     if unknown := sorted(set(options) - set(weights)):
         raise ValueError(
             f"options of {', '.join(unknown)}, which is not among the losses {', '.join(weights)}"
         )
-    return [
+    tokenizers = collator.student_tokenizer, collator.teacher_tokenizer or collator.student_tokenizer
+    active = [
         ActiveLoss(name, loss, _options(name, loss, dict(options.get(name, {})), tokenizers, device))
         for name, loss in ((name, resolve(name)) for name in weights)
     ]
+    kinds = {loss.chunks for loss in active if loss.chunks is not None}
+    collator.chunk_kinds = tuple(dict.fromkeys((*collator.chunk_kinds, *sorted(kinds))))
+    return active
+
+
+def sum_counts(
+    prepared: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Counts:
+    """Return, by loss, the count over micro-batches and ranks; see `Distiller.counts`."""
+    local = {
+        name: torch.stack([torch.as_tensor(one[name].count).double() for one in prepared]).sum(0)
+        for name in names
+    }
+    packed = (reduce or _sum_over_ranks)(torch.cat([count.reshape(-1) for count in local.values()]))
+    summed = packed.split([count.numel() for count in local.values()])
+    return {name: part.reshape(local[name].shape) for name, part in zip(local, summed, strict=True)}
 
 
 def _options(

@@ -112,14 +112,14 @@ class Wrapped(CausalLM):
         weights = [effective_weight(self.embedding), effective_weight(self.output)]
         if not any(isinstance(weight, DTensor) for weight in weights):
             return OwnVocabulary(self, None)
-        return OwnVocabulary(self, [_whole(weight) for weight in weights])
+        return OwnVocabulary(self, [whole(weight) for weight in weights])
 
     def head(self) -> Head:
         """Return the head; the embedding beside it is left alone."""
         bias_V = head_bias(self.output)
         return Head(
-            _whole(effective_weight(self.output)),
-            None if bias_V is None else _whole(bias_V),
+            whole(effective_weight(self.output)),
+            None if bias_V is None else whole(bias_V),
             **self.head_options(),
         )
 
@@ -168,10 +168,14 @@ class Wrapped(CausalLM):
         )
 
 
-def _whole(weight: Tensor) -> Tensor:
+def whole(weight: Tensor, *, averaged: bool = True) -> Tensor:
     """Return a parameter as one tensor on every process.
 
-    What FSDP2 has divided is gathered; gradients are scattered back and, as FSDP2 does, averaged.
+    What FSDP2 has divided is gathered; gradients are scattered back.
+
+    Args:
+        weight: a parameter, or what was made of one.
+        averaged: gradients are averaged over processes, as FSDP2 does by itself; False: summed.
     """
     if getattr(weight, "ds_id", None) is not None and not weight.numel():
         raise ValueError(
@@ -186,10 +190,10 @@ def _whole(weight: Tensor) -> Tensor:
             "a head divided by tensor parallelism is not put together here: leave it whole, or give the "
             "losses a Head with its Shard"
         )
-    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
+    gathered = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if gathered.requires_grad and averaged:
+        gathered.register_hook(lambda gradient: gradient / mesh.size())
+    return gathered
 
 
 @torch.no_grad()
