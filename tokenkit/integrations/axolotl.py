@@ -81,6 +81,7 @@ class DistillationPlugin(BasePlugin):
             """Axolotl's trainer, distilling; it hands over what it built its collator of."""
 
             def __init__(self, *args: Any, **kwargs: Any):
+                kwargs["eval_data_collator"] = None  # evaluation reads rows as training does
                 super().__init__(
                     *args,
                     teacher=cfg.distillation_teacher,

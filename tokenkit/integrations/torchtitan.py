@@ -29,8 +29,8 @@ class TitanLoss:
     """A loss of torchtitan's shape for models that skip their head (`_skip_lm_head`).
 
     The returned loss is this rank's part: its sum over ranks and micro-batches is the step's loss, which is
-    what torchtitan's FSDP, dividing gradients by nothing, expects. Losses with trained parts, and those that
-    read more than the last hidden states, are refused.
+    what torchtitan's FSDP, dividing gradients by nothing, expects. Losses that read more than the last
+    hidden states, or measure a whole step first, are refused.
 
     Args:
         teacher: a Hugging Face model, or the folder or name of one.
@@ -52,7 +52,7 @@ class TitanLoss:
         self.weights, self.device, self.vocab_size = checked_weights(losses), device, tokenizers[0].vocab_size
         self.active = active_losses(self.weights, options or {}, collator, device)
         for loss in self.active:
-            if loss.loss.states(loss.options) or getattr(loss.options, "project", False):
+            if loss.loss.states(loss.options) or loss.loss.settle is not None:
                 raise ValueError(
                     f"{loss.name} reads more than the last hidden states, which are all there is here"
                 )
