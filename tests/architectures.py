@@ -60,9 +60,11 @@ SMALL: dict[str, Any] = {
 MLA = {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 OTHERS: dict[str, dict[str, Any]] = {
     "axk1": MLA, "axk2": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "deepseek_v32": MLA, "glm_moe_dsa": MLA,
-    "glm4_moe_lite": MLA, "longcat_flash": MLA, "youtu": MLA,
+    "glm4_moe_lite": MLA, "longcat_flash": MLA,
+    "youtu": {**MLA, "pad_token_id": 310},  # loading it sets that row to 0
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 0, "sliding_window": 16},
     "gemma4_unified_text": {"global_head_dim": 16},
+    "gemma3_text": {"final_logit_softcapping": None},  # read by the text model alone, and null in all folders
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "kimi_linear": {"linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"], **MLA},
@@ -79,6 +81,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }  # fmt: skip
 """What some architectures need beside, or instead."""
+SEEING: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "image_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2,
+    "out_hidden_size": 32, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32,
+}  # fmt: skip
+"""Sizes of the part that sees, where a model has one."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,15 @@ def tiny(kind: str, **changes: Any) -> Any:
             **AutoConfig.for_model(kind).to_dict(),
             **getattr(AutoConfig.for_model(kind), "attribute_map", {}),
         }
-        sizes = {key: value for key, value in SMALL.items() if key in known}
+        sizes = fitting(SMALL, known)
+        for part, small in (("text_config", SMALL), ("vision_config", SEEING), ("audio_config", SEEING)):
+            if isinstance(inner := known.get(part), dict):
+                more = OTHERS.get(f"{kind}_text", {}) if part == "text_config" else {}
+                sizes[part] = {"model_type": inner["model_type"], **fitting(small, inner), **more}
         config = AutoConfig.for_model(kind, **{**sizes, **OTHERS.get(kind, {}), **changes})
         with torch.device("meta"):
             count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if count > 4e6:
+        if count > 6e6:
             raise NotBuiltError(f"{count:,} parameters at these sizes")
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -121,6 +133,11 @@ def tiny(kind: str, **changes: Any) -> Any:
     except Exception as error:
         raise NotBuiltError(one_line(error)) from error
     return randomise(model)
+
+
+def fitting(sizes: dict[str, Any], known: Any) -> dict[str, Any]:
+    """Return those of `sizes` that a configuration knows."""
+    return {key: value for key, value in sizes.items() if key in known}
 
 
 @torch.no_grad()
@@ -172,7 +189,8 @@ def study(kind: str, root: Path, **changes: Any) -> Row:
         return Row(kind, refused(error, root))
     logits = "equal" if student.form.transform is None else f"equal, through `{student.form.transform}`"
     ids_T = torch.from_numpy(old.encode(TEXT).ids).long()
-    before_TV = student.causal_lm(input_ids=ids_T[None], use_cache=False).logits[0, :, :VOCAB].detach()
+    with torch.no_grad():  # of the model as it was saved: what was lost on the way in is seen too
+        before_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :, :VOCAB]
     adapters = adapted(str(root / "model"), ids_T)
     try:
         transfer_vocabulary(student, old, new, pad_to_multiple_of=64)

@@ -12,6 +12,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,10 +228,20 @@ def set_generation(model: PreTrainedModel, student: CausalLM, tokenizer: Tokeniz
     for key, value in ids.items():
         setattr(model.generation_config, key, value)
         if key != "pad_token_id" or not positions_from_padding(student):
-            setattr(model.config, key, value)
+            setattr(model.config, key, None if key == "pad_token_id" and _empties_padding(model) else value)
     ends = {tokenizer.eos_id, tokenizer.special_ids.get("end_turn")} - {None}
     if len(ends) > 1:  # an answer ends with its turn, not with the document
         model.generation_config.eos_token_id = sorted(ends)
+
+
+def _empties_padding(model: PreTrainedModel) -> bool:
+    """Whether loading sets the row of the padding id to 0 (Youtu), which may be that of EOS here."""
+    probe = torch.nn.Embedding(2, 1, padding_idx=1)
+    torch.nn.init.ones_(probe.weight)
+    probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as what a file holds
+    with suppress(AttributeError):  # xLSTM's looks for the module's place in the model
+        model._init_weights(probe)
+    return not bool(probe.weight.all())
 
 
 def saveable_generation(own: Any) -> Any:

@@ -58,6 +58,8 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
             how["key_mapping"] = TEXT_NAMES
             print(f"{name_or_path}: of {config.model_type} the text part is read alone", file=sys.stderr)
             model, info = kind.from_pretrained(name_or_path, **how)
+    if getattr(config, "text_config", None) is not None:
+        model._weight_conversions = None  # saving would give the tensors their names in the whole model again
     if type(model).__module__.startswith("transformers."):
         # where the repository has code of its own too: what is written here needs none and holds none
         model.config.__dict__.pop("auto_map", None)
@@ -178,6 +180,8 @@ def text_class(config: Any) -> tuple[Any, Any] | None:
     whole = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if whole is not None and whole.config_class is type(text):
         return None
+    if getattr(config, "tie_word_embeddings", False):  # a head that the file has is kept all the same
+        text.tie_word_embeddings = True
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text
 
 
