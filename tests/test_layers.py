@@ -39,7 +39,7 @@ TRAINERS = {"transformers", "trl", "lightning", "accelerate", "torchtitan", "axo
 """Each has a file in `integrations`, which alone may import it, and at once: its class inherits."""
 
 OWNERS = {
-    "transformers": 8,
+    "transformers": 9,
     "tokenizers": 4,
     "peft": 2,
     "datasets": 2,

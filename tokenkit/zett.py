@@ -213,10 +213,12 @@ def zett(config: ZettConfig) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"output {folder} is not empty: move it away or name another folder")
     from tokenkit.tokenization.one_sided import explain_changed_bos
+    from tokenkit.tokenization.saving import explain_saving
     from tokenkit.tokenization.template_check import explain_template
 
     tokenizers = load_tokenizers(config)
-    for note in (explain_changed_bos(*tokenizers), explain_template(tokenizers[1])):
+    new = tokenizers[1]
+    for note in (explain_changed_bos(*tokenizers), explain_template(new), explain_saving(new)):
         if note is not None:
             print(note, file=sys.stderr)
     is_comparison = config.comparison.compare is not None

@@ -7,7 +7,6 @@ The folder is written beside its final name, loaded back with the Auto classes, 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import uuid
 import warnings
@@ -17,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenkit.export.expanded import point_auto_classes, with_expansion
+from tokenkit.export.tokenizer_folder import ExportError, sample_ids, write_tokenizer
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
@@ -33,25 +31,10 @@ from tokenkit.tokenization.byteify import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAIN_TOKENIZER = '''"""The tokenizer of tokenizer.json, as it is."""
-
-from transformers import PreTrainedTokenizerFast
-
-
-class PlainTokenizer(PreTrainedTokenizerFast):
-    """Reads tokenizer.json; adds nothing."""
-'''
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 """Settings of a generation that do not name ids of the old vocabulary: they are kept."""
-SAMPLE = "The quick brown fox, naïve in 1984 —\n\tjumps: 東京 🙂 over it."
-
-
 EXPANSION = "expansion."
 """Begins the names of an expansion's rows in a state dict, here and in the exported weights."""
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not reproduce the student. It was left beside its final name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +88,7 @@ def export_huggingface(
     written.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
     if expansion is not None:
         point_auto_classes(staging)
-    tokenizer.save(staging)
-    make_auto_tokenizer_keep_it(staging, tokenizer, has_own_class=expansion is not None)
+    write_tokenizer(staging, tokenizer, has_own_class=expansion is not None)
     card = model_card(request.facts or {}, needs_code=expansion is not None)
     (staging / "README.md").write_text(card, encoding="utf-8")
     if request.is_consumed:
@@ -258,58 +240,6 @@ def saveable_generation(own: Any) -> Any:
     return GenerationConfig(**values)
 
 
-def _sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
-    return tokenizer.encode(tokenizer.normalize(SAMPLE)).ids
-
-
-def _difference_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> str | None:
-    """Return in what the tokenizer differs that `AutoTokenizer` makes of the folder."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
-    got = list(loaded(tokenizer.normalize(SAMPLE), add_special_tokens=False)["input_ids"])
-    ids = _sample_ids(tokenizer).tolist()
-    if got != ids:
-        return f"gives {got} instead of {ids}"
-    for role in ("bos", "eos", "pad"):
-        own, theirs = getattr(tokenizer, f"{role}_id"), getattr(loaded, f"{role}_token_id")
-        if theirs != own:
-            return f"has {theirs} as {role}_token_id instead of {own}"
-    if len(loaded) > tokenizer.vocab_size:
-        return f"has {len(loaded)} tokens instead of {tokenizer.vocab_size}"
-    return None
-
-
-def make_auto_tokenizer_keep_it(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
-    """Keep `AutoTokenizer` from rebuilding the tokenizer in the way of the model's architecture.
-
-    For some model types (qwen2, phi3) transformers 5 ignores the class that tokenizer_config.json names
-    and puts the new vocabulary behind the old architecture's pre-tokenizer, or adds its pad token: other ids,
-    no warning. A class of the folder's own takes precedence, and where its code is not trusted the file is
-    read as it is.
-
-    Where the model has a class of its own, AutoTokenizer must trust its code: it asks the model's
-    configuration for the model type first.
-    """
-    if _difference_of_reload(folder, tokenizer, trusts_code=has_own_class) is None:
-        return
-    (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_plain.PlainTokenizer"]}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def check_tokenizer(folder: Path, tokenizer: Tokenizer, *, trusts_code: bool) -> None:
-    """Refuse a folder whose tokenizer, as `AutoTokenizer` reads it, gives other ids.
-
-    Raises:
-        ExportError: it does.
-    """
-    if (difference := _difference_of_reload(folder, tokenizer, trusts_code=trusts_code)) is not None:
-        raise ExportError(f"{folder}: the tokenizer, loaded back, {difference}")
-
-
 @torch.no_grad()
 def _check(
     folder: Path,
@@ -321,7 +251,6 @@ def _check(
     from transformers import AutoModelForCausalLM
 
     has_own_class = expansion is not None  # its code was written here, a moment ago
-    check_tokenizer(folder, tokenizer, trusts_code=has_own_class)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
@@ -341,7 +270,6 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
     from transformers import AutoModelForCausalLM
 
-    check_tokenizer(folder, tokenizer, trusts_code=False)
     ids_BT = _sample_batch(model, tokenizer)
     expected_TV, dtype = model(input_ids=ids_BT, use_cache=False).logits[0].float(), model.dtype
     model.to("meta")
@@ -351,7 +279,7 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
 
 
 def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
-    ids = _sample_ids(tokenizer)
+    ids = sample_ids(tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
     return torch.from_numpy(ids[:limit]).long()[None]
 

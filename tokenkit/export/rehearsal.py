@@ -9,12 +9,8 @@ from pathlib import Path
 import torch
 
 from tokenkit.config.errors import DataError
-from tokenkit.export.huggingface import (
-    ExportError,
-    check_tokenizer,
-    make_auto_tokenizer_keep_it,
-    set_generation,
-)
+from tokenkit.export.huggingface import set_generation
+from tokenkit.export.tokenizer_folder import ExportError, write_tokenizer
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import positions_from_padding
 from tokenkit.tokenization.byteify import Tokenizer
@@ -35,9 +31,7 @@ def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             _check_shapes(student, tokenizer, folder)
-            tokenizer.save(folder)
-            make_auto_tokenizer_keep_it(folder, tokenizer, has_own_class=False)
-            check_tokenizer(folder, tokenizer, trusts_code=False)
+            write_tokenizer(folder, tokenizer, has_own_class=False)
     except (ExportError, ValueError) as error:
         reason = str(error).replace(f"{name}: ", "")
         raise DataError(

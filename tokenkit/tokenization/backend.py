@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -51,16 +52,28 @@ class Backend:
 
     def encode_with_offsets(self, text: str, writer: Writer) -> tokenizers.Encoding:
         """Encode one text, where the offsets of its tokens (characters) are needed."""
-        return writer.backend.encode(writer.lead + text, add_special_tokens=False)
+        with _no_panic("a text"):
+            return writer.backend.encode(writer.lead + text, add_special_tokens=False)
+
+    def encode_batch(self, texts: Sequence[str], writer: Writer) -> list[tokenizers.Encoding]:
+        """Encode many texts, on all cores.
+
+        Raises:
+            ValueError: the library gave up on one of them.
+        """
+        written = [writer.lead + text for text in texts] if writer.lead else texts
+        with _no_panic("a text"):
+            return writer.backend.encode_batch_fast(written, add_special_tokens=False)
 
     def normalize(self, text: str) -> str | None:
         """Return, as text, what the model gets to see; None where that is not UTF-8."""
         normalizer, pre_tokenizer = self._first.normalizer, self._first.pre_tokenizer
-        if normalizer:
-            text = normalizer.normalize_str(text)
-        starts_with_space = text.startswith((" ", METASPACE))
-        if pre_tokenizer:
-            text = "".join(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+        with _no_panic("a text"):
+            if normalizer:
+                text = normalizer.normalize_str(text)
+            starts_with_space = text.startswith((" ", METASPACE))
+            if pre_tokenizer:
+                text = "".join(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
         if self.alphabet == "byte-level":
             decoded = spell(text)
             if decoded is None:
@@ -88,6 +101,20 @@ def build(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
         ValueError: the library refuses it.
     """
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+        with _no_panic("the tokenizer.json"):
+            return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+    except RecursionError:
+        raise
     except Exception as error:  # the library raises Exception itself, nothing narrower
         raise ValueError(f"the tokenizers library refuses the tokenizer.json: {error}") from error
+
+
+@contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Turn a panic of the library, which is no Exception, into an error: its patterns give up so."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library gave up on {what}: {error}") from error

@@ -28,7 +28,7 @@ from tokenkit.tokenization.flat import EncodedTexts, Ints, walked_texts
 from tokenkit.tokenization.generic import generic_family
 from tokenkit.tokenization.prefix import Prefix, find_prefix
 from tokenkit.tokenization.saving import save, to_huggingface
-from tokenkit.tokenization.sources import read_files, read_object
+from tokenkit.tokenization.sources import read_files, read_object, well_formed
 from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
 from tokenkit.tokenization.special_tokens import (
     byte_document,
@@ -147,10 +147,7 @@ class Tokenizer:
         if self._is_bytes and before != "space":
             return CutTexts(texts, raw, None, ())
         writer = self._backend.writer(before)
-        written = [writer.lead + text for text in texts] if writer.lead else texts
-        return CutTexts(
-            texts, raw, writer, writer.backend.encode_batch_fast(written, add_special_tokens=False)
-        )
+        return CutTexts(texts, raw, writer, self._backend.encode_batch(texts, writer))
 
     def placed(self, cut: CutTexts) -> EncodedTexts:
         """Lay out what `cut_texts` returned."""
@@ -346,28 +343,30 @@ def load_tokenizer(
         called, files = read_object(spec)
         spec = TokenizerSpec(called)
     elif spec.name_or_path != BYTE:
-        files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        with well_formed(spec.name_or_path):
+            files = read_files(spec.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if spec.name_or_path == BYTE:
         name = spec.target or spec.source
         family = FAMILIES[name] if name else BYTE_FAMILY
         document = byte_document([*family.tokens.values(), *tokens_to_add])
         return Tokenizer(spec, document, family, tokens_to_add=tokens_to_add)
-    document, chat_template = files.document, files.chat_template
-    if spec.conversion == "byte":
-        document = byte_document(control_strings(document))
-    family = FAMILIES[spec.source] if spec.source else generic_family(files)
-    if spec.source:
-        check_has_family(control_strings(document), family, spec.name_or_path)
-    if spec.target:
-        tokens = tokens_by_role(family, chat_template, control_strings(document))
-        document = to_family(document, replace(family, tokens=tokens), FAMILIES[spec.target])
-        family, chat_template = FAMILIES[spec.target], None
-    if tokens_to_add:
-        document = with_special_tokens(document, tokens_to_add)
-    try:
-        return Tokenizer(spec, document, family, chat_template, tokens_to_add)
-    except ValueError as error:
-        raise ValueError(f"tokenizer {spec} cannot be read byte for byte: {error}") from error
+    with well_formed(spec.name_or_path):
+        document, chat_template = files.document, files.chat_template
+        if spec.conversion == "byte":
+            document = byte_document(control_strings(document))
+        family = FAMILIES[spec.source] if spec.source else generic_family(files)
+        if spec.source:
+            check_has_family(control_strings(document), family, spec.name_or_path)
+        if spec.target:
+            tokens = tokens_by_role(family, chat_template, control_strings(document))
+            document = to_family(document, replace(family, tokens=tokens), FAMILIES[spec.target])
+            family, chat_template = FAMILIES[spec.target], None
+        if tokens_to_add:
+            document = with_special_tokens(document, tokens_to_add)
+        try:
+            return Tokenizer(spec, document, family, chat_template, tokens_to_add)
+        except ValueError as error:
+            raise ValueError(f"tokenizer {spec} cannot be read byte for byte: {error}") from error
 
 
 def canonical_text(text: str, *tokenizers: Tokenizer) -> str:

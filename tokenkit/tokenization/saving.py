@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from tokenkit.tokenization.backend import build
 from tokenkit.tokenization.family_template import exported_template
 from tokenkit.tokenization.generic import leading_tokens
 from tokenkit.tokenization.prefix import with_prepended_space
+from tokenkit.tokenization.vocabulary import with_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,7 +33,9 @@ def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     document = {**tokenizer.document, "post_processor": _post_processor(tokenizer)}
-    document |= {"truncation": None, "padding": None}
+    document |= {"truncation": None, "padding": None, "model": {**document["model"]}}
+    if document["model"].get("dropout"):
+        document["model"]["dropout"] = None  # ids of training were read without it: see `explain_saving`
     if tokenizer.prefix.is_manual:
         if tokenizer.vocabulary.text_added:
             raise ValueError(
@@ -40,17 +44,43 @@ def to_huggingface(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
             )
         document = with_prepended_space(document)
     backend = build(document)
-    for string, token_id in tokenizer.control.items():
-        if backend.token_to_id(string) != token_id:
-            raise ValueError(
-                f"special token {string!r} has id {token_id} but would be saved as "
-                f"{backend.token_to_id(string)}: the vocabulary has a hole before it"
-            )
+    added = document.get("added_tokens") or []
+    if _misnumbered(backend, added):
+        # the library numbers added tokens behind a hole anew, unless the model has them
+        backend = build({**document, "model": with_entries(document["model"], added)})
+    for string, token_id in _misnumbered(backend, added).items():
+        raise ValueError(
+            f"added token {string!r} has id {token_id} but would be saved as "
+            f"{backend.token_to_id(string)}: the vocabulary has a hole before it"
+        )
     tokens = tokenizer.family.tokens
     names = {f"{role}_token": tokens[role] for role in _ROLES if tokens.get(role) in tokenizer.control}
     result = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
     result.chat_template = exported_template(tokenizer)
     return result
+
+
+def _misnumbered(backend: Any, added: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        token["content"]: token["id"]
+        for token in added
+        if backend.token_to_id(token["content"]) != token["id"]
+    }
+
+
+def explain_saving(tokenizer: Tokenizer) -> str | None:
+    """Return how the saved tokenizer reads text otherwise than its files or training do; None: as they do."""
+    notes = []
+    if dropout := tokenizer.document["model"].get("dropout"):
+        notes.append(f"BPE dropout of {dropout} is off while training, and in the tokenizer that is saved")
+    words = [string for string in tokenizer.control if string.isalnum()]
+    if words:
+        named = ", ".join(map(repr, words[:5])) + (", ..." if len(words) > 5 else "")
+        notes.append(
+            f"special tokens that are words ({named}): in training a text spells them out, while the "
+            "saved tokenizer reads them as special wherever they stand, as all do in transformers"
+        )
+    return f"tokenizer {tokenizer.spec}: {'; '.join(notes)}" if notes else None
 
 
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:

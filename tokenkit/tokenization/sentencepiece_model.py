@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MODEL_TYPES = {1: "Unigram", 2: "BPE"}
 _SPACE = "▁"
+_POINTER = b"version https://git-lfs"
+_TIKTOKEN = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?\n){3}")
 
 
 class Piece(NamedTuple):
@@ -44,6 +46,7 @@ def sentencepiece_document(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a SentencePiece model, or one of words or characters.
     """
+    _check_kind(path)
     model = _read(path)
     if model.model_type not in MODEL_TYPES:
         raise ValueError(
@@ -82,6 +85,31 @@ def sentencepiece_document(path: Path) -> dict[str, Any]:
         "decoder": _decoder(model.adds_dummy_prefix),
         "model": backend,
     }
+
+
+def check_is_no_pointer(path: Path) -> None:
+    """Refuse what Git leaves in the place of a large file.
+
+    Raises:
+        ValueError: it is a pointer of Git LFS.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+
+
+def _check_kind(path: Path) -> None:
+    check_is_no_pointer(path)
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if _TIKTOKEN.match(head):
+        raise ValueError(
+            f"{path} is a tiktoken file (lines of base64 and a rank), not a SentencePiece model: "
+            "name a folder with the tokenizer.json of the same tokenizer, which the model's Hugging Face "
+            "repository has"
+        )
+    if head.lstrip().startswith(b"{"):
+        raise ValueError(f"{path} is JSON, not a SentencePiece model: name a folder with a tokenizer.json")
 
 
 def _user_defined(strings: list[str]) -> dict[str, Any] | None:

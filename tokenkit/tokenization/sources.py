@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenkit.tokenization.sentencepiece_model import sentencepiece_document
+from tokenkit.tokenization.sentencepiece_model import check_is_no_pointer, sentencepiece_document
 
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -103,9 +105,28 @@ def _folder(name_or_path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def well_formed(name: str) -> Iterator[None]:
+    """Name the tokenizer whose files are JSON, but not of the form that the tokenizers library writes.
+
+    Raises:
+        ValueError: a part is missing, is of another type, or is nested too deeply to be read.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except RecursionError as error:
+        raise ValueError(f"tokenizer {name}: its files are nested too deeply: fetch it again") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"tokenizer {name}: its files are not of the tokenizers library's form "
+            f"({type(error).__name__}: {error}): fetch it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    check_is_no_pointer(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the tokenizer again") from error
     if not isinstance(value, dict):

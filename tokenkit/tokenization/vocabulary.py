@@ -8,9 +8,9 @@ Works on the parsed `tokenizer.json`. Three ways of writing bytes as vocabulary 
 
 **Which added tokens are text.** A tokenizer's added tokens are cut out of the text before its model sees
 it. Those that are *control* tokens must not be: text that contains their string is plain text. An added
-token is control if it is marked special, or swallows neighbouring whitespace (`lstrip`, `rstrip`), or
-looks like markup (`<tool_call>`, `[INST]`, `<|x|>`) that is not an HTML tag. All others (runs of
-whitespace, HTML tags, words) are text and stay.
+token is control if it is marked special, or looks like markup (`<tool_call>`, `[INST]`, `<|x|>`) that is
+not an HTML tag. All others (runs of whitespace, HTML tags, words) are text and stay; one of them that
+swallows neighbouring whitespace (`lstrip`, `rstrip`) has no bytes of its own and is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Alphabet = Literal["byte-level", "metaspace", "plain"]
 METASPACE = "▁"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 MODELS = ("BPE", "Unigram")
+MAX_SPREAD = 16  # ids for each token that there is: a table of all ids is made
 
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _HTML = re.compile(
@@ -85,6 +86,10 @@ def read_vocabulary(document: Mapping[str, Any], *, prebyteified: bool = False) 
     strings = vocabulary_strings(model)
     added = document.get("added_tokens") or []
     size = 1 + max([*strings.values(), *(token["id"] for token in added)], default=-1)
+    if size > MAX_SPREAD * (len(strings) + len(added)) + 2**20:
+        raise ValueError(
+            f"its largest id is {size - 1:,}, for {len(strings) + len(added):,} tokens: mend the ids"
+        )
     token_bytes, is_special_V = [b""] * size, np.ones(size, dtype=bool)
     has_byte_pieces = alphabet == "metaspace" and bool(model.get("byte_fallback"))
     for string, token_id in strings.items():
@@ -98,6 +103,7 @@ def read_vocabulary(document: Mapping[str, Any], *, prebyteified: bool = False) 
             control[string] = token_id
             token_bytes[token_id], is_special_V[token_id] = string.encode(), True
         else:
+            _check_keeps_spaces(token)
             text = string.replace(METASPACE, " ") if alphabet == "metaspace" else string
             token_bytes[token_id], is_special_V[token_id] = text.encode(), False
     unk_id = _unknown_id(model, strings, alphabet)
@@ -107,10 +113,20 @@ def read_vocabulary(document: Mapping[str, Any], *, prebyteified: bool = False) 
     return Vocabulary(token_bytes, is_special_V, control, text_added, unk_id, alphabet)
 
 
+def _check_keeps_spaces(token: Mapping[str, Any]) -> None:
+    """Refuse text that takes spaces along: which bytes it stands for would depend on what is around it."""
+    if flags := [flag for flag in ("lstrip", "rstrip") if token.get(flag)]:
+        raise ValueError(
+            f"the added token {token['content']!r} is a word that swallows the whitespace beside it "
+            f"({', '.join(flags)}): mark it special in tokenizer.json (text then spells it out), or clear "
+            "the flags"
+        )
+
+
 def is_control(added_token: Mapping[str, Any]) -> bool:
     """Whether an entry of `added_tokens` is a control token; the module says when."""
     string = added_token["content"]
-    if added_token.get("special") or added_token.get("lstrip") or added_token.get("rstrip"):
+    if added_token.get("special"):
         return True
     return bool(_MARKUP.fullmatch(string)) and not _HTML.fullmatch(string)
 
@@ -165,7 +181,7 @@ def plain_text_document(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **document,
         "pre_tokenizer": pre_tokenizer,
-        "model": _with_entries(model, text_added),
+        "model": with_entries(model, text_added),
         "added_tokens": text_added,
         "post_processor": None,
         "truncation": None,
@@ -239,7 +255,7 @@ def _spelling_byte_pieces(pre_tokenizer: Any) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*([pre_tokenizer] if pre_tokenizer else []), cut]}
 
 
-def _with_entries(model: dict[str, Any], added: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def with_entries(model: dict[str, Any], added: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Give added tokens a vocabulary entry: without it the tokenizers library numbers them anew."""
     strings = vocabulary_strings(model)
     missing = {token["id"]: token["content"] for token in added if token["content"] not in strings}

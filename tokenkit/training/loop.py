@@ -37,6 +37,7 @@ from tokenkit.parallel import (
 )
 from tokenkit.run_folder import DiskError, RunLock, blaming_disk, prepare_output, write_durably
 from tokenkit.tokenization.one_sided import explain_one_sided_bos
+from tokenkit.tokenization.saving import explain_saving
 from tokenkit.tokenization.template_check import explain_template
 from tokenkit.training.build import Parts, build
 from tokenkit.training.ending import Ending, begin_outcome, ending
@@ -384,7 +385,8 @@ def _describe(parts: Parts, config: TrainConfig) -> str:
         lines.append(f"hypernetwork: {size:,} parameters write the embedding rows")
     text = config.text
     note = explain_one_sided_bos(*pair, text.chat_template_mode, use_chat_template=text.use_chat_template)
-    notes = [note, explain_template(pair[0]) if text.use_chat_template else None]
+    template = explain_template(pair[0]) if text.use_chat_template else None
+    notes = [note, template, explain_saving(pair[0])]
     lines += [note for note in notes if note is not None]
     return "\n".join(lines)
 

@@ -1,0 +1,54 @@
+"""Characters that a tokenizer cannot write: some vocabularies lack bytes, and have no unknown token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+from weakref import WeakKeyDictionary
+
+from tokenkit.tokenization.byteify import Tokenizer, canonical_text
+
+Unencodable = Literal["skip", "drop", "replace"]
+"""What becomes of a document with such a character: it is left out, or the characters are."""
+
+REPLACEMENTS = "\ufffd?"  # the first that all tokenizers can write
+
+_writes: WeakKeyDictionary[Tokenizer, dict[str, bool]] = WeakKeyDictionary()
+
+
+def check_unencodable(value: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        ValueError: it is none of `Unencodable`.
+    """
+    if value not in get_args(Unencodable):
+        raise ValueError(f"unencodable is one of {', '.join(get_args(Unencodable))}: got {value!r}")
+
+
+def writable_text(
+    text: str, tokenizers: Sequence[Tokenizer], unencodable: Unencodable = "drop"
+) -> tuple[str, int]:
+    """Return the canonical text without the characters that some tokenizer cannot write, and their number.
+
+    Raises:
+        ValueError: text that is not valid Unicode, or has no canonical form.
+    """
+    text = canonical_text(text, *tokenizers)
+    lacking = {c for c in set(text) if not all(_can_write(c, tokenizer) for tokenizer in tokenizers)}
+    if not lacking:
+        return text, 0
+    mark = ""
+    if unencodable == "replace":
+        mark = next((c for c in REPLACEMENTS if all(_can_write(c, t) for t in tokenizers)), "")
+    number = sum(text.count(character) for character in lacking)
+    return canonical_text(text.translate({ord(c): mark for c in lacking}), *tokenizers), number
+
+
+def _can_write(character: str, tokenizer: Tokenizer) -> bool:
+    known = _writes.setdefault(tokenizer, {})
+    if character not in known:
+        # what alone is changed (a space that is stripped) was looked at as a part of the canonical text
+        is_changed = tokenizer.normalize(character) != character
+        known[character] = is_changed or tokenizer.try_encode_batch([character], "text")[0] is not None
+    return known[character]
