@@ -144,6 +144,11 @@ class Batches:
         """Documents that this rank could not tokenize, by reason, up to the last step given out."""
         return Counter(self._untokenized)
 
+    @property
+    def altered(self) -> Counter[str]:
+        """Characters that this process dropped or replaced, and in how many rows, those read ahead too."""
+        return Counter(self._collator.altered)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state behind the last step given out; JSON, and the same on all ranks."""
         return self._consumed

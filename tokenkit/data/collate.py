@@ -5,6 +5,7 @@ An `AlignedCollator` is an ordinary `collate_fn`: give it to a `DataLoader` or a
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenkit.data.beginning import beginning
 from tokenkit.pairing.align import Alignment, PairRule, SideRules, SpecialTokensMode, align_kinds
 from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
-from tokenkit.tokenization.chat import encode_flat
+from tokenkit.tokenization.chat import CANNOT_SPELL, encode_flat
 from tokenkit.tokenization.documents import Document, document_from_row
 from tokenkit.tokenization.flat import FlatTokens, cut, joined
+from tokenkit.tokenization.unwritable import Unencodable, check_unencodable, writable_document
+
+logger = logging.getLogger(__name__)
 
 _QUOTED = re.compile(r"""\s*(?:\(?['"]|at character).*""", re.DOTALL)
 _WHITESPACE = "space+tab+newline"  # what may begin a word; a special token closes a chunk by itself
@@ -57,10 +62,15 @@ class AlignedCollator:
     """Whether special tokens that both sides write are chunks; see `pairing.align.align_kinds`."""
     space_mask_mode: str = "space+tab+newline+special"
     """Tokens whose probability counts as "a word ends here": `Side.space_V`."""
+    unencodable: Unencodable = "skip"
+    """What becomes of a row with characters that a tokenizer cannot write: `skip` leaves it out, `drop` and
+    `replace` (by U+FFFD, or else `?`) change the text, for both sides alike."""
     pad_to_multiple_of: int = 1
     """Both lengths are padded up to a multiple of this."""
     skipped: Counter[str] = field(default_factory=Counter, init=False)
     """Rows left out so far, by reason."""
+    altered: Counter[str] = field(default_factory=Counter, init=False)
+    """Characters that were dropped or replaced so far, and in how many rows."""
 
     def __post_init__(self) -> None:
         """Check the options, and read the tokenizers' masks once.
@@ -76,6 +86,7 @@ class AlignedCollator:
         if self.teacher_tokenizer is not None:
             self.teacher_tokenizer = load_tokenizer(self.teacher_tokenizer)
         tokenizers = (self.student_tokenizer, self.teacher_tokenizer or self.student_tokenizer)
+        check_unencodable(self.unencodable)
         self._lengths = (self.max_length_student, self.max_length_teacher)
         self._rules = (_rules(tokenizers[0]), _rules(tokenizers[1]))
         self._space = tuple(
@@ -137,8 +148,8 @@ class AlignedCollator:
             try:
                 documents.append(row if isinstance(row, Document) else document_from_row(row))
             except ValueError as error:
-                self.skipped[_reason(error)] += 1
-        sides = self._encode_readable(documents)
+                self._skip(error)
+        sides = self._encode_readable([self._beginning(document) for document in documents])
         return cut(sides[0], self._lengths[0]), cut(sides[-1], self._lengths[1])
 
     def _encode_readable(self, documents: list[Document]) -> tuple[FlatTokens, ...]:
@@ -153,18 +164,50 @@ class AlignedCollator:
             try:
                 encoded.append(self._encode([document]))
             except ValueError as error:
-                self.skipped[_reason(error)] += 1
+                if (mended := self._mended(document)) is not None:
+                    encoded.append(mended)
+                else:
+                    self._skip(error)
         if not encoded:  # a batch needs a row to run the model on, and that row asks for nothing
             encoded = [tuple(map(_untrained, self._pads))]
         return tuple(map(joined, zip(*encoded, strict=True)))
 
+    def _beginning(self, document: Document) -> Document:
+        """Return a document of which no more has to be read than is kept."""
+        both = self._lengths if self.teacher_tokenizer is not None else (max(self._lengths),)
+        return beginning(document, both, self._encode)
+
+    def _mended(self, document: Document) -> tuple[FlatTokens, ...] | None:
+        """Encode a document without the characters that a tokenizer cannot write; None: it stays out."""
+        if self.unencodable == "skip":
+            return None
+        try:
+            mended, number = writable_document(document, self._tokenizers, self.unencodable)
+            encoded = self._encode([self._beginning(mended)])
+        except ValueError:
+            return None
+        if not self.altered:
+            logger.warning("a row has characters that a tokenizer cannot write: %s", self.unencodable)
+        self.altered.update({"characters": number, "rows": 1})
+        return encoded
+
+    def _skip(self, error: ValueError) -> None:
+        reason = _reason(error)
+        self.skipped[reason] += 1
+        if self.skipped[reason] == 1:
+            way_out = "; data.bad_rows.unencodable can keep such rows" if CANNOT_SPELL in reason else ""
+            logger.warning("a row is left out: %s%s; more such rows are only counted", reason, way_out)
+
+    @property
+    def _tokenizers(self) -> tuple[Tokenizer, ...]:
+        if self.teacher_tokenizer is None:
+            return (self.student_tokenizer,)
+        return self.student_tokenizer, self.teacher_tokenizer
+
     def _encode(self, documents: list[Document]) -> tuple[FlatTokens, ...]:
-        tokenizers: tuple[Tokenizer, ...] = (self.student_tokenizer,)
-        if self.teacher_tokenizer is not None:
-            tokenizers = (self.student_tokenizer, self.teacher_tokenizer)
         return encode_flat(
             documents,
-            tokenizers,
+            self._tokenizers,
             mode=self.chat_template_mode,
             loss_mask_mode=self.loss_mask_mode,
             use_chat_template=self.use_chat_template,

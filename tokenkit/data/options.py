@@ -77,6 +77,9 @@ class BadRowOptions:
 
     action: Literal["skip", "raise"] = "skip"
     """`skip` counts the row under its reason; `raise` stops at the first."""
+    unencodable: Literal["skip", "drop", "replace"] = "skip"
+    """A row with characters that a tokenizer lacks the bytes for: `skip` leaves it out, counted; `drop` and
+    `replace` (by U+FFFD or `?`) change its text for both sides, counted."""
     quota: float = 0.01
     """Share of the rows read so far that may be skipped, once more than ten were; beyond it: an error."""
     max_row_bytes: int = 10_000_000
@@ -88,6 +91,10 @@ class BadRowOptions:
         """Check the ranges."""
         if self.action not in ("skip", "raise"):
             raise ValueError(f"data.bad_rows.action must be skip or raise: got {self.action!r}")
+        if self.unencodable not in ("skip", "drop", "replace"):
+            raise ValueError(
+                f"data.bad_rows.unencodable must be skip, drop or replace: got {self.unencodable!r}"
+            )
         if not 0 <= self.quota <= 1:
             raise ValueError(f"data.bad_rows.quota must lie in [0, 1]: got {self.quota}")
         if min(self.max_row_bytes, self.max_file_bytes) < 1:

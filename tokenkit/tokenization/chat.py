@@ -41,6 +41,8 @@ ChatTemplateMode = Literal[
     "direct_encode_no_force_bos_no_force_eos",
 ]
 LossMaskMode = Literal["assistant", "all"]
+CANNOT_SPELL = "cannot spell"
+"""In the reason why a document cannot be written: its vocabulary lacks bytes."""
 
 
 def encode_flat(
@@ -173,7 +175,7 @@ def _encode_texts(
     again = _encode_by_place(tokenizers, canonical, [[place[index] for index in changed] for place in places])
     for tokenizer, side in zip(tokenizers, again, strict=True):
         if not side.is_spelled_K.all():
-            raise ValueError(f"text that tokenizer {tokenizer.spec} cannot spell")
+            raise ValueError(f"text that tokenizer {tokenizer.spec} {CANNOT_SPELL}")
     encoded = [side.replaced(changed, other) for side, other in zip(encoded, again, strict=True)]
     for index, text in zip(changed, canonical, strict=True):
         texts[index] = text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text
+from tokenkit.tokenization.documents import Document
 
 Unencodable = Literal["skip", "drop", "replace"]
 """What becomes of a document with such a character: it is left out, or the characters are."""
@@ -43,6 +45,35 @@ def writable_text(
         mark = next((c for c in REPLACEMENTS if all(_can_write(c, t) for t in tokenizers)), "")
     number = sum(text.count(character) for character in lacking)
     return canonical_text(text.translate({ord(c): mark for c in lacking}), *tokenizers), number
+
+
+def writable_document(
+    document: Document, tokenizers: Sequence[Tokenizer], unencodable: Unencodable
+) -> tuple[Document, int]:
+    """Return a document of `writable_text`, and the number of characters that were taken out.
+
+    Raises:
+        ValueError: as `writable_text`, or nothing is left.
+    """
+    number = 0
+
+    def written(text: str) -> str:
+        nonlocal number
+        text, lacking = writable_text(text, tokenizers, unencodable)
+        number += lacking
+        return text
+
+    if document.text is not None:
+        return replace(document, text=written(document.text)), number
+    messages = tuple(
+        replace(
+            message,
+            content=written(message.content),
+            reasoning=None if message.reasoning is None else written(message.reasoning),
+        )
+        for message in document.messages or ()
+    )
+    return replace(document, messages=messages), number
 
 
 def _can_write(character: str, tokenizer: Tokenizer) -> bool:

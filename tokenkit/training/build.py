@@ -208,6 +208,7 @@ def build_collator(
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
         use_chat_template=config.text.use_chat_template,
+        unencodable=config.data.bad_rows.unencodable,
         special_tokens_mode=config.target.special_tokens_mode,
         space_mask_mode=config.objective.alm.space_mask_mode,
     )

@@ -315,6 +315,9 @@ def _say_left_out(session: Session) -> None:
     if left_out:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
         _say(session.world, f"rows left out: {reasons}")
+    altered = sum(map(Counter, gather_json(session.parts.batches.altered, session.world)), Counter[str]())
+    if altered:
+        _say(session.world, f"characters that a tokenizer cannot write, dropped or replaced: {dict(altered)}")
 
 
 def _export(session: Session) -> None:
