@@ -1,4 +1,4 @@
-"""Time, memory and error of linear_divergence against eager and compiled PyTorch and Liger's fused JSD.
+"""Time, memory and error of linear_divergence against eager and compiled PyTorch, Liger and TRL.
 
     python bench/linear_divergence.py                          the default case of this device
     python bench/linear_divergence.py --grid --save DIR        lengths and vocabularies of kernels.md (GPU)
@@ -33,7 +33,7 @@ from tokenkit.structs import Head
 
 CHECKED_ROWS = 64
 LARGEST_ERROR = 2e-2  # of the loss, relative: bfloat16 logits of eager are this wrong
-PEERS = ("Liger js", "Liger js chunked")
+PEERS = ("Liger js", "Liger js chunked", "TRL js", "TRL kl")
 PEER_ERRORS = (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError)
 
 
@@ -123,6 +123,15 @@ def _liger(problem: Problem, hidden: Tensor, weight: Tensor, *, chunked: bool) -
     return loss(hidden, weight, problem.teacher[: len(hidden)], teacher_weight, labels)
 
 
+def _trl(problem: Problem, hidden: Tensor, weight: Tensor, *, beta: float) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    teacher, teacher_weight = problem.teacher[: len(hidden)], problem.teacher_weight[: len(weight)]
+    teacher, teacher_weight = teacher.to(hidden.dtype), teacher_weight.to(hidden.dtype)
+    found = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, beta)
+    return found[0].mean()
+
+
 @dataclass(frozen=True)
 class Contender:
     """A loss, its GEMMs of 2·N·V·D (both models counted alike), and what it computes."""
@@ -151,6 +160,9 @@ def contenders(device: str) -> dict[str, Contender]:
             if device != "cpu":
                 loss = partial(_divergence, function=compiled, weighted=False, **common)
                 found[f"compiled {name}"] = Contender(loss, 4, **common)
+    if importlib.util.find_spec("trl"):
+        found["TRL js"] = Contender(partial(_trl, beta=0.5), 6, "js")
+        found["TRL kl"] = Contender(partial(_trl, beta=0.0), 6, "kl")
     if importlib.util.find_spec("liger_kernel"):
         found["Liger js chunked"] = Contender(partial(_liger, chunked=True), 4, "js")
         if device != "cpu":

@@ -8,7 +8,7 @@
 One row per contender: forward and backward, forward alone, the ratio to its floor (the cuBLAS GEMMs of
 that shape and number, timed in the same run), useful TFLOP/s (recomputation does not count), memory above
 inputs split into outputs and workspace, and the largest error of logp and dX against float64. A contender
-that is wrong is not timed. Peers (torch's linear_cross_entropy, Liger, cut-cross-entropy) run where they
+that is wrong is not timed. Peers (torch's linear_cross_entropy, Liger, TRL, cut-cross-entropy) run where they
 are installed; they compute no mass of a subset.
 """
 
@@ -33,7 +33,7 @@ from tokenkit.kernels.vocabulary import split_vocabulary
 from tokenkit.structs import Head
 
 CHECKED_ROWS = 64
-PEERS = ("F.linear_cross_entropy", "Liger (sum)", "CCE", "CCE exact", "CCE compiled", "compiled")
+PEERS = ("F.linear_cross_entropy", "Liger (sum)", "TRL", "CCE", "CCE exact", "CCE compiled", "compiled")
 PEER_ERRORS = (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError)
 ALL_MEMORY = 1 << 40
 A_TILE = 256 * 2**20
@@ -150,6 +150,17 @@ def _liger(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     return -loss(weight, hidden, problem.target[: len(hidden)])
 
 
+def _trl(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    target = problem.target[: len(hidden)]
+    columns = 8192 if hidden.is_cuda else 4096
+    found = ChunkedLogProbFunction.apply(
+        hidden, weight, None, target.clamp_min(0), 1.0, columns, None, 1.0, ()
+    )
+    return found[0].where(target != IGNORE, 0)
+
+
 def contenders(device: str) -> dict[str, tuple[Loss, int, bool]]:
     """Return by name: the function, its GEMMs (of 2·N·V·D), and whether it needs dW."""
     found: dict[str, tuple[Loss, int, bool]] = {
@@ -169,6 +180,8 @@ def contenders(device: str) -> dict[str, tuple[Loss, int, bool]]:
         found["fused frozen + mass"] = (partial(_ours, budget=0, mass=True), 2, False)
     if device != "cpu" and importlib.util.find_spec("liger_kernel"):
         found["Liger (sum)"] = (_liger, 3, True)
+    if importlib.util.find_spec("trl"):
+        found["TRL"] = (_trl, 4, True)
     if importlib.util.find_spec("cut_cross_entropy"):
         kinds = (
             {"CCE": "cce", "CCE exact": "cce_exact"} if device != "cpu" else {"CCE compiled": "torch_compile"}

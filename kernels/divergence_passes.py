@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels import divergence_tile as tile
+from tokenkit.kernels import launch
 from tokenkit.kernels.divergence_rows import (
     Logits,
     Problem,
@@ -28,7 +29,6 @@ from tokenkit.kernels.divergence_rows import (
     write_gradient,
     write_rest_gradient,
 )
-from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.row_chunks import (
     Rows,
     add_hidden_gradient,
@@ -82,7 +82,7 @@ class Buffer:
 
 def low_dtype(side: Side, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which dz enters a GEMM."""
-    return side.hidden_ND.dtype if runs_triton(side.hidden_ND) else dtype
+    return launch.low_dtype(side.hidden_ND, dtype)
 
 
 def _chunks(problem: Problem, workspace_bytes: int, *, train: Needs | None) -> list[list[slice]]:

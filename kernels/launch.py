@@ -13,12 +13,23 @@ INTERPRET = False
 """Run Triton kernels on CPU tensors: tests set it, where TRITON_INTERPRET=1 at the first import of triton."""
 
 
+TORCH_EPILOGUES = False
+"""Finish every tile with torch's lines, on a GPU too: `bench/gpu_check.py` does where a kernel is broken."""
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Say whether the Triton epilogues take `tensor`; otherwise the same lines of torch do.
 
     float64 stays with torch: it is there for references, and Triton's epilogues are float32.
     """
-    return HAS_TRITON and (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
+    if TORCH_EPILOGUES or not HAS_TRITON or tensor.dtype == torch.float64:
+        return False
+    return tensor.is_cuda or INTERPRET
+
+
+def low_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return what a tile becomes before it enters a GEMM with `tensor`; `dtype` where GEMMs are of that."""
+    return tensor.dtype if tensor.is_cuda or runs_triton(tensor) else dtype
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

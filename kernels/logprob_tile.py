@@ -226,7 +226,7 @@ def _dlogits_torch(
             dz_NV.mul_(slope_NV)
     column_N1, inside_N1 = _target_column(plan, tile)
     dz_N1 = torch.where(inside_N1, dz_target_N[:, None], dz_NV.gather(1, column_N1))
-    dz_NV.scatter_(1, column_N1, dz_N1)
+    dz_NV.scatter_(1, column_N1, dz_N1.to(dz_NV.dtype))
 
 
 def _transform(z_NV: Tensor, bias_V: Tensor | None, plan: Plan, *, with_slope: bool) -> Tensor | None:

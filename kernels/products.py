@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.launch import runs_triton
+from tokenkit.kernels.launch import low_dtype
 from tokenkit.kernels.logprob_plan import Plan
 from tokenkit.kernels.vocabulary import Tile
+
+WIDENS = True
+"""GEMMs of 16-bit tensors write float32 sums (`out_dtype`); without, those are rounded to 16 bits between."""
 
 
 class Work:
@@ -19,7 +22,7 @@ class Work:
     def __init__(self, hidden_ND: Tensor, plan: Plan) -> None:
         self.hidden_ND = hidden_ND
         self.buffers: dict[str, Tensor] = {}
-        self.low = hidden_ND.dtype if runs_triton(hidden_ND) else plan.dtype
+        self.low = low_dtype(hidden_ND, plan.dtype)
         """The dtype in which a tile enters the second GEMM."""
         self.columns = max(tile.end - tile.start for tile in plan.tiles + plan.backward_tiles)
 
@@ -40,6 +43,8 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left @ right to `out`, which is of the accumulator's dtype."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
+    if not WIDENS:
+        return out.copy_(torch.mm(left, right))
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
@@ -47,6 +52,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total`, in its dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif not WIDENS:
+        total.add_(torch.mm(left, right))
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 

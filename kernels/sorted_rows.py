@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
-from tokenkit.kernels.launch import runs_triton
+from tokenkit.kernels.launch import low_dtype
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.row_chunks import (
     add_hidden_gradient,
@@ -102,7 +102,7 @@ class Gradients:
         for name, tensor in (("x", student.hidden_ND), ("w", head.weight_VD), ("b", head.bias_V)):
             if name in needs and tensor is not None:
                 self.sums[name] = torch.zeros_like(tensor, dtype=dtype)
-        self.low = student.hidden_ND.dtype if runs_triton(student.hidden_ND) else dtype
+        self.low = low_dtype(student.hidden_ND, dtype)
         self.buffer: Tensor | None = None
 
     def extra_bytes(self) -> int:
