@@ -20,7 +20,7 @@ SPECS = {  # with what AutoTokenizer of the export cuts otherwise
     "pythia:target=Qwen2": ["messages with whitespace around them"],
     "tiktoken-o200k_base:target=Llama3": [],
 }
-KEPT = 6000
+KEPT = 1500
 
 
 def shortened(source, folder):
@@ -31,7 +31,9 @@ def shortened(source, folder):
     named = {token["content"] for token in added}
     vocab = sorted(model["vocab"].items(), key=lambda item: item[1])
     kept = [string for string, i in vocab if i < KEPT or string in named]
-    kept = list(dict.fromkeys([*kept, *(s for s, _ in vocab if len(s) == 1 and s.isascii()), *named]))
+    kept = list(
+        dict.fromkeys([*kept, *(s for s, _ in vocab if len(s) == 1 and (s.isascii() or s == "▁")), *named])
+    )
     model["vocab"] = {string: number for number, string in enumerate(kept)}
     pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     model["merges"] = [
