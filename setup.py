@@ -22,6 +22,7 @@ EXTRAS = {
         "matplotlib",
     ],
     "track": ["wandb", "tensorboard"],
+    # of commands that are not here yet: nothing imports these two so far
     "eval": ["lm_eval>=0.4.9"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "flash": ["flash-attn"],

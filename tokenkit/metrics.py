@@ -5,6 +5,9 @@ from it or repeats it. Numbers are written so that they read back exactly; those
 for are the strings "nan", "inf" and "-inf".
 
     loss, loss/<name>             nats, the mean over the step's count
+    excess/<name>                 nats, that loss less its value where the student equals the teacher
+    chunk_share/<name>            chunks that count, over those before any were joined
+    gradient_share/<name>         of the sum of the losses' gradient norms, at the first step
     loss/prefix, phase            of the steps of a prefix stage, whose phase is "prefix"; they have no `loss`
     bits_per_byte/<model>         on held-out text
     grad_norm, learning_rate, tokens_per_second
@@ -18,6 +21,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,12 +41,13 @@ Value = float | int | str | Tensor
 
 PANELS = {  # by the first part of a metric's name, in this order
     "loss": "loss (nats)",
+    "excess": "loss over its least value (nats)",
     "bits_per_byte": "bits per byte, held out",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
 }
-_NOISY = ("loss", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
+_NOISY = ("loss", "excess", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 
 
@@ -193,7 +198,13 @@ def draw_curves(folder: Path) -> None:
             steps, values = zip(*points, strict=True)
             noisy = panel in _NOISY and len(values) > 50
             axes.plot(
-                steps, values, color=colour, lw=1, alpha=0.25 if noisy else 1, label=None if noisy else name
+                steps,
+                values,
+                color=colour,
+                lw=1,
+                alpha=0.25 if noisy else 1,
+                label=None if noisy else name,
+                marker="o" if len(values) < 3 else None,  # one point makes no line
             )
             if noisy:
                 axes.plot(steps, _smooth(values), color=colour, lw=1.6, label=name)
@@ -230,11 +241,21 @@ def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
     return smooth
 
 
+def _spelled(seconds: float) -> str:
+    """Return a time in the one or two units that matter: 45 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class Progress:
-    """A progress bar on a terminal; silent where standard error is not one, and on other ranks."""
+    """A progress bar on a terminal, and lines where standard error is none; other ranks are silent."""
 
     def __init__(self, total_steps: int, step: int, *, is_main: bool):
         self._bar = None
+        self._total, self._first, self._began = total_steps, step, time.perf_counter()
+        self._is_main = is_main
         if is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -248,6 +269,22 @@ class Progress:
             shown = {name.replace("_", " "): f"{n:.4g}" for name, n in numbers.items() if n is not None}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def line(self, step: int, words: str) -> None:
+        """Print what was logged at `step`, with the time that is left; nothing beside a bar."""
+        if not self._is_main or self._bar is not None:
+            return
+        done, left = step - self._first, ""
+        if done > 0 and step < self._total:
+            left = f"  {_spelled((time.perf_counter() - self._began) / done * (self._total - step))} left"
+        print(f"step {step:,}/{self._total:,}  {words}{left}", file=sys.stderr, flush=True)
+
+    def note(self, words: str) -> None:
+        """Print a line of its own, on a terminal above the bar."""
+        if self._bar is not None:
+            self._bar.write(words, file=sys.stderr)
+        elif self._is_main:
+            print(words, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

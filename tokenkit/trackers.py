@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenkit.redaction import redact, redact_config, shortened
+
+UNNAMED = "tokenkit"
+"""The default of `name`, which names no run."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,12 @@ class Trackers:
             self.failures[name] += 1
 
 
+def run_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what the run is called: `name`, where the user gave one, else the name of its folder."""
+    given = str(config.get("name") or "").strip()
+    return given if given and given != UNNAMED else folder.resolve().name
+
+
 def run_id(folder: Path) -> str:
     """Return the identifier of the run in `folder`, made at its first use: a resumed run keeps it."""
     path = folder / "run_id"
@@ -89,7 +99,7 @@ class _Wandb:
         settings = wandb.Settings(init_timeout=5, console="off", disable_git=True, save_code=False)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tokenkit"),
-            name=folder.resolve().name,
+            name=run_name(folder, config),
             id=run_id(folder),
             resume="allow",
             dir=folder,
@@ -111,7 +121,10 @@ class _TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # a run is called there what its folder is called, "." where it is the top one
+        name = run_name(folder, config)
+        below = "" if name == folder.resolve().name else re.sub(r"[^\w.-]+", "_", name).strip(".")
+        self._writer = SummaryWriter(str(folder / "tensorboard" / below))
         self._writer.add_text("config", f"```\n{redact_config(dict(config))}\n```")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

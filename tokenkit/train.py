@@ -7,6 +7,8 @@ Flags are read before anything heavy is imported, so `--help` and every error in
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 from tokenkit.cli import run
@@ -18,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def read_and_train() -> int:
         config = parse_command_line(TrainConfig, argv, program="tokenkit train", aliases=ALIASES)
+
+        if any(":" in name for name in config.objective.losses):
+            sys.path.append(os.getcwd())  # where `python -m` looks, a command looks too; behind all else
 
         def train_as_configured() -> object:
             from tokenkit.training.loop import train

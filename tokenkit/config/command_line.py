@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from tokenkit.config.errors import ConfigError
 from tokenkit.config.later import feature_of, spell
+from tokenkit.config.paths import check_paths
 from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
 from tokenkit.config.schema import Leaf, as_group, inner_prefix, leaves, options
 from tokenkit.config.values import describe
@@ -39,8 +40,9 @@ def parse_command_line(
 
     Raises:
         ConfigError: one line that says what is wrong.
+        FileNotFoundError: a path that leads nowhere.
     """
-    aliases = aliases or {}
+    aliases = output_aliases(schema) | dict(aliases or {})
     rest = list(sys.argv[1:] if arguments is None else arguments)
     rest, prints = [a for a in rest if a not in _PRINT], any(a in _PRINT for a in rest)
     files, rest = take_config_files(rest)
@@ -53,7 +55,14 @@ def parse_command_line(
     if prints:
         print(to_yaml(config), end="")
         raise SystemExit(0)
+    check_paths(config)
     return config
+
+
+def output_aliases(schema: type) -> dict[str, str]:
+    """Where a command writes is `output_dir` to one, `output` to others: each takes both names."""
+    names = {leaf.name for leaf in leaves(schema)}
+    return {"output_dir": "output"} if "output" in names and "output_dir" not in names else {}
 
 
 _PRINT = ("--print-config", "--print_config")

@@ -30,7 +30,8 @@ class Alm:
     """Difference between the log-probabilities that teacher and student give a chunk."""
 
     alm_mode: str = "merge_by_space_prob+append_space"
-    """Whitespace debiasing, joined with `+`: append_space, merge_by_space_prob, eos_as_space; or none."""
+    """Whitespace debiasing, joined with `+`: append_space, merge_by_space_prob; with eos_as_space they look
+    at the probability of EOS instead of whitespace; or none."""
 
     binarization_temp: float = 100.0
     """Divides chunk log-probabilities (nats) before they are compared."""
@@ -62,6 +63,11 @@ class Alm:
         check_parts("space_mask_mode", self.space_mask_mode, SPACE_MASK_PARTS)
         if "none" in self.alm_mode.split("+") and self.alm_mode != "none":
             raise ConfigError(f"alm_mode {self.alm_mode!r}: none cannot be joined with another mode")
+        if self.alm_mode == "eos_as_space":
+            raise ConfigError(
+                "alm_mode 'eos_as_space' alone changes nothing: it puts EOS in the place of whitespace for "
+                "append_space and merge_by_space_prob; join it with one of them"
+            )
         if self.binarization_temp <= 0:
             raise ConfigError(f"binarization_temp must be positive, got {self.binarization_temp}")
         if self.renyi_alpha <= 0 or self.renyi_alpha == 1:
@@ -247,6 +253,11 @@ class Objective:
         if len(weights) == len(self.losses) and not any(weights):
             raise ConfigError("loss_weights are all 0: nothing would be trained")
         self._check_files(canonical)
+        if self.baseline.kd_rate is not None and not any(n.startswith("baseline_") for n in canonical):
+            raise ConfigError(
+                "baseline.kd_rate weighs a baseline against clm, and losses names no baseline "
+                f"({', '.join(self.losses)}): add one, or use loss_weights"
+            )
         if self.baseline.kd_rate is not None and self.loss_weights is not None:
             raise ConfigError(
                 "baseline.kd_rate and loss_weights both weigh the losses: keep the one that is meant"

@@ -7,6 +7,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenkit.config.effects import without_effect
 from tokenkit.config.errors import ConfigError, nearest
 from tokenkit.config.schema import Leaf, build, flatten, group_prefixes, leaves
 from tokenkit.config.values import coerce, plain
@@ -14,6 +15,36 @@ from tokenkit.config.yaml_files import dump_yaml, read_yaml
 from tokenkit.redaction import has_secret, is_secret_name
 
 T = TypeVar("T")
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "model": "pretrained_model_name_or_path",
+    "model_name": "pretrained_model_name_or_path",
+    "model_name_or_path": "pretrained_model_name_or_path",
+    "base_model": "pretrained_model_name_or_path",
+    "tokenizer": "target_tokenizer_name",
+    "target": "target_tokenizer_name",
+    "dataset": "dataset_name",
+    "train_file": "dataset_name",
+    "dataset_name": "data",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "max_length": "max_length_new",
+    "max_seq_length": "max_length_new",
+    "loss": "losses",
+    "lora_rank": "model_lora_rank",
+    "lora_r": "model_lora_rank",
+    "lora_alpha": "model_lora_alpha",
+    "logging_steps": "logging_interval",
+    "save_steps": "save_interval",
+    "eval_steps": "eval_interval",
+    "epochs": "steps",
+    "num_train_epochs": "steps",
+    "output_folder": "output_dir",
+    "out": "output",
+}
+"""What other programs call a field: the last part of its name here."""
 
 _OPEN = r"(?<!\\)(?:\\\\)*\$\{\s*"  # a backslash in front makes it ordinary text
 _RESOLVER = re.compile(_OPEN + r"([\w.]+)\s*:")
@@ -35,7 +66,8 @@ def read_config(
         files: YAML files; a later one wins, field by field.
         overrides: values by dotted name, such as flags; they win over files.
         aliases: other names of fields and groups.
-        say: takes one line for each alias that was used; None: standard error.
+        say: takes one line for each alias that was used, and one about options that nothing will read; None:
+            standard error.
 
     Raises:
         ConfigError: one line that names the field, where it was set, and what to do.
@@ -63,7 +95,10 @@ def read_config(
             source = origin[name]
             raise ConfigError(f"{error} ({source})" if source else str(error)) from error
         _refuse_secrets(name, typed[name], origin[name])
-    return build(schema, typed)
+    config = build(schema, typed)
+    if (idle := without_effect(config, typed)) is not None:
+        (say or _warn)(idle)
+    return config
 
 
 def _refuse_secrets(name: str, value: Any, source: str) -> None:
@@ -148,7 +183,11 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
             f"{name} looks like a secret{where}, and configurations are saved with checkpoints: remove it "
             "and pass it through the environment (HF_TOKEN, WANDB_API_KEY)"
         )
-    nested = [other for other in valid if other.rsplit(".", 1)[-1] == last]
+    if name + "." in group_prefixes(schema):
+        inside = [other for other in valid if other.startswith(name + ".")]
+        more = f", or {', '.join(inside[1:4])}" + (", ..." if len(inside) > 4 else "") if inside[1:] else ""
+        return f"{name} is a group of fields{where}: set {inside[0]}{more}"
+    nested = [other for other in valid if other.rsplit(".", 1)[-1] in (last, SYNONYMS.get(last))]
     if nested:
         return f"unknown field {name}{where}: it is {' or '.join(nested)}"
     hint = nearest(name, valid) or nearest(last, [other.rsplit(".", 1)[-1] for other in valid])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tokenkit.config.errors import ConfigError, at_least
+from tokenkit.config.errors import ConfigError, at_least, names_a_folder
 from tokenkit.config.later import refuse_later
 from tokenkit.config.models import ModelSource, Optimizer, Target, Training
 from tokenkit.config.names import ChatTemplateMode, LossMaskMode
@@ -65,6 +65,8 @@ class Run:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir is empty: name the folder that the run writes to")
+        if self.export_to is not None:
+            names_a_folder("export_to", self.export_to)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
 
@@ -178,8 +180,8 @@ class Evaluation:
     eval_interval: int = 500
     """Steps between two measurements of bits per byte."""
 
-    eval_at_step_zero: bool = False
-    """Measure before the first step."""
+    eval_at_step_zero: bool = True
+    """Measure before the first step, too: the end of the run then says what it changed."""
 
     ppl_eval_data: str | None = None
     """File of held-out text. None: the held-out part of the training data."""

@@ -43,7 +43,8 @@ class BitsPerByte:
     """One measurement."""
 
     student: float
-    teacher: float
+    teacher: float | None
+    """None: there was no teacher to measure."""
     num_bytes: int
 
 
@@ -155,7 +156,7 @@ def bits_per_byte(
     Every rank runs as many batches as the others, the last of them with weight 0 where it has too few:
     a sharded forward is a collective.
     """
-    was_training = model.training
+    was_training, has_teacher = model.training, getattr(model, "teacher", None) is not None
     model.eval()
     nats = torch.zeros(2, dtype=torch.float64, device=world.device)
     num_bytes = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -171,4 +172,4 @@ def bits_per_byte(
     sums = all_reduce_counts({"student": nats[0], "teacher": nats[1], "bytes": num_bytes}, step, world)
     total = float(sums["bytes"])
     student, teacher = (float(sums[name]) * BITS_PER_NAT / total for name in ("student", "teacher"))
-    return BitsPerByte(student, teacher, int(total))
+    return BitsPerByte(student, teacher if has_teacher else None, int(total))

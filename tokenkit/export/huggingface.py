@@ -12,14 +12,16 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
+from tokenkit.export.padding import padding_id
 from tokenkit.export.tokenizer_folder import ExportError, sample_ids, write_tokenizer
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
@@ -43,8 +45,8 @@ class ExportRequest:
 
     folder: Path
     dtype: torch.dtype = torch.float32
-    facts: Mapping[str, str] | None = None
-    """Lines of the model card, in order."""
+    facts: CardFacts = field(default_factory=CardFacts)
+    """What the model card says."""
     is_consumed: bool = False
     """Write the student itself, which keeps neither its memory nor its values: at no time are there two
     models. It must have `dtype` and no adapters, and
@@ -89,7 +91,7 @@ def export_huggingface(
     if expansion is not None:
         point_auto_classes(staging)
     write_tokenizer(staging, tokenizer, has_own_class=expansion is not None)
-    card = model_card(request.facts or {}, needs_code=expansion is not None)
+    card = model_card(request.facts, needs_code=expansion is not None)
     (staging / "README.md").write_text(card, encoding="utf-8")
     if request.is_consumed:
         _check_consumed(staging, model, tokenizer)
@@ -169,27 +171,6 @@ def _quiet_padding(model: PreTrainedModel, vocab_size: int) -> None:
             parameter[vocab_size:] = parameter[:vocab_size].mean(0)
 
 
-def model_card(facts: Mapping[str, str], *, needs_code: bool = False) -> str:
-    """Return a model card in Hugging Face's form.
-
-    Args:
-        facts: lines of the card, in order.
-        needs_code: the folder has a class of its own.
-    """
-    code = ", trust_remote_code=True" if needs_code else ""
-    lines = "".join(f"- **{name}**: {value}\n" for name, value in facts.items())
-    return (
-        "---\nlibrary_name: transformers\ntags: [tokenkit, tokenizer-transfer]\n---\n\n"
-        "# A language model moved to another tokenizer\n\n"
-        "Made with tokenkit (PyTorch): the weights were adapted to the tokenizer in this folder by\n"
-        "distilling from a teacher with another one (Minixhofer et al. 2025, arXiv:2503.20083).\n\n"
-        f"{lines}\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("."{code})\n```\n'
-    )
-
-
 def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load strictly, but for the second name of a tied head, which a gathered state leaves out."""
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
@@ -205,7 +186,7 @@ def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
 def set_generation(model: PreTrainedModel, student: CausalLM, tokenizer: Tokenizer) -> None:
     """Sample as the student did, and stop where the new tokenizer says."""
     model.generation_config = saveable_generation(student.causal_lm.generation_config)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    pad_id = padding_id(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
     for key, value in ids.items():
         setattr(model.generation_config, key, value)

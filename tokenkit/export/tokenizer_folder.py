@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenkit.export.padding import fill_tokenizer_config, padding_id
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.unwritable import writable_text
 
@@ -53,6 +54,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) 
         ExportError: the tokenizer, loaded back, reads otherwise all the same.
     """
     tokenizer.save(folder)
+    fill_tokenizer_config(folder, tokenizer)
     if _difference_of_reload(folder, tokenizer, trusts_code=has_own_class) is None:
         return
     (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
@@ -75,7 +77,8 @@ def _difference_of_reload(folder: Path, tokenizer: Tokenizer, *, trusts_code: bo
         if got != ids:
             return f"gives {got} instead of {ids} for {text!r}"
     for role in ("bos", "eos", "pad"):
-        own, theirs = getattr(tokenizer, f"{role}_id"), getattr(loaded, f"{role}_token_id")
+        own = padding_id(tokenizer) if role == "pad" else getattr(tokenizer, f"{role}_id")
+        theirs = getattr(loaded, f"{role}_token_id")
         if theirs != own:
             return f"has {theirs} as {role}_token_id instead of {own}"
     if len(loaded) > tokenizer.vocab_size:

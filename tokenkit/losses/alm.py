@@ -65,6 +65,11 @@ class AlmOptions:
         unknown = sorted(self.modes - set(MODES))
         if unknown:
             raise ValueError(f"unknown ALM mode {'+'.join(unknown)!r}: expected {', '.join(MODES)} or none")
+        if self.modes == {"eos_as_space"}:
+            raise ValueError(
+                "mode eos_as_space puts EOS in the place of whitespace for append_space and "
+                "merge_by_space_prob, and alone changes nothing: join it with one of them"
+            )
         check_difference(self.diff, self.binarization_temp, self.renyi_alpha)
         if not self.chunk_sizes or min(self.chunk_sizes) < 1:
             raise ValueError(f"chunk_sizes must hold integers of at least 1: got {self.chunk_sizes}")
@@ -114,6 +119,10 @@ class AlmPrepared:
     sizes: tuple[SizedChunks, ...]
     rows: Rows
     subset: Subset | None
+    floor: Tensor
+    """The total of a student that equals the teacher, of the shape of `count`: only `binary_ce` has one."""
+    used: Tensor
+    """int64 [2]: the chunks that count, and those before merge_by_space_prob and chunk sizes joined any."""
 
 
 def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | None = None) -> Tensor:
@@ -143,6 +152,7 @@ def prepare(
     """
     teacher = need_teacher(teacher, "ALM")
     layout = valid_chunks(batch, options.chunks)
+    num_chunks = layout.valid_BC.sum()
     merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
 
     subset = None
@@ -171,11 +181,14 @@ def prepare(
     if appends:
         student_ends_BT = torch.stack([_at_ends(x.student, x.valid_BC) for x in layouts]).any(0)
     rows = select_rows(batch.student, _in_valid(layout.student, layout.valid_BC), student_ends_BT)
+    floors = [alm(sized.teacher_BC, sized.teacher_BC, sized.weight_BC, options) for sized in sizes]
     return AlmPrepared(
         count=counts[0] if len(counts) == 1 else torch.stack(counts),
         sizes=sizes,
         rows=rows,
         subset=_subset(batch.student, options, rows.row_N.device) if appends else None,
+        floor=floors[0] if len(floors) == 1 else torch.stack(floors),
+        used=torch.stack([sizes[0].valid_BC.sum(), num_chunks]),
     )
 
 

@@ -33,7 +33,8 @@ class LoraOptions:
     layers: str | None = None
     """Layer range such as "0-8" or "0-3,10"; None: all."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole beside the adapters."""
+    """Modules trained whole beside the adapters. Where input and output embedding are one matrix, either name
+    trains that one, and it stays one."""
 
 
 def add_lora(student: CausalLM, options: LoraOptions) -> None:
@@ -52,6 +53,8 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
         if not any(name.endswith(f".{wanted}") for name in present):
             raise ValueError(f"model_lora_modules_to_save: this model has no module {wanted!r}")
     names = adapted_modules(student, options)
+    whole = [name for name in options.modules_to_save if _is_vocabulary(student, name)]
+    tied_saved = whole if student.is_tied else []
     vocabulary = (student.embedding, student.output)
     tied = [name for name in names if student.causal_lm.get_submodule(name) in vocabulary]
     if tied and student.is_tied:
@@ -65,7 +68,7 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
         target_modules=names,
-        modules_to_save=list(options.modules_to_save) or None,
+        modules_to_save=[name for name in options.modules_to_save if name not in tied_saved] or None,
         fan_in_fan_out=type(student.causal_lm).__name__.startswith("GPT2"),  # its layers are transposed
     )
     try:
@@ -74,6 +77,15 @@ def add_lora(student: CausalLM, options: LoraOptions) -> None:
             student.model = get_peft_model(student.causal_lm, config)
     except ValueError as error:
         raise ValueError(f"no adapter could be placed (model_lora_*): {error}") from error
+    if tied_saved:  # peft would give each use a copy of its own
+        student.embedding.float()
+        student.embedding.weight.requires_grad_(True)
+
+
+def _is_vocabulary(student: CausalLM, wanted: str) -> bool:
+    modules = student.causal_lm.named_modules()
+    found = [module for name, module in modules if f".{name}".endswith(f".{wanted}")]
+    return any(module in (student.embedding, student.output) for module in found)
 
 
 def adapted_modules(student: CausalLM, options: LoraOptions) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,19 @@ class Parts:
     """The first stage, where there is one."""
     transfer: dict[str, int]
     """How many embedding rows were made in which way; empty where the tokenizer stays."""
+    was_tied: bool
+    """The student came with one matrix for input and output."""
+
+
+class Models(NamedTuple):
+    """What is loaded."""
+
+    student: CausalLM
+    teacher: CausalLM | Vocabulary | None
+    """None: nothing reads one."""
+    transfer: dict[str, int]
+    """How many embedding rows were made in which way."""
+    was_tied: bool
 
 
 def build(config: TrainConfig, world: World) -> Parts:
@@ -112,7 +125,10 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     heldout = build_heldout(config, tokenizers, documents)
 
-    student, teacher, transfer = build_models(config, tokenizers)
+    needs_teacher = prefix_steps > 0 or any(active.loss.needs_teacher for active in losses)
+    if config.teacher is not None and heldout:
+        needs_teacher = True  # bits per byte are measured of it
+    student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
     model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
     _place(model, world, config)
@@ -136,7 +152,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         options = dataclasses.replace(options, learning_rate=prefix.prefix_lr)
         moves_layers = prefix.prefix_trainable == "all"
         stage = build_prefix_stage(model, options, prefix_steps, is_new_V, world, moves_layers=moves_layers)
-    return Parts(run, student, tokenizers, batches, collator, heldout, stage, transfer)
+    return Parts(run, student, tokenizers, batches, collator, heldout, stage, transfer, was_tied)
 
 
 def load_tokenizers(config: TrainConfig) -> Tokenizers:
@@ -230,26 +246,25 @@ def build_heldout(
     return heldout_batches(documents, tokenizers.target, tokenizers.teacher, options)
 
 
-def build_models(
-    config: TrainConfig, tokenizers: Tokenizers
-) -> tuple[CausalLM, CausalLM | Vocabulary, dict[str, int]]:
+def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: bool = True) -> Models:
     """Load student and teacher, and move the student to its new vocabulary.
 
     A student that keeps its body (adapters, or embeddings alone) is its own teacher under its old
-    vocabulary. One that is trained whole gets a frozen copy beside it.
-
-    Returns:
-        Student, teacher, and how many embedding rows were made in which way.
+    vocabulary. One that is trained whole gets a frozen copy beside it, if `needs_teacher`: a second body is
+    loaded only where something reads it.
     """
     mode, compute = config.training.train_model_mode, DTYPES[config.training.dtype]
     student = _load(config, config.student, tokenizers.old, torch.float32 if mode == "full" else compute)
-    teacher: CausalLM | Vocabulary
-    if config.teacher is not None:
+    teacher: CausalLM | Vocabulary | None
+    if not needs_teacher and (config.teacher is not None or mode == "full"):
+        teacher = None
+    elif config.teacher is not None:
         teacher = _load(config, config.teacher, tokenizers.teacher, compute)
     elif mode == "full":
         teacher = _load(config, config.student, tokenizers.old, compute)
     else:
         teacher = student.vocabulary()
+    was_tied = student.is_tied
     old = [] if not config.training.has_hypernet else _old_rows(config, student, teacher)
     if config.target.expand_input_ids:
         if student.layer_table is not None:
@@ -286,12 +301,14 @@ def build_models(
         )
     if config.training.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return student, teacher, report
+    return Models(student, teacher, report, was_tied)
 
 
-def _old_rows(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary) -> list[nn.Parameter]:
+def _old_rows(
+    config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None
+) -> list[nn.Parameter]:
     """Return the rows that a hypernetwork reads, before the student gets new ones."""
-    if config.teacher is not None:
+    if config.teacher is not None or teacher is None:
         return [nn.Parameter(m.detach().clone(), requires_grad=False) for m in student.matrices()]
     shared: list[Any] = [effective_weight(teacher.embedding), effective_weight(teacher.output)]
     return [m.requires_grad_(False) for m in shared[: 1 if student.is_tied else 2]]  # one copy for both
@@ -340,14 +357,11 @@ def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
         effective_weight(module).requires_grad_(config.training.train_embeddings)
 
 
-def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary) -> None:
-    asked = {
-        "max_length_new": (config.text.max_length_new, student),
-        "max_length_teacher": (
-            config.text.max_length_teacher,
-            student if isinstance(teacher, Vocabulary) else teacher,
-        ),
-    }
+def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None) -> None:
+    asked = {"max_length_new": (config.text.max_length_new, student)}
+    if teacher is not None:
+        body = student if isinstance(teacher, Vocabulary) else teacher
+        asked["max_length_teacher"] = (config.text.max_length_teacher, body)
     for name, (length, model) in asked.items():
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and length > limit:

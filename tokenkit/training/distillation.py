@@ -58,7 +58,8 @@ class Distillation(nn.Module):
 
     Args:
         student: the model that is trained.
-        teacher: another model, or the old vocabulary of the student, whose body then serves both.
+        teacher: another model, or the old vocabulary of the student, whose body then serves both; None where
+            no loss has one.
         losses: in the order in which they are reported.
         compute_dtype: autocast to this type (one process); None: as the parameters are.
         prefix: of a run whose first stage runs the first layers alone.
@@ -70,14 +71,14 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: CausalLM,
-        teacher: CausalLM | Vocabulary,
+        teacher: CausalLM | Vocabulary | None,
         losses: Sequence[ActiveLoss],
         compute_dtype: torch.dtype | None = None,
         prefix: PrefixOptions | None = None,
     ):
         super().__init__()
         self.student = student
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.losses = list(losses)
         self.compute_dtype = compute_dtype
         self.prefix = prefix
@@ -87,7 +88,8 @@ class Distillation(nn.Module):
     def train(self, mode: bool = True) -> Distillation:
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def forward(self, batch: Batch | None, half: Half, prepared: Any = None) -> Any:
@@ -100,11 +102,11 @@ class Distillation(nn.Module):
                 by loss, what was measured and the sums of the whole step;
                 "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
                 the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
-                the nats of the trained tokens under student and teacher, `prepared` being what "rows"
-                returned; "prefix_teacher" and "prefix" are
-                the two halves of the prefix stage's only loss, which return what was measured, to be added up
-                and given to the second with its sums, and a `LossTerm`; "rows" returns what the student's
-                projector writes, None where it has none.
+                the nats of the trained tokens under student and teacher, NaN where there is none, `prepared`
+                being what "rows" returned; "prefix_teacher" and "prefix" are the two halves of the prefix
+                stage's only loss, which return what was measured, to be added up and given to the second with
+                its sums, and a `LossTerm`; "rows" returns what the student's projector writes, None where it
+                has none.
             prepared: what the teacher's half returned for this batch.
         """
         if half == "rows":
@@ -186,7 +188,9 @@ class Distillation(nn.Module):
 
     def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
         # read here: what the teacher's half read is freed under FSDP2
-        context = Context(teacher_head=self._head(self.teacher.head(), states))
+        context = Context(
+            teacher_head=None if self.teacher is None else self._head(self.teacher.head(), states)
+        )
         terms = {}
         for active in self.losses:
             ready, around = prepared[active.name], self._with_parts(context, active)
@@ -206,7 +210,7 @@ class Distillation(nn.Module):
         if isinstance(self.teacher, Vocabulary):
             teacher = self.student.widths(self.teacher)
         else:
-            teacher = self.teacher.widths()
+            teacher = student if self.teacher is None else self.teacher.widths()
         made = {x.name: x.loss.modules(x.options, student, teacher) for x in self.losses}
         return nn.ModuleDict({name: module for name, module in made.items() if module is not None})
 
@@ -222,6 +226,8 @@ class Distillation(nn.Module):
     def _evaluate(self, batch: Batch, rows: list[Tensor] | None) -> Tensor:
         own = None if rows is None else OwnVocabulary(self.student, rows)
         student = _nats(self._student_states(batch, own=own), batch)
+        if self.teacher is None:
+            return torch.stack([student, torch.full_like(student, torch.nan)])
         swapped = replace(batch, student=batch.teacher)
         teacher = _nats(self._teacher_states(batch), swapped)
         return torch.stack([student, teacher])
@@ -229,6 +235,7 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _prefix_teacher(self, batch: Batch) -> Any:
         assert self.prefix is not None
+        assert self.teacher is not None
         ids_BS, n_layers = batch.teacher.ids_BT, self.prefix.n_layers
         with self._autocast(batch):
             if isinstance(self.teacher, Vocabulary):
@@ -259,6 +266,7 @@ class Distillation(nn.Module):
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         ids_BS = batch.teacher.ids_BT
         with self._autocast(batch):
+            assert self.teacher is not None
             if isinstance(self.teacher, Vocabulary):
                 with as_teacher(self.student):
                     states = self.student(ids_BS, self.teacher, collect)

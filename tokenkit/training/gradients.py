@@ -15,6 +15,7 @@ Dimensions: J losses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +109,37 @@ def accumulate(passes: Passes) -> Sums:
         loss_J = _losses_before(passes)
     weight_J = passes.objective.weigh(passes.step, loss_J)
     return Sums(_weighted(passes, weight_J), weight_J, torch.zeros_like(weight_J))
+
+
+def gradient_shares(passes: Passes) -> dict[str, float]:
+    """Return each loss's part in the sum of the norms of their gradients, weights included.
+
+    Seen on the first micro-batch: one forward, one backward per loss, and nothing is left behind. Empty where
+    there is one loss, or where the run itself sees to the balance.
+    """
+    names, objective = passes.objective.names, passes.objective
+    if len(names) < 2 or objective.needs() not in ("nothing", "losses"):
+        return {}
+    squares = {}
+    with _same_random(passes.world.device):
+        set_gradient_sync(passes.model, True)
+        means = passes.means(0)
+        weight_J = objective.weigh(passes.step, _over_ranks(_detached(means), passes))
+        for j, mean in enumerate(means):
+            (mean * passes.scale).backward(retain_graph=j < len(means) - 1)
+            parts = [
+                _dot(p.grad, p.grad, passes.world)
+                for p in trained_parameters(passes.model)
+                if p.grad is not None
+            ]
+            squares[names[j]] = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+            passes.model.zero_grad(set_to_none=True)
+    sums = all_reduce_counts(squares, passes.step, passes.world)
+    norm_J = torch.stack([sums[name].double() for name in names]).sqrt() * weight_J.to(passes.world.device)
+    total = float(norm_J.sum())
+    return {
+        name: norm / total for name, norm in zip(names, norm_J.tolist(), strict=True) if 0 < total < math.inf
+    }
 
 
 def _weighted(passes: Passes, weight_J: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tokenkit.config import TrainConfig, to_dict, to_yaml
 from tokenkit.config.errors import DataError, blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
+from tokenkit.export.card import CardFacts, public_name
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
 from tokenkit.metrics import ExitCode, draw_curves
 from tokenkit.models.causal_lm import DTYPES
@@ -36,9 +37,7 @@ from tokenkit.parallel import (
     together,
 )
 from tokenkit.run_folder import DiskError, RunLock, blaming_disk, prepare_output, write_durably
-from tokenkit.tokenization.one_sided import explain_one_sided_bos
-from tokenkit.tokenization.saving import explain_saving
-from tokenkit.tokenization.template_check import explain_template
+from tokenkit.trackers import UNNAMED
 from tokenkit.training.build import Parts, build
 from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.finished import (
@@ -48,6 +47,7 @@ from tokenkit.training.finished import (
     is_finished,
     refuse_old_export,
 )
+from tokenkit.training.notes import describe
 from tokenkit.training.prefix_stage import current_optimizer, take_over, take_step
 from tokenkit.training.reports import Reports
 from tokenkit.training.signals import StopRequest
@@ -144,7 +144,7 @@ def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequ
         state = stack.enter_context(ending(folder, world, config.parallel.hang_timeout))
         parts = _build(config, world)
         stack.callback(parts.batches.close)
-        _say(world, _describe(parts, config))
+        _say(world, describe(parts, config))
         session = _begin(folder, config, world, parts, (lock, state, stop_request))
         state.code, state.reason = _train(session)
     return state.code
@@ -180,7 +180,7 @@ def _begin(
 
 def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
     sources: dict[str, tuple[ModelSource, Any]] = {"student model": (config.student, parts.student)}
-    if config.teacher is not None:
+    if config.teacher is not None and parts.run.model.teacher is not None:
         sources["teacher model"] = (config.teacher, parts.run.model.teacher)
     return {
         name: model_fingerprint(
@@ -204,6 +204,8 @@ def _train(session: Session) -> tuple[ExitCode, str]:
             name = stop_request.asked or "a signal to another rank"
             return ExitCode.PREEMPTED, f"stopped by {name} after step {run.step}: go on with --resume"
     _say_left_out(session)
+    if (summary := reports.summary()) is not None:
+        _say(session.world, summary)
     if session.world.is_main:
         draw_curves(session.folder)
     session.ending.at("exporting")
@@ -355,43 +357,24 @@ def _written_rows(session: Session) -> dict[str, Tensor]:
     }
 
 
-def _facts(session: Session) -> dict[str, str]:
+def _facts(session: Session) -> CardFacts:
     config, measured = session.config, session.reports.bits_per_byte
-    target = config.target.target_tokenizer_name or "unchanged"
-    facts = {
-        "student": config.student.pretrained_model_name_or_path,
-        "teacher": "itself" if config.teacher is None else config.teacher.pretrained_model_name_or_path,
-        "tokenizer": target,
-        "losses": ", ".join(config.objective.losses),
+    lines = {
+        "tokenizer": public_name(config.target.target_tokenizer_name or "unchanged"),
         "steps": str(session.parts.run.step),
         "tokenkit": __version__,
     }
     if measured is not None:
-        facts["bits per byte, held out"] = f"student {measured.student:.4f}, teacher {measured.teacher:.4f}"
-    return facts
-
-
-def _describe(parts: Parts, config: TrainConfig) -> str:
-    params = list(parts.run.model.parameters())
-    trained = sum(p.numel() for p in params if p.requires_grad)
-    lines = [
-        f"student: {config.student.pretrained_model_name_or_path}, {trained:,} of "
-        f"{sum(p.numel() for p in params):,} parameters are trained ({config.training.train_model_mode})",
-        f"tokenizers: {parts.tokenizers.old.vocab_size:,} ids -> {parts.tokenizers.target.vocab_size:,} ids",
-    ]
-    if parts.transfer:
-        made = ", ".join(f"{count:,} {method.replace('_', ' ')}" for method, count in parts.transfer.items())
-        lines.append(f"new embedding rows: {made}")
-    pair = parts.tokenizers.target, parts.tokenizers.teacher
-    if parts.student.projector is not None:
-        size = sum(p.numel() for p in parts.student.projector.parameters() if p.requires_grad)
-        lines.append(f"hypernetwork: {size:,} parameters write the embedding rows")
-    text = config.text
-    note = explain_one_sided_bos(*pair, text.chat_template_mode, use_chat_template=text.use_chat_template)
-    template = explain_template(pair[0]) if text.use_chat_template else None
-    notes = [note, template, explain_saving(pair[0])]
-    lines += [note for note in notes if note is not None]
-    return "\n".join(lines)
+        teacher = "" if measured.teacher is None else f", teacher {measured.teacher:.4f}"
+        lines["bits per byte, held out"] = f"student {measured.student:.4f}{teacher}"
+    return CardFacts(
+        base=config.student.pretrained_model_name_or_path,
+        teacher=config.teacher.pretrained_model_name_or_path if config.teacher is not None else None,
+        losses=config.objective.losses,
+        lines=lines,
+        title=None if config.run.name == UNNAMED else config.run.name,
+        bits_per_byte=None if measured is None else measured.student,
+    )
 
 
 def _say(world: World, text: str) -> None:

@@ -51,7 +51,7 @@ class PrefixStage:
 
 
 def prefix_options(
-    config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary
+    config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None
 ) -> PrefixOptions | None:
     """Return what the stage runs and compares; None where there is no such stage.
 
@@ -61,7 +61,7 @@ def prefix_options(
     n_layers = config.training.prefix.n_prefix_layers
     if not n_layers:
         return None
-    body = student if isinstance(teacher, Vocabulary) else teacher
+    body = student if teacher is None or isinstance(teacher, Vocabulary) else teacher
     layers, widths = [len(m.layers) for m in (student, body)], [m.widths().hidden for m in (student, body)]
     if n_layers > min(layers):
         raise ValueError(

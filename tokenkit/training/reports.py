@@ -15,6 +15,7 @@ from tokenkit.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
 from tokenkit.redaction import complain
 from tokenkit.structs import Batch
 from tokenkit.trackers import Trackers
+from tokenkit.training.notes import measured_line, small_losses, step_line
 from tokenkit.training.step import StepReport
 
 
@@ -27,6 +28,10 @@ class Reports:
     progress: Progress
     bits_per_byte: BitsPerByte | None = None
     """The newest measurement."""
+    first_bits_per_byte: BitsPerByte | None = None
+    """That of step 0, where there was one."""
+    gradient_shares: dict[str, float] = field(default_factory=dict)
+    """Not logged yet."""
     tokens: int = 0
     """Student tokens of this rank since `since`."""
     seconds: float = 0.0
@@ -37,12 +42,12 @@ class Reports:
     def open(cls, folder: Path, config: TrainConfig, step: int, *, is_main: bool) -> Reports:
         """Open all reports of the run in `folder`, of which `step` steps are done."""
         metrics = MetricsFile(folder, step=step, is_main=is_main)
-        return cls(
-            metrics,
-            Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main),
-            Progress(config.schedule.steps, step, is_main=is_main),
-            _last_measured(folder) if is_main and step else None,
-        )
+        trackers = Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main)
+        reports = cls(metrics, trackers, Progress(config.schedule.steps, step, is_main=is_main))
+        measured = _measurements(folder) if is_main and step else {}
+        reports.first_bits_per_byte = measured.get(0)
+        reports.bits_per_byte = measured[max(measured)] if measured else None
+        return reports
 
     def step(self, step: int, report: StepReport, micro_batches: Sequence[Batch], *, is_due: bool) -> None:
         """Show one step; write a line of metrics where one is due."""
@@ -51,13 +56,21 @@ class Reports:
         rate = self.tokens / max(self.seconds, 1e-9)
         measured = None if self.bits_per_byte is None else self.bits_per_byte.student
         self.progress.update(step, loss=report.loss, bits_per_byte=measured, tokens_per_second=rate)
+        self.gradient_shares |= report.gradient_shares
+        if (small := small_losses(report.gradient_shares)) is not None:
+            self.progress.note(small)
         if is_due:
+            self.progress.line(step, step_line(report, rate))
             values: dict[str, Any] = {"grad_norm": report.grad_norm}
             if report.phase is None:  # the sum of the main stage's losses alone is "loss"
                 values["loss"] = report.loss
             values |= {f"loss/{name}": value for name, value in report.losses.items()}
             values |= {f"count/{name}": value for name, value in report.counts.items()}
             values |= {f"weight/{name}": value for name, value in report.weights.items()}
+            values |= {f"excess/{name}": report.losses[name] - floor for name, floor in report.floors.items()}
+            values |= {f"chunk_share/{name}": value for name, value in report.chunk_shares.items()}
+            values |= {f"gradient_share/{name}": value for name, value in self.gradient_shares.items()}
+            self.gradient_shares = {}
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
             self.metrics.write(step, values if report.phase is None else {**values, "phase": report.phase})
             self.trackers.log(step, values)
@@ -67,9 +80,21 @@ class Reports:
     def evaluation(self, step: int, measured: BitsPerByte) -> None:
         """Write a measurement on held-out text."""
         self.bits_per_byte = measured
-        values = {"bits_per_byte/student": measured.student, "bits_per_byte/teacher": measured.teacher}
+        if step == 0:
+            self.first_bits_per_byte = measured
+        self.progress.update(step, bits_per_byte=measured.student)
+        self.progress.line(step, measured_line(None, measured))
+        values: dict[str, Any] = {"bits_per_byte/student": measured.student}
+        if measured.teacher is not None:
+            values["bits_per_byte/teacher"] = measured.teacher
         self._write(step, {**values, "heldout_bytes": measured.num_bytes})
         self.since = time.perf_counter()
+
+    def summary(self) -> str | None:
+        """Return what the run changed in bits per byte; None: nothing was measured."""
+        if self.bits_per_byte is None:
+            return None
+        return measured_line(self.first_bits_per_byte, self.bits_per_byte)
 
     def left_out(self, step: int, rows: Mapping[str, int]) -> None:
         """Write how many rows of the data were left out so far, where there are any."""
@@ -106,10 +131,12 @@ class Reports:
         self.trackers.log(step, values)
 
 
-def _last_measured(folder: Path) -> BitsPerByte | None:
-    """Return the newest measurement that metrics.jsonl holds: a resumed run may take none of its own."""
-    for line in reversed(read_metrics(folder / METRICS_NAME)):
-        names = ("bits_per_byte/student", "bits_per_byte/teacher", "heldout_bytes")
-        if all(name in line for name in names):
-            return BitsPerByte(*(line[name] for name in names))
-    return None
+def _measurements(folder: Path) -> dict[int, BitsPerByte]:
+    """Return what metrics.jsonl holds, by step: a resumed run may measure nothing more itself."""
+    lines = [line for line in read_metrics(folder / METRICS_NAME) if "bits_per_byte/student" in line]
+    return {
+        line["step"]: BitsPerByte(
+            line["bits_per_byte/student"], line.get("bits_per_byte/teacher"), line.get("heldout_bytes", 0)
+        )
+        for line in lines
+    }

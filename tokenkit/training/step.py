@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from tokenkit.objective import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
 from tokenkit.structs import Batch
-from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
+from tokenkit.training.gradients import Passes, Sums, accumulate, gradient_shares, trained_parameters
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
@@ -82,6 +82,8 @@ class Run:
     """Steps without a trained token, of all stages: nothing was updated."""
     untrained_in_a_row: int = 0
     """Such steps since the last other one, or since this process began."""
+    has_compared: bool = False
+    """The gradients of the losses were compared, which happens once."""
     first_step: int = 0
     """Where the main stage begins: schedules of rate and losses count from here."""
 
@@ -103,6 +105,12 @@ class StepReport:
     learning_rate: float
     weights: dict[str, float] = field(default_factory=dict)
     """By loss, what multiplied its gradient: weights, schedule and whatever found them, all together."""
+    floors: dict[str, float] = field(default_factory=dict)
+    """By loss that has one, its value where the student equals the teacher, nats."""
+    chunk_shares: dict[str, float] = field(default_factory=dict)
+    """By loss that joins chunks, how many are left, over how many there were."""
+    gradient_shares: dict[str, float] = field(default_factory=dict)
+    """By loss, its part in the sum of gradient norms; in the first step of a run alone."""
     phase: str | None = None
     """The stage of the run, where it is not the main one."""
     skipped: Literal["overflow", "untrained"] | None = None
@@ -130,24 +138,25 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
             "float32, or another teacher"
         ) from error
     counts = global_counts(prepared, run)
-
-    run.optimizer.zero_grad(set_to_none=True)
-    sums = accumulate(
-        Passes(
-            model=run.model,
-            objective=run.objective,
-            world=run.world,
-            step=run.main_step,
-            scale=run.loss_scale.factor,
-            batches=batches,
-            prepared=prepared,
-            counts=counts,
-        )
+    passes = Passes(
+        model=run.model,
+        objective=run.objective,
+        world=run.world,
+        step=run.main_step,
+        scale=run.loss_scale.factor,
+        batches=batches,
+        prepared=prepared,
+        counts=counts,
     )
+    shares = gradient_shares(passes) if run.main_step == 0 and not run.has_compared else {}
+    run.has_compared = True
+    run.optimizer.zero_grad(set_to_none=True)
+    sums = accumulate(passes)
     grads = trained_parameters(run.model)
     _unscale(grads, run.loss_scale)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
-    report = _report(run, sums, grad_norm, counts, _trained_tokens(batches))
+    about = _about_losses(prepared, counts) | {"#trained": _trained_tokens(batches)}
+    report = replace(_report(run, sums, grad_norm, counts, about), gradient_shares=shares)
     if report.skipped is None:
         set_learning_rate(run.optimizer, report.learning_rate)
         run.optimizer.step()
@@ -189,21 +198,34 @@ def _trained_tokens(batches: Sequence[Batch]) -> Tensor:
     return torch.stack([batch.student.trained_BT[:, 1:].sum() for batch in batches]).sum()
 
 
+def _about_losses(prepared: Sequence[dict[str, Any]], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return this rank's part of what losses know before the student runs, for those that say it."""
+    found = {}
+    for name, first in prepared[0].items():
+        if hasattr(first, "used"):
+            floor = torch.stack([p[name].floor.double() for p in prepared]).sum(0)
+            found[f"floor#{name}"] = (floor / counts[name].clamp_min(1)).mean()
+            used_2 = torch.stack([p[name].used for p in prepared]).sum(0)
+            found[f"used#{name}"], found[f"chunks#{name}"] = used_2.double().unbind()
+    return found
+
+
 def _report(
-    run: Run, sums: Sums, grad_norm: Tensor, counts: dict[str, Tensor], trained: Tensor
+    run: Run, sums: Sums, grad_norm: Tensor, counts: dict[str, Tensor], about: dict[str, Tensor]
 ) -> StepReport:
     """Wait for the device, decide whether the step may be taken, and teach the objective."""
     names, J = run.objective.names, len(run.objective.names)
     local = {name: sums.mean_J[j].double() for j, name in enumerate(names)}
-    added = all_reduce_counts({**local, "#trained": trained}, run.step, run.world)
+    added = all_reduce_counts({**local, **about}, run.step, run.world)
     device = run.world.device
     count_J = torch.stack([counts[name].double().mean() for name in names])
     loss_J = torch.stack([added[name] for name in names])
-    single_2 = torch.stack([grad_norm.double().to(device), added["#trained"]])
-    packed = torch.cat([loss_J, count_J, sums.weight_J, sums.norm_J, single_2]).tolist()
+    about_A = torch.stack([grad_norm.double().to(device), *(added[name].double() for name in about)])
+    packed = torch.cat([loss_J, count_J, sums.weight_J, sums.norm_J, about_A]).tolist()
     values, sizes, weights, norms = (packed[k * J : (k + 1) * J] for k in range(4))
-    losses = dict(zip(names, values, strict=True))
-    skipped = whether_skipped(run, losses, packed[-2], trained=packed[-1])
+    losses, norm = dict(zip(names, values, strict=True)), packed[4 * J]
+    known = dict(zip(about, packed[4 * J + 1 :], strict=True))
+    skipped = whether_skipped(run, losses, norm, trained=known["#trained"])
     user = run.objective.weights(run.main_step)
     if skipped is None:
         run.objective.update(run.main_step, values, sizes, norms)
@@ -211,9 +233,15 @@ def _report(
         loss=sum(user[name] * losses[name] for name in names),
         losses=losses,
         counts=dict(zip(names, sizes, strict=True)),
-        grad_norm=packed[-2],
+        grad_norm=norm,
         learning_rate=run.learning_rate(run.main_step),
         weights=dict(zip(names, weights, strict=True)),
+        floors={name: known[f"floor#{name}"] for name in names if f"floor#{name}" in known},
+        chunk_shares={
+            name: known[f"used#{name}"] / max(1.0, known[f"chunks#{name}"])
+            for name in names
+            if f"used#{name}" in known
+        },
         skipped=skipped,
     )
 

@@ -1,0 +1,69 @@
+"""Paths of a configuration that lead nowhere, found before anything heavy is imported."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenkit.config.schema import flatten
+
+MODELS = ("pretrained_model_name_or_path", "auxiliary_model")
+FILES = {
+    "mined_mapping_path": "make it with `tokenkit mined-mapping`",
+    "tokenizer_pair_data_path": "make it with `tokenkit pair-stats`",
+    "teacher_counts": "`tokenkit pair-stats` writes teacher_counts.npy",
+    "hypernet": "make it with `tokenkit train-hypernet`",
+    "file": "name a data file or a folder of them",
+}
+"""Options that name a file or folder of this machine, with what makes one."""
+TEXTS = ("ppl_eval_data", "data", "data.dataset_name")
+"""Options that name a file, a folder, or a data set on the hub."""
+
+
+def check_paths(config: Any) -> None:
+    """Refuse paths that lead nowhere, whether or not an option reads them here.
+
+    Raises:
+        FileNotFoundError: with the option's name, and what to do.
+    """
+    for name, value in flatten(config).items():
+        if not isinstance(value, str):
+            continue
+        if name.rpartition(".")[2] in MODELS:
+            check_model_folder(name, value)
+        elif name in FILES and not Path(value).expanduser().exists():
+            raise FileNotFoundError(f"{name}: {value} does not exist: {FILES[name]}")
+        elif name in TEXTS and _is_path(value) and not Path(value).expanduser().exists():
+            raise FileNotFoundError(
+                f"{name}: {value} does not exist: name a file, a folder or a hub data set"
+            )
+
+
+def check_model_folder(name: str, value: str) -> None:
+    """Refuse a model's path that is no folder with a model; a name on the hub passes.
+
+    Raises:
+        FileNotFoundError: nothing is there, or something else.
+    """
+    path = Path(value).expanduser()
+    if not path.exists():
+        if _is_path(value):
+            raise FileNotFoundError(f"{name}: model folder {value} does not exist")
+        return
+    if path.is_file():
+        raise FileNotFoundError(f"{name}: {value} is a file: name the folder of a Hugging Face model")
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return  # of an adapter, the loader says more
+    if (path / "export" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{name}: {value} is the folder of a run, and its model is in {path / 'export'}: name that"
+        )
+    if (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"{name}: {value} is the folder of a run that has not exported its model yet: go on with "
+            "--resume to its end, then name its export folder"
+        )
+    raise FileNotFoundError(f"{name}: {value} has no config.json: it is not a Hugging Face model folder")
+
+
+def _is_path(value: str) -> bool:
+    """Whether a name looks like a path: no hub has such names."""
+    return Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1

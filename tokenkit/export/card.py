@@ -1,0 +1,127 @@
+"""The model card of an exported folder: what the hub reads of it, and what a person does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+TRAINED = (
+    "The weights were adapted to the tokenizer in this folder by training with tokenkit (PyTorch): {losses}."
+)
+MOVED = (
+    "The rows of its vocabulary were made anew for the tokenizer in this folder by tokenkit (PyTorch), "
+    "without any training."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What is known of an exported model. Paths are cut to names: a card is published."""
+
+    base: str = ""
+    """Folder or hub name of the model that it was made from."""
+    teacher: str | None = None
+    """Folder or hub name of another model that taught it."""
+    losses: tuple[str, ...] = ()
+    """What it was trained with; empty: it was not."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """Further lines, in order."""
+    title: str | None = None
+    bits_per_byte: float | None = None
+    """Of the exported model, on held-out text."""
+
+
+def public_name(location: str) -> str:
+    """Return what a model, tokenizer or data set is called, without where it lies on this machine.
+
+    A spec of a tokenizer keeps what follows its name. The export of a run is called as the run.
+    """
+    name, colon, rest = location.partition(":")
+    path = Path(name).expanduser()
+    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
+    if not is_local:
+        return location
+    path = path.resolve()
+    return (path.parent.name if path.name == "export" else path.name) + colon + rest
+
+
+def model_card(facts: CardFacts, *, needs_code: bool = False) -> str:
+    """Return the text of a model card.
+
+    Args:
+        facts: what is known.
+        needs_code: the folder has a class of its own.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    base, inherited = public_name(facts.base), _inherited(facts.base)
+    title = facts.title or (
+        f"{base}, moved to another tokenizer" if base else "A model moved to another tokenizer"
+    )
+    results = None
+    if facts.bits_per_byte is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation", dataset_type="held-out-text", dataset_name="held-out text",
+                metric_type="bits_per_byte", metric_name="bits per byte",
+                metric_value=round(facts.bits_per_byte, 4),
+            )
+        ]  # fmt: skip
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["tokenkit", "tokenizer-transfer", *(["distillation"] if _is_distilled(facts) else [])],
+        model_name=title if results else None,
+        eval_results=results,
+        **inherited,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_body(facts, needs_code)}"))
+
+
+def _is_distilled(facts: CardFacts) -> bool:
+    return any(loss not in ("clm", "sft") for loss in facts.losses)
+
+
+def _body(facts: CardFacts, needs_code: bool) -> str:
+    code = ", trust_remote_code=True" if needs_code else ""
+    what = TRAINED.format(losses=", ".join(facts.losses)) if facts.losses else MOVED
+    if any(loss.startswith("alm") for loss in facts.losses):
+        what += " ALM: Minixhofer et al. 2025, arXiv:2503.20083."
+    named = {"made from": facts.base, "teacher": facts.teacher}
+    lines = {name: public_name(value) for name, value in named.items() if value} | dict(facts.lines)
+    listed = "".join(f"- **{name}**: {value}\n" for name, value in lines.items())
+    return (
+        f"{what}\n\n{listed}\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{code})\n```\n'
+    )
+
+
+def _inherited(base: str) -> dict[str, Any]:
+    """Return licence and languages as the card in the base model's folder says; of a hub model, nothing."""
+    path = Path(base).expanduser() / "README.md"
+    if not base or not path.is_file():
+        return {}
+    card = _read(path)
+    if card is None:
+        return {}
+    names = ("license", "license_name", "license_link", "language")
+    found = {name: getattr(card.data, name, None) for name in names}
+    return {name: value for name, value in found.items() if value}
+
+
+def _read(path: Path) -> ModelCard | None:
+    """Return a card, None where somebody wrote one that cannot be read: it is not worth a run."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except Exception:  # of yaml and the hub's library, each in kinds of its own
+        return None

@@ -1,0 +1,147 @@
+"""What a run says of itself in words: at its start, of each logged step, of each measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.nn import Parameter
+
+from tokenkit.config import TrainConfig
+from tokenkit.evaluation.bits_per_byte import BitsPerByte
+from tokenkit.models.causal_lm import CausalLM, Vocabulary
+from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.chat import encode_flat
+from tokenkit.tokenization.documents import Document, Message
+from tokenkit.tokenization.one_sided import explain_one_sided_bos
+from tokenkit.tokenization.saving import explain_saving
+from tokenkit.tokenization.template_check import explain_template
+from tokenkit.training.build import Parts
+from tokenkit.training.step import StepReport
+
+SMALL_SHARE = 0.02
+"""A loss with less of the gradient than this moves little that another would not move."""
+
+
+def describe(parts: Parts, config: TrainConfig) -> str:
+    """Return the lines that a run begins with: what is trained, what teaches, what was made, what to know."""
+    tokenizers, text = parts.tokenizers, config.text
+    lines = [
+        f"student: {config.student.pretrained_model_name_or_path}, {_trained(parts.student.parameters())} "
+        f"({config.training.train_model_mode})",
+        f"teacher: {_teacher(parts, config)}",
+        f"tokenizers: {tokenizers.old.vocab_size:,} ids -> {tokenizers.target.vocab_size:,} ids",
+    ]
+    if parts.transfer:
+        made = ", ".join(f"{count:,} {method.replace('_', ' ')}" for method, count in parts.transfer.items())
+        lines.append(f"new embedding rows: {made}")
+    if parts.student.projector is not None:
+        size = sum(p.numel() for p in parts.student.projector.parameters() if p.requires_grad)
+        lines.append(f"hypernetwork: {size:,} parameters write the embedding rows")
+    own = [p.numel() for name, p in parts.run.model.named_parameters() if name.startswith("parts.")]
+    if own:
+        lines.append(f"losses: {sum(own):,} parameters of their own are trained beside the student")
+    pair = tokenizers.target, tokenizers.teacher
+    note = explain_one_sided_bos(*pair, text.chat_template_mode, use_chat_template=text.use_chat_template)
+    template = explain_template(pair[0]) if text.use_chat_template else None
+    notes = [note, template, explain_saving(pair[0])]
+    lines += [note for note in notes if note is not None]
+    return "\n".join([*lines, *_idle(parts, config)])
+
+
+def _trained(parameters: Iterable[Parameter]) -> str:
+    sizes = [(p.numel(), p.requires_grad) for p in parameters]
+    trained, total = sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
+    return f"{trained:,} of {total:,} parameters are trained"
+
+
+def _teacher(parts: Parts, config: TrainConfig) -> str:
+    teacher = parts.run.model.teacher
+    if teacher is None:
+        named = config.teacher and config.teacher.pretrained_model_name_or_path
+        return "none: no loss reads one" + (f", {named} is not loaded" if named else "")
+    if isinstance(teacher, Vocabulary):
+        return "the student as it was, under its old vocabulary"
+    source = config.teacher or config.student
+    assert isinstance(teacher, CausalLM)
+    size = sum(p.numel() for p in teacher.parameters())
+    return f"{source.pretrained_model_name_or_path}, {size:,} parameters beside the student's"
+
+
+def _idle(parts: Parts, config: TrainConfig) -> list[str]:
+    """Return lines about options of which only the loaded model and tokenizers show that they do nothing."""
+    found = []
+    student, training = parts.student, config.training
+    if training.output_embeddings_mode == "untie" and not parts.was_tied:
+        found.append("output_embeddings_mode (untie: the head has its own matrix anyway)")
+    network = training.hypernet
+    if training.has_hypernet and network is not None and not network.shared and len(student.matrices()) == 1:
+        found.append("hypernet.shared (false: one matrix is written)")
+    if config.target.special_tokens_mode == "ignore_pad" and not any(
+        _writes_padding(t, config) for t in (parts.tokenizers.target, parts.tokenizers.teacher)
+    ):
+        found.append("special_tokens_mode (ignore_pad: the templates here write no padding token)")
+    return [f"without effect here: {'; '.join(found)}"] if found else []
+
+
+def _writes_padding(tokenizer: Tokenizer, config: TrainConfig) -> bool:
+    """Whether some turn of a conversation, or a plain text, brings a padding token along."""
+    if tokenizer.pad_id is None or tokenizer.pad_id in {
+        token_id for role, token_id in tokenizer.special_ids.items() if role != "pad"
+    }:
+        return False
+    talk = tuple(Message(role, "a") for role in ("system", "user", "assistant", "user", "assistant"))
+    for document in (Document(messages=talk), Document(messages=talk[1:]), Document(text="a")):
+        try:
+            (side,) = encode_flat(
+                [document],
+                (tokenizer,),
+                mode=config.text.chat_template_mode,
+                use_chat_template=config.text.use_chat_template,
+            )
+        except ValueError:  # it has no template, or none for a system text
+            continue
+        if (side.ids_N == tokenizer.pad_id).any():
+            return True
+    return False
+
+
+def step_line(report: StepReport, rate: float) -> str:
+    """Return what is printed of a logged step, behind its number."""
+    parts = [f"loss {report.loss:.4f}"] if report.phase is None and len(report.losses) > 1 else []
+    for name, value in report.losses.items():
+        parts.append(f"{name} {value:.4f}" + _beside(report, name, value))
+    if report.skipped is not None:
+        why = {"overflow": "float16 overflow", "untrained": "no token is trained"}[report.skipped]
+        parts.append(f"skipped: {why}")
+    return "  ".join(
+        [*parts, f"grad {report.grad_norm:.3g}", f"lr {report.learning_rate:.2g}", f"{rate:,.0f} tokens/s"]
+    )
+
+
+def _beside(report: StepReport, name: str, value: float) -> str:
+    notes = []
+    if report.floors.get(name):
+        notes.append(f"excess {value - report.floors[name]:.4f}")
+    if name in report.chunk_shares:
+        notes.append(f"{report.counts[name]:,.0f} chunks, {report.chunk_shares[name]:.0%} of all")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def small_losses(shares: dict[str, float]) -> str | None:
+    """Return a line about losses that hardly move anything; None: there are none."""
+    small = {name: share for name, share in shares.items() if 0 < share < SMALL_SHARE}
+    if not small:
+        return None
+    others = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name not in small)
+    told = ", ".join(f"loss {name} gives {share:.2%}" for name, share in small.items())
+    return (
+        f"{told} of the gradient ({others}): almost nothing is learned from it; raise its loss_weights, or "
+        "let multitask_aggregation_fn or loss_weight_mode balance the losses"
+    )
+
+
+def measured_line(first: BitsPerByte | None, last: BitsPerByte) -> str:
+    """Return both models' bits per byte in words; with `first`, of step 0, what became of the student."""
+    before = "" if first is None or first == last else f"{first.student:.4f} -> "
+    teacher = "" if last.teacher is None else f", teacher {last.teacher:.4f}"
+    return f"bits per byte on held-out text: student {before}{last.student:.4f}{teacher}"
