@@ -31,6 +31,10 @@ NEEDED = {
     AlignOptions: {"student": "a", "teacher": "b"},
 }  # fmt: skip
 
+GOLD = {"losses": ["baseline_gold"]}
+POSITIONAL = {**GOLD, "baseline.gold.use_extended_uld": False}
+HYBRID = {**GOLD, "baseline.gold.uld_use_hybrid_loss": True}
+SHARES = {f"baseline.gold.uld_hybrid_{name}_weight": 0.5 for name in ("matched", "unmatched")}
 HERE = object()
 """Stands for a file that the fixture made: its name is that of the option."""
 
@@ -45,7 +49,10 @@ IDLE = {
         "pad_to_multiple_of": (
             8, {"target_tokenizer_name": None, "teacher.pretrained_model_name_or_path": LOCAL},
         ),
-        "special_tokens_mode": ("ignore", ULD), "do_cost_analysis": (True, {}),
+        "special_tokens_mode": ("ignore", CLM), "baseline.exact_sort": (True, CLM),
+        "baseline.uld_extended": (True, CLM),
+        "baseline.gold.beta": (0.1, GOLD), "baseline.gold.uld_student_temperature": (2.0, CLM),
+        "do_cost_analysis": (True, {}),
         "n_model_parallel": (2, {}), "eval.tasks": (["arc"], {}), "eval.limit": (1, {}),
         "eval.add_bos": (False, {}), "eval.num_fewshot": (1, {}), "eval.batch_size": (2, {}),
         "eval.max_length": (9, {}), "eval.chat_template_mode": ("surround_instruct", {}),
@@ -92,6 +99,8 @@ IDLE = {
         "data.split": ("test", NAMED), "data.streaming": (True, NAMED), "data.text_field": ("x", NAMED),
         "data.text_template": ("{x}", NAMED), "data.shuffle_buffer_size": (3, {}),
         "data.batch_size": (3, {}), "data.heldout.documents": (3, {"ppl_eval_data": "org/text"}),
+        "data.heldout.dataset_name": ("x", {"ppl_eval_data": "org/text"}),
+        "data.heldout.fraction": (0.2, {"data.heldout.dataset_name": "org/text"}),
         "data.bad_rows.quota": (0.5, {"data.bad_rows.action": "raise"}),
         "data.datasets": ([{"path": LOCAL, "subset": "x", "weight": 2}], {"data.dataset_name": None}),
         "export_to": ("", {}), "output_dir": ("", {}),
@@ -133,6 +142,18 @@ NOISY = {"data.bad_rows.quota": 0.5, "batch_size": 32}
 LORA = {"train_model_mode": "lora", "model_lora_rank": 4}
 GRADNORM = {**LORA, "multitask_aggregation_fn": "gradnorm"}
 ACTS = {
+    "baseline.exact_sort": (True, ULD), "baseline.uld_extended": (True, ULD),
+    "baseline.gold.use_extended_uld": (False, GOLD),
+    "baseline.gold.uld_token_merge_strategy": ("bayesian", GOLD),
+    "baseline.gold.uld_use_hybrid_loss": (True, GOLD),
+    "baseline.gold.uld_hybrid_matched_weight": (0.1, {**HYBRID, **SHARES}),
+    "baseline.gold.uld_hybrid_unmatched_weight": (0.1, {**HYBRID, **SHARES}),
+    "baseline.gold.uld_crossentropy_weight": (0.5, GOLD),
+    "baseline.gold.uld_distillation_weight": (0.5, GOLD),
+    "baseline.gold.uld_student_temperature": (2.0, GOLD),
+    "baseline.gold.uld_teacher_temperature": (2.0, GOLD),
+    "baseline.gold.uld_skip_student_eos": (False, POSITIONAL), "data.heldout.dataset_name": (HERE, {}),
+    "baseline.gold.beta": (0.0, HYBRID),
     "student.pretrained_model_name_or_path": (HERE, {}), "student.tokenizer_name": ("byte", {}),
     "teacher.pretrained_model_name_or_path": (HERE, {}),
     "teacher.tokenizer_name": ("byte", {"teacher.pretrained_model_name_or_path": HERE}),
@@ -218,6 +239,8 @@ ELSEWHERE = {
         "sync_interval": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
         "use_distributed": "training/test_loop.py::test_bad_input_is_one_clear_error_before_any_step",
         "distributed_backend": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
+        "baseline.gold.uld_skip_teacher_eos": "losses/test_gold.py::test_frozen_values_of_trl",
+        "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
         "use_flash_attention": "test_effects.py::test_flash_attention_is_the_attention_of_that_name",
         "data.split": "data/test_mix.py::test_hub_data_sets_resume_like_local_ones",

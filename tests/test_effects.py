@@ -124,6 +124,7 @@ def made(tmp_path_factory):
         "student.pretrained_model_name_or_path": "tied", "teacher.pretrained_model_name_or_path": "other",
         "mined_mapping_path": "mapping.npy", "tokenizer_pair_data_path": "pair", "ppl_eval_data": "text.txt",
         "data.dataset_name": "talks.jsonl", "data.datasets": "text.txt",
+        "data.heldout.dataset_name": "text.txt",
     }  # fmt: skip
     return folder, {name: str(folder / path) for name, path in paths.items()}, {}
 

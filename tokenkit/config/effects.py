@@ -90,8 +90,15 @@ def _side_path(mode: str) -> Callable[[Values], bool]:
     return lambda v: _has("alm_side_path")(v) and v["side_path_mapping_mode"] == mode
 
 
-def _dskd_with(*divergences: str) -> Callable[[Values], bool]:
-    return lambda v: _has("baseline_dskd")(v) and v["baseline.divergence"] in divergences
+DIVERGING = ("baseline_dskd", "baseline_mined")
+
+
+def _diverging_with(*divergences: str) -> Callable[[Values], bool]:
+    return lambda v: _has(*DIVERGING)(v) and v["baseline.divergence"] in divergences
+
+
+def _has_tempered_baseline(v: Values) -> bool:
+    return any(name.startswith("baseline_") for name in _losses(v) - {"baseline_gold"})
 
 
 def _needs_teacher(v: Values) -> bool:
@@ -99,7 +106,7 @@ def _needs_teacher(v: Values) -> bool:
 
 
 def _pairs_chunks(v: Values) -> bool:
-    own_or_chunked = _losses(v) - {"clm", "baseline_uld", "baseline_dskd"}
+    own_or_chunked = _losses(v) - {"clm"}
     return bool(own_or_chunked) or bool(v["prefix_steps"])
 
 
@@ -109,7 +116,8 @@ def _is_moved(v: Values) -> bool:
 
 
 def _heldout(v: Values) -> bool:
-    own = v["data.heldout.fraction"] > 0 and v["data.heldout.documents"] > 0
+    source = v["data.heldout.dataset_name"] is not None or v["data.heldout.fraction"] > 0
+    own = source and v["data.heldout.documents"] > 0
     return own or v["ppl_eval_data"] is not None
 
 
@@ -257,24 +265,43 @@ TRAIN = (
     ),
     Rule(("latents_",), "by alm_latents", _has("alm_latents")),
     Rule(
-        ("baseline.skew_lambda",), "by baseline_dskd with divergence skl or srkl", _dskd_with("skl", "srkl")
-    ),
-    Rule(("baseline.adaptive_kl_alpha",), "by baseline_dskd with divergence akl", _dskd_with("akl")),
-    Rule(("baseline.divergence", "baseline.dskd_"), "by baseline_dskd", _has("baseline_dskd")),
-    Rule(
-        ("baseline.teacher_temperature",), "by every baseline but baseline_uld",
-        lambda v: any(name.startswith("baseline_") for name in _losses(v) - {"baseline_uld"}),
+        ("baseline.skew_lambda",), "by baseline_dskd and baseline_mined with divergence skl or srkl",
+        _diverging_with("skl", "srkl"),
     ),
     Rule(
-        ("baseline.kd_temp",), "by the baseline losses",
-        lambda v: any(name.startswith("baseline_") for name in _losses(v)),
+        ("baseline.adaptive_kl_alpha",), "by baseline_dskd and baseline_mined with divergence akl",
+        _diverging_with("akl"),
     ),
+    Rule(("baseline.divergence",), "by baseline_dskd and baseline_mined", _has(*DIVERGING)),
+    Rule(("baseline.dskd_",), "by baseline_dskd", _has("baseline_dskd")),
+    Rule(("baseline.uld_extended",), "by baseline_uld", _has("baseline_uld")),
+    Rule(
+        ("baseline.exact_sort",), "by baseline_uld, baseline_gold and baseline_gold_js",
+        _has("baseline_uld", "baseline_gold", "baseline_gold_js"),
+    ),
+    Rule(
+        ("baseline.gold.uld_hybrid_", "baseline.gold.beta"), "by baseline_gold with uld_use_hybrid_loss",
+        lambda v: _has("baseline_gold")(v) and v["baseline.gold.uld_use_hybrid_loss"],
+    ),
+    Rule(("baseline.gold.",), "by baseline_gold", _has("baseline_gold")),
+    Rule(
+        ("baseline.teacher_temperature",), "by every baseline but baseline_uld and baseline_gold",
+        lambda v: any(n.startswith("baseline_") for n in _losses(v) - {"baseline_uld", "baseline_gold"}),
+    ),
+    Rule(("baseline.kd_temp",), "by every baseline but baseline_gold", _has_tempered_baseline),
     Rule(
         ("baseline.gradnorm_",), "with multitask_aggregation_fn gradnorm",
         lambda v: "gradnorm" in _aggregation(v),
     ),
     Rule(("model_lora_",), "with train_model_mode lora", lambda v: v["train_model_mode"] == "lora"),
     Rule(("prefix_lr", "prefix_trainable"), "with prefix_steps", lambda v: v["prefix_steps"] > 0),
+    Rule(
+        ("data.heldout.fraction",), "where data.heldout.dataset_name is not set",
+        lambda v: v["data.heldout.dataset_name"] is None,
+    ),
+    Rule(
+        ("data.heldout.dataset_name",), "where ppl_eval_data is not set", lambda v: v["ppl_eval_data"] is None
+    ),
     Rule(("data.heldout.documents",), "where ppl_eval_data is not set", lambda v: v["ppl_eval_data"] is None),
     Rule(
         ("eval_interval", "eval_at_step_zero"), "where text is held out, or ppl_eval_data is set", _heldout

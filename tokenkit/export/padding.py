@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tokenkit.tokenization.byteify import Tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PADDING = re.compile(r"(?i)^[<\[|\s]*(?:finetune_right_|finetune_|right_)?pad(?:ding)?(?:_?id)?[>\]|\s]*$")
 """Special tokens that say they are padding: `<pad>`, `[PAD]`, `<|finetune_right_pad_id|>`, ..."""
@@ -27,11 +24,11 @@ def padding_id(tokenizer: Tokenizer) -> int | None:
     return named[0] if named else tokenizer.eos_id
 
 
-def fill_tokenizer_config(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def fill_tokenizer_config(folder: Path, model_config: Any, tokenizer: Tokenizer) -> None:
     """Say in tokenizer_config.json what depends on the model, or on use: positions, padding and its side."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model_config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         config["model_max_length"] = positions
     pad_id = padding_id(tokenizer)
