@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenkit.tokenization.byteify import Tokenizer
 
@@ -24,11 +23,13 @@ def padding_id(tokenizer: Tokenizer) -> int | None:
     return named[0] if named else tokenizer.eos_id
 
 
-def fill_tokenizer_config(folder: Path, model_config: Any, tokenizer: Tokenizer) -> None:
+def fill_tokenizer_config(folder: Path, tokenizer: Tokenizer) -> None:
     """Say in tokenizer_config.json what depends on the model, or on use: positions, padding and its side."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    positions = getattr(model_config, "max_position_embeddings", None)
+    beside = folder / "config.json"
+    model = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    positions = (model.get("text_config") or model).get("max_position_embeddings")
     if isinstance(positions, int) and positions > 0:
         config["model_max_length"] = positions
     pad_id = padding_id(tokenizer)
