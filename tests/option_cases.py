@@ -240,6 +240,8 @@ ELSEWHERE = {
         "use_distributed": "training/test_loop.py::test_bad_input_is_one_clear_error_before_any_step",
         "distributed_backend": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
         "baseline.gold.uld_skip_teacher_eos": "losses/test_gold.py::test_frozen_values_of_trl",
+        "data.bad_rows.unencodable":
+            "data/test_unwritable.py::test_the_row_or_its_characters_are_left_out",
         "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
         "use_flash_attention": "test_effects.py::test_flash_attention_is_the_attention_of_that_name",
