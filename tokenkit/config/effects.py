@@ -338,7 +338,7 @@ def _takes_shares(v: Values) -> bool:
 
 PAIR_STATS = (
     Rule(
-        ("data.batch_size", "data.num_workers", "data.heldout."),
+        ("data.batch_size", "data.num_workers", "data.heldout.", "data.bad_rows.unencodable"),
         "by training: here every document is counted, one after the other", _never,
     ),
     Rule(("seed",), "with a subsample percentage below 100", _takes_shares),
@@ -355,7 +355,14 @@ TRAIN_HYPERNET = (
         ("data.batch_size", "data.num_workers"), "by `tokenkit train`: here batch_size counts, and texts are "
         "tokenized between steps", _never,
     ),
-    Rule(("data.heldout.documents",), "by `tokenkit train`: nothing is measured here", _never),
+    Rule(
+        ("data.heldout.documents", "data.heldout.dataset_name"),
+        "by `tokenkit train`: nothing is measured here", _never,
+    ),
+    Rule(
+        ("data.bad_rows.unencodable",), "by `tokenkit train`: here tokenizers are drawn that write all text",
+        _never,
+    ),
     *HYPERNET, *DATA, *ORDER,
 )  # fmt: skip
 
