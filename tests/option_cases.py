@@ -113,7 +113,8 @@ IDLE = {
         "auxiliary_model": ("x", {}), "hypernet": ("x", {}),
     },
     PairStatsConfig: {
-        "data.bad_rows.unencodable": ("drop", {}), "data.batch_size": (3, {}), "data.num_workers": (3, {}), "data.heldout.fraction": (0.5, {}),
+        "data.bad_rows.unencodable": ("drop", {}), "data.batch_size": (3, {}),
+        "data.num_workers": (3, {}), "data.heldout.fraction": (0.5, {}),
         "data.heldout.documents": (3, {}), "seed": (3, {}), "data.shuffle_buffer_size": (3, {}),
         "data.dataset_config_name": ("x", {"data.dataset_name": LOCAL}),
     },
