@@ -11,7 +11,7 @@ u = t/τ − ε, v = s/τ − ε (u = t − ε, v = s − ε where marked *), p 
     binary_kl_temp_limit *  u − v + u log(−v) − u log(−u)             u / v − 1
     abs_exp                 |p − q|                                   sign(q − p) q / τ
     renyi *                 log(A + B) / (α − 1),  A = p^α q^(1−α),   (B q / (1 − q) − A) / (A + B)
-                            B = (1 − p)^α (1 − q)^(1−α)
+                            B = (1 − p)^α (1 − q)^(1−α); as logarithms, because A = e^(−s) and more for α > 1
     joschu_k2               r² / 2                                    −r / τ
     joschu_k3               e^r − 1 − r                               (1 − e^r) / τ
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels.language import tl, triton
-from tokenkit.kernels.launch import on_device, runs_triton
+from tokenkit.kernels.launch import on_device, refuse_forward_mode, runs_triton
 
 DIFFERENCES = (
     "abs",
@@ -84,10 +84,12 @@ def _difference_kernel(
         d = tl.abs(p - q)
         slope = tl.where(q > p, q, tl.where(q < p, -q, 0.0)) / TEMPERATURE
     elif KIND == "renyi":
-        a = tl.exp(ALPHA * u + (1.0 - ALPHA) * v)
-        b = tl.exp(ALPHA * tl.log(1.0 - p) + (1.0 - ALPHA) * tl.log(1.0 - q))
-        d = tl.log(a + b) / (ALPHA - 1.0)
-        slope = (b * q / (1.0 - q) - a) / (a + b)
+        log_a = ALPHA * u + (1.0 - ALPHA) * v
+        log_b = ALPHA * tl.log(1.0 - p) + (1.0 - ALPHA) * tl.log(1.0 - q)
+        smaller = tl.exp(-tl.abs(log_a - log_b))
+        d = (tl.maximum(log_a, log_b) + tl.log(1.0 + smaller)) / (ALPHA - 1.0)
+        part = tl.where(log_a > log_b, 1.0, smaller) / (1.0 + smaller)  # A / (A + B)
+        slope = tl.where(log_a > log_b, smaller, 1.0) / (1.0 + smaller) * (q / (1.0 - q)) - part
     elif KIND == "joschu_k2":
         d = r * r * 0.5
         slope = -r / TEMPERATURE
@@ -121,9 +123,11 @@ def _difference_torch(
     if kind == "abs_exp":
         return (p - q).abs(), (q - p).sign() * q / temperature
     if kind == "renyi":
-        a = (alpha * u + (1 - alpha) * v).exp()
-        b = (alpha * (1 - p).log() + (1 - alpha) * (1 - q).log()).exp()
-        return (a + b).log() / (alpha - 1), (b * q / (1 - q) - a) / (a + b)
+        log_a = alpha * u + (1 - alpha) * v
+        log_b = alpha * (1 - p).log() + (1 - alpha) * (1 - q).log()
+        part = (log_a - log_b).sigmoid()  # A / (A + B)
+        slope = (log_b - log_a).sigmoid() * (q / (1 - q)) - part
+        return torch.logaddexp(log_a, log_b) / (alpha - 1), slope
     if kind == "joschu_k2":
         return r.square() / 2, -r / temperature
     assert kind == "joschu_k3"
@@ -189,6 +193,7 @@ def alm_difference(
         ValueError: an unknown kind, a parameter outside its range, shapes, dtypes or devices that do not fit.
     """
     check_difference(kind, temperature, renyi_alpha)
+    refuse_forward_mode(student)
     if teacher.shape != student.shape or teacher.dtype != student.dtype:
         raise ValueError(
             "teacher and student must be of one shape and dtype: got "

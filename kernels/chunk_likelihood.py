@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.language import tl, triton
-from tokenkit.kernels.launch import on_device, runs_triton
+from tokenkit.kernels.launch import on_device, refuse_forward_mode, runs_triton
 
 BLOCK_C = 128  # slots of one program
 
@@ -82,9 +82,20 @@ def _span_sum(value_BL: Tensor, start_BC: Tensor, end_BC: Tensor, slot_BL: Tenso
                 L, C, B * C, BLOCK_C=BLOCK_C,
             )  # fmt: skip
         return total_BC
-    # float64, because differences of a row's running sum would leave float32 with four digits
-    running_BL = torch.nn.functional.pad(value_BL.double().cumsum(1), (1, 0))
-    return (running_BL.gather(1, end_BC) - running_BL.gather(1, start_BC)).to(value_BL.dtype)
+    # float64, because differences of a row's running sum would leave float32 with four digits; what is not
+    # finite is counted apart, because it would stay in the running sum to the row's end
+    is_finite_BL = value_BL.isfinite()
+    total_BC = _difference(value_BL.double().where(is_finite_BL, 0), start_BC, end_BC)
+    impossible_BC = _difference((value_BL == -torch.inf).double(), start_BC, end_BC)
+    broken_BC = _difference((~is_finite_BL & (value_BL != -torch.inf)).double(), start_BC, end_BC)
+    total_BC = total_BC.masked_fill(impossible_BC > 0, -torch.inf).masked_fill(broken_BC > 0, torch.nan)
+    return total_BC.to(value_BL.dtype)
+
+
+def _difference(value_BL: Tensor, start_BC: Tensor, end_BC: Tensor) -> Tensor:
+    """Return the sum of each stretch as a difference of the row's running sum."""
+    running_BL = torch.nn.functional.pad(value_BL.cumsum(1), (1, 0))
+    return running_BL.gather(1, end_BC) - running_BL.gather(1, start_BC)
 
 
 @_span_sum.register_fake
@@ -121,6 +132,7 @@ def chunk_likelihood(logp_BL: Tensor, spans: Spans, append_BC: Tensor | None = N
         raise ValueError(
             f"logp_BL must hold one number per token {tuple(spans.slot_BL.shape)}: got {tuple(logp_BL.shape)}"
         )
+    refuse_forward_mode(logp_BL, append_BC)
     total_BC = _span_sum(logp_BL, spans.start_BC, spans.end_BC, spans.slot_BL).clamp_max(0)
     return total_BC if append_BC is None else total_BC + append_BC
 
@@ -138,12 +150,18 @@ def lay_out(
         teacher_scored_BS: the same.
 
     Raises:
-        ValueError: if the two sides differ in their number of documents, or a mask from its ids.
+        ValueError: if the two sides differ in their number of documents, a mask from its ids, or a side has
+            no position.
     """
     shapes = [tuple(x.shape) for x in (student_chunk_BT, student_scored_BT)]
     shapes += [tuple(x.shape) for x in (teacher_chunk_BS, teacher_scored_BS)]
     if shapes[0] != shapes[1] or shapes[2] != shapes[3] or shapes[0][0] != shapes[2][0]:
         raise ValueError(f"expected ids and masks [B, T], [B, T], [B, S], [B, S]: got {shapes}")
+    if not (shapes[0][1] and shapes[2][1]):
+        raise ValueError(
+            f"both sides must have at least one position, filled or padding: got T = {shapes[0][1]} and "
+            f"S = {shapes[2][1]}"
+        )
     none = torch.iinfo(torch.int64).max
     T = student_chunk_BT.shape[1]
     id_BC = torch.cat([student_chunk_BT, teacher_chunk_BS], 1).long()
@@ -214,14 +232,15 @@ def _regroup(layout: Layout, group_BC: Tensor) -> Layout:
     valid_BC, C = layout.valid_BC, layout.valid_BC.shape[1]
     group_BC = group_BC.contiguous()
     first_BC, after_BC = _stretches(group_BC, C)
-    final_BC = (after_BC - 1).clamp_min(0)
-    last_BC = _last_where(valid_BC).gather(1, final_BC)
+    last_BC = _last_where(valid_BC).gather(1, (after_BC - 1).clamp_min(0))
+    # from the first valid member to the last: others may be anywhere, those of no chunk with stretches of 0
+    lead_BC = (C - 1 - _last_where(valid_BC.flip(1)).flip(1)).gather(1, first_BC.clamp_max(C - 1))
     new_valid_BC = (after_BC > first_BC) & (last_BC >= first_BC)
     kept_BC = torch.nn.functional.pad(group_BC.where(valid_BC, C), (0, 1), value=C)
 
     def regroup(spans: Spans) -> Spans:
-        start_BC = spans.start_BC.gather(1, first_BC.clamp_max(C - 1)).where(after_BC > first_BC, 0)
-        end_BC = spans.end_BC.gather(1, final_BC).where(after_BC > first_BC, 0)
+        start_BC = spans.start_BC.gather(1, lead_BC.clamp_max(C - 1)).where(new_valid_BC, 0)
+        end_BC = spans.end_BC.gather(1, last_BC.clamp_min(0)).where(new_valid_BC, 0)
         last_token_BC = spans.last_BC.gather(1, last_BC.clamp_min(0))
         return Spans(start_BC, end_BC, last_token_BC, kept_BC.gather(1, spans.slot_BL))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenkit.kernels.divergence_rows import Problem, RowState
 from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.vocabulary_parallel import check_cover, check_head
@@ -29,6 +30,8 @@ def check_numbers(kind: str, settled: dict[str, Any]) -> None:
     for name in ("skew", "alpha"):
         if not 0 <= settled[name] <= 1:
             raise ValueError(f"{name} must be in [0, 1]: got {settled[name]}")
+    if kind == "akl" and settled["alpha"] == 1:
+        raise ValueError("alpha must be below 1 for akl, a tail of the whole mass leaves no head: use rkl")
     has_pairs = settled["student_index"] is not None or settled["outcomes"] is not None
     if settled["rest_as_outcome"] and not has_pairs:
         raise ValueError("rest_as_outcome needs pairs: give student_index and teacher_index, or outcomes")
@@ -43,6 +46,7 @@ def check_sides(
     student_ND: Tensor, student_head: Head, teacher_NE: Tensor, teacher_head: Head, settled: dict[str, Any]
 ) -> None:
     """Raise ValueError if shapes, dtypes or devices do not fit together, or the teacher's head is trained."""
+    refuse_forward_mode(student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE)
     for name, hidden, head in (("student", student_ND, student_head), ("teacher", teacher_NE, teacher_head)):
         _check_side(name, hidden, head)
     if len(teacher_NE) != len(student_ND):

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenkit.kernels.language import HAS_TRITON
 
@@ -30,6 +31,21 @@ def runs_triton(tensor: Tensor) -> bool:
 def low_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return what a tile becomes before it enters a GEMM with `tensor`; `dtype` where GEMMs are of that."""
     return tensor.dtype if tensor.is_cuda or runs_triton(tensor) else dtype
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where a forward-mode derivative is asked for: custom operations would return 0 for it.
+
+    Raises:
+        NotImplementedError: a tensor carries a tangent, as under `torch.func.jvp`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "tokenkit's kernels have no forward-mode derivative (torch.func.jvp, jacfwd, dual numbers): "
+            "use backward() or torch.autograd.grad"
+        )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -204,7 +204,7 @@ def linear_divergence(
             temperature: divides both models' logits, after the softcap.
             teacher_temperature: divides the teacher's further.
             skew: λ in [0, 1] of skl and srkl.
-            alpha: mass in [0, 1] of akl's tail; of equally likely outcomes, the later are nearer the tail.
+            alpha: mass in [0, 1) of akl's tail; of equally likely outcomes, the later are nearer the tail.
             row_weight_N: constant weights; the result is then Σ weight · divergence, a scalar.
             workspace_bytes: bound on what is allocated beside results, O(N·D) and a float32 dW.
 

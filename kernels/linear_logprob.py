@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.logprob_modes import backward, forward
 from tokenkit.kernels.logprob_plan import (
     IGNORE,
@@ -217,6 +218,7 @@ def linear_logprob(
     weights are rounded once. Bitwise repeatable: no atomics.
     """
     _check(hidden_ND, head, target_N, temperature, workspace_bytes)
+    refuse_forward_mode(hidden_ND, head.weight_VD, head.bias_V)
     subset = split_vocabulary(subset_V) if isinstance(subset_V, Tensor) else subset_V
     numbers, words = pack(head, temperature, _mode(hidden_ND, head, workspace_bytes), workspace_bytes)
     logp_N, subset_logp_N, is_top1_N, lse_N, *_ = _operation(

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
+from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.sorted_rows import Options, Side, run, run_backward, run_bounds
 from tokenkit.kernels.vocabulary_parallel import check_head, shard_of, shard_words, vocab_size
 from tokenkit.structs import Head
@@ -253,6 +254,7 @@ def sorted_distance(
     workspace_bytes = keywords.get("workspace_bytes", DEFAULT_WORKSPACE_BYTES)
     heads = (student_head, teacher_head)
     _check(student_ND, student_head, teacher_NE, teacher_head, row_weight_N, temperature)
+    refuse_forward_mode(student_ND, student_head.weight_VD, student_head.bias_V)
     if exact and any(head.shard is not None for head in heads):
         raise ValueError(
             "exact=True sorts whole rows, and a head was given as a shard: gather it, or leave exact out "

@@ -41,7 +41,7 @@ def alm_difference(
         "binary_kl_temp_limit": lambda: (u - v) + u * torch.log(-v) - u * torch.log(-u),
         "abs_exp": lambda: (p - q).abs(),
         "renyi": lambda: (
-            torch.log(torch.exp(alpha * u + (1 - alpha) * v) + (1 - p) ** alpha * (1 - q) ** (1 - alpha))
+            torch.logaddexp(alpha * u + (1 - alpha) * v, alpha * log1mexp(u) + (1 - alpha) * log1mexp(v))
             / (alpha - 1)
         ),
         "joschu_k2": lambda: r.square() / 2,

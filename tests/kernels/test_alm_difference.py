@@ -7,10 +7,13 @@ without its minus.
 
 import math
 
+import mpmath
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tokenkit.kernels.alm_difference import DIFFERENCES, alm_difference
+from tokenkit.kernels.alm_difference import DIFFERENCES, EPS, alm_difference
 from tokenkit.kernels.reference.alm_difference import alm_difference as reference
 
 LIKELIHOODS = [0.0, -1e-5, -1e-3, -0.1, -0.7, -3.0, -20.0, -90.0, -700.0]
@@ -107,3 +110,36 @@ def test_bad_input_is_named(options, message):
     teacher, student = (options.pop(name, torch.zeros(2)) for name in ("teacher", "student"))
     with pytest.raises(ValueError, match=message):
         alm_difference(teacher, student, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.999, 1.001, 2.0, 3.0, 10.0])
+@settings(deadline=None, max_examples=25)
+@given(st.floats(-5e3, 0), st.floats(-5e3, 0))
+def test_renyi_is_its_definition_however_far_apart(alpha, t, s):
+    """Against 60 digits: A alone passes e^709 at s = -712 with alpha = 2."""
+    with mpmath.workdps(60):
+        u, v = mpmath.mpf(t) - mpmath.mpf(EPS), mpmath.mpf(s) - mpmath.mpf(EPS)
+        p, q, a = mpmath.exp(u), mpmath.exp(v), mpmath.mpf(alpha)
+        first, second = p**a * q ** (1 - a), (1 - p) ** a * (1 - q) ** (1 - a)
+        value = float(mpmath.log(first + second) / (a - 1))
+        slope = float((second * q / (1 - q) - first) / (first + second))
+    student = torch.tensor([s], dtype=torch.float64, requires_grad=True)
+    got = alm_difference(torch.tensor([t], dtype=torch.float64), student, "renyi", renyi_alpha=alpha)
+    got.sum().backward()
+    # log(A + B) is the difference of numbers near 1, known to 1e-16 / |alpha - 1|, and 1 - q to 1e-10 of eps
+    assert got.item() == pytest.approx(value, rel=1e-8, abs=1e-12 + 1e-14 / abs(alpha - 1))
+    assert student.grad.item() == pytest.approx(slope, rel=1e-8, abs=1e-9)
+
+
+def test_renyi_far_apart_in_triton(executor, device):
+    t, s = torch.tensor([-1.0, -700.0, -0.5]), torch.tensor([-900.0, -0.1, -3000.0])
+    for alpha in (0.5, 2.0, 10.0):
+        for dtype in (torch.float32, torch.float64):
+            student = s.to(device, dtype, copy=True).requires_grad_()
+            got = alm_difference(t.to(device, dtype), student, "renyi", renyi_alpha=alpha)
+            got.sum().backward()
+            exact = s.double().clone().requires_grad_()
+            expected = reference(t.double(), exact, "renyi", renyi_alpha=alpha)
+            expected.sum().backward()
+            torch.testing.assert_close(got.detach().double().cpu(), expected.detach(), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(student.grad.double().cpu(), exact.grad, rtol=1e-6, atol=1e-6)

@@ -89,6 +89,39 @@ def test_joins_groups_and_their_sums_follow_the_definition(batch, bits, size):
     assert not grouped.teacher_tokens_BC[~grouped.valid_BC].any()
 
 
+def test_a_group_at_the_end_of_a_row_keeps_its_stretch():
+    """Behind a join the slots that are left are empty: the last group's stretch ends at its last member."""
+    ids = torch.tensor([[2, 3]])
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    layout = lay_out(ids, ids, everything, everything)
+    logp = torch.tensor([[-1.0, -2.0]])
+    for closes in (torch.ones_like(layout.valid_BC), torch.zeros_like(layout.valid_BC)):
+        for size in (2, 3):
+            grouped = group(join(layout, closes), size)
+            sums = chunk_likelihood(logp, grouped.student)[grouped.valid_BC]
+            assert sums.sum() == -3
+
+
+@pytest.mark.parametrize(("at", "broken"), [(0, -torch.inf), (2, -torch.inf), (2, torch.nan)])
+def test_what_is_not_finite_stays_in_its_chunk(executor, device, at, broken):
+    layout = lay_out(*(x.to(device) for x in example()))
+    logp = torch.tensor([[0, -1, -2, -3, 0], [-4, -5, 0, 0, 0.0]], device=device)
+    expected = chunk_likelihood(logp, layout.student)
+    logp[0, 1 + at] = broken
+    got = chunk_likelihood(logp, layout.student)
+    chunk = 0 if at == 0 else 1
+    torch.testing.assert_close(got[0, chunk].cpu(), torch.tensor(broken), equal_nan=True)
+    got[0, chunk] = expected[0, chunk]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("T", "S"), [(0, 3), (3, 0), (0, 0)])
+def test_a_side_without_positions_is_refused(T, S):
+    ids, masks = [torch.zeros(2, n).long() for n in (T, S)], [torch.ones(2, n) > 0 for n in (T, S)]
+    with pytest.raises(ValueError, match=f"at least one position, .*got T = {T} and S = {S}"):
+        lay_out(*ids, *masks)
+
+
 def test_a_chunk_that_was_left_out_parts_its_neighbours():
     """Id 1 is missing: text that could not be aligned stood there."""
     ids = torch.tensor([[0, 2, 3]])

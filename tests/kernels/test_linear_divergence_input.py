@@ -18,6 +18,7 @@ BAD = {
     "teacher temperature": ({"teacher_temperature": -1.0}, "teacher_temperature must be positive.*-1.0"),
     "skew": ({"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),
     "alpha": ({"alpha": -0.1}, r"alpha must be in \[0, 1\]: got -0.1"),
+    "akl without a head": ({"kind": "akl", "alpha": 1.0}, "alpha must be below 1 for akl.*use rkl"),
     "map outside": ({"teacher_index": torch.tensor([0, 1, 2, 3, 5])}, r"ids in \[0, 5\): got 0 to 5"),
     "map length": ({"teacher_index": torch.tensor([0, 1])}, r"one id per student id \(5\): got shape \(2,\)"),
     "empty map": ({"teacher_index": torch.zeros(0, dtype=torch.long)}, "at least one"),

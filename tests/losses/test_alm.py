@@ -255,3 +255,17 @@ def test_missing_masks_and_mixed_up_sides_are_named():
         alm_loss(teacher, student, batch)
     with pytest.raises(ValueError, match="got none"):
         module.prepare(None, batch, AlmOptions())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("mode", ["append_space", "merge_by_space_prob"])
+def test_a_tokenizer_without_whitespace_is_named(side, mode):
+    batch = make_batch()
+    student, teacher = make_states(batch)
+    bare = dataclasses.replace(getattr(batch, side), space_V=torch.zeros_like(getattr(batch, side).space_V))
+    batch = dataclasses.replace(batch, **{side: bare})
+    if (side, mode) == ("student", "merge_by_space_prob"):  # asks the teacher alone
+        assert alm_loss(student, teacher, batch, mode=mode).total.isfinite()
+        return
+    with pytest.raises(ValueError, match=f"alm_mode {mode} asks for the mass of whitespace"):
+        alm_loss(student, teacher, batch, mode=mode)

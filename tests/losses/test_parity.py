@@ -98,7 +98,10 @@ def test_fifty_steps_give_the_same_curve_as_on_full_logits(config_of, monkeypatc
 def loss_and_gradient(model, batch, name):
     """Return the loss of one batch and, in float64, its gradient."""
     model.zero_grad()
-    term = model(batch, "student", model(batch, "teacher"))[name]
+    prepared = model(batch, "teacher")
+    measured = {one: (prepared[one], prepared[one].sum_K) for one in model.measuring}
+    prepared |= model(batch, "settle", measured)
+    term = model(batch, "student", prepared)[name]
     loss = (term.total / term.count.clamp_min(1)).mean()
     loss.backward()
     gradient = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]

@@ -5,12 +5,14 @@ token of the slot instead of the chunk; the loss mask of one side alone; a chunk
 slots counted across documents.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.losses.example import make_batch, make_states
+from tests.losses.example import make_batch, make_states, run_loss
 from tokenkit.losses.rows import check_pairs, chunk_ends, chunk_starts, in_dtype, take
 from tokenkit.structs import Batch, Chunks, Side
 
@@ -121,3 +123,22 @@ def test_a_head_is_cast_only_where_it_must_be():
 def test_pairs_that_are_none_are_named(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         check_pairs(torch.tensor(student), torch.tensor(teacher))
+
+
+@pytest.mark.parametrize(
+    "name", ["clm", "alm_unconstrained", "baseline_dskd", "baseline_uld", "baseline_mined"]
+)
+def test_a_label_in_place_of_an_id_is_refused_where_it_is_trained(name):
+    """-100 at a trained position would count as a token that is certain."""
+    batch = make_batch()
+    states = make_states(batch)
+    ids = batch.student.ids_BT.clone()
+    ids[1, 3] = -100
+    wrong = dataclasses.replace(batch, student=dataclasses.replace(batch.student, ids_BT=ids))
+    with pytest.raises(ValueError, match=r"where trained_BT asks for them: got -100 at row 1, position 3"):
+        run_loss(name, wrong, *states)
+    trained = batch.student.trained_BT.clone()
+    trained[1, 3] = False
+    masked = dataclasses.replace(wrong.student, trained_BT=trained)
+    (total, _), _ = run_loss(name, dataclasses.replace(wrong, student=masked), *states)
+    assert total.isfinite().all()

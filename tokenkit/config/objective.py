@@ -187,6 +187,10 @@ class Baseline:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"baseline.{name} must lie in [0, 1], got {value}")
+        if self.divergence == "akl" and self.adaptive_kl_alpha == 1:
+            raise ConfigError(
+                "baseline.adaptive_kl_alpha must be below 1 for akl: divergence rkl is its limit"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,7 +255,15 @@ def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:
         raise ValueError(f"mode {options.mode} needs Side.space_V: build the batch with a space mask")
     else:
         mask_V = side.space_V.to(device)
-    return split_vocabulary(mask_V)
+    try:
+        return split_vocabulary(mask_V)
+    except ValueError as error:
+        if "holds no id" not in str(error):
+            raise
+        raise ValueError(
+            f"alm_mode {options.mode} asks for the mass of whitespace, and Side.space_V names no token: this "
+            "tokenizer has none that begins with it; widen space_mask_mode, or use eos_as_space or none"
+        ) from error
 
 
 def _check_space(side: Side, options: AlmOptions, head: Head) -> None:

@@ -161,6 +161,8 @@ def check_divergence(options: Any) -> None:
     for name in ("skew", "alpha"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1]: got {getattr(options, name)}")
+    if options.divergence == "akl" and options.alpha == 1:
+        raise ValueError("alpha must be below 1 for akl, a tail of the whole mass leaves no head: use rkl")
 
 
 def check_pairs(student_index: Tensor, teacher_index: Tensor) -> None:

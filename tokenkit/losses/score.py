@@ -43,7 +43,23 @@ def scored_tokens(side: Side) -> Tensor:
     """Return [B, T] bool: the tokens that have a log-probability and that the loss mask keeps."""
     T = side.ids_BT.shape[1]
     position_T = torch.arange(T, device=side.ids_BT.device)
-    return side.trained_BT & (position_T >= 1) & (position_T < side.length_B[:, None])
+    scored_BT = side.trained_BT & (position_T >= 1) & (position_T < side.length_B[:, None])
+    _check_ids(side, scored_BT)
+    return scored_BT
+
+
+def _check_ids(side: Side, scored_BT: Tensor) -> None:
+    """Raise ValueError where a label to be ignored stands in place of an id: it would count as certain."""
+    is_wrong_BT = scored_BT & (side.ids_BT < 0)
+    words = "ids_BT must hold ids of tokens where trained_BT asks for them"
+    if is_wrong_BT.is_cuda:
+        torch._assert_async(~is_wrong_BT.any(), words)
+    elif not torch.compiler.is_compiling() and bool(is_wrong_BT.any()):
+        row, position = is_wrong_BT.nonzero()[0].tolist()
+        raise ValueError(
+            f"{words}: got {int(side.ids_BT[row, position])} at row {row}, position {position}; what is "
+            "not to be trained is False in trained_BT, and no label"
+        )
 
 
 def check_states(states: HiddenStates, side: str) -> None:
