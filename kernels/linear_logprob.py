@@ -10,8 +10,9 @@ With upstream a (of logp), b (subset_logp), l (lse) and masses s = exp(lse_S −
               exp(z − lse_R) · (l − a − b) r           v in R
     and at the target, with p = exp logp:  a (1 − p) + l p + (b r exp(z − lse_S) in S, or − b p in R)
 
-Every factor is at most 1 in size and none is the difference of two nearly equal numbers: 1 − p is
-−expm1(logp). Logits are float32 and never stored whole. Three modes give the same gradients:
+Every factor is at most 1 in size and none is the difference of two nearly equal numbers: 1 − p is the sum
+over the others, which is kept without the target, and logp of a sure one −log1p of it. Logits are float32
+and never stored whole. Three modes give the same gradients:
 
     mode        FLOP       memory above O(N·D)   when
     frozen      4·N·V·D    a tile                no gradient to the head: the forward adds up exp(z − m) W
@@ -45,12 +46,13 @@ from tokenkit.kernels.logprob_plan import (
     fits_cache,
     kept_dtype,
     make_plan,
+    masses,
     pack,
     sum_dtype,
     unpack,
 )
 from tokenkit.kernels.not_finite import NotFiniteError
-from tokenkit.kernels.vocabulary import REST, SUBSET, Subset, split_vocabulary
+from tokenkit.kernels.vocabulary import SUBSET, Subset, split_vocabulary
 from tokenkit.kernels.vocabulary_parallel import check_head, local_rows, vocab_size
 from tokenkit.structs import Head
 
@@ -88,13 +90,11 @@ def _operation(
     plan = make_plan(hidden_ND, head, target_N, subset, call)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands
         sums, sums_5N, kept, shift = forward((hidden_ND, weight_VD, bias_V), plan, head)
-    lse_PN = sums.max_PN + sums.sum_PN.log()
-    lse_N = torch.logaddexp(lse_PN[REST], lse_PN[SUBSET])
-    _check_finite(lse_N, hidden_ND, head)
-    logp_N = torch.where(plan.scored_N, sums.z_target_N - lse_N, 0)
+    found = masses(sums, plan.scored_N, plan.in_subset_N)
+    _check_finite(found.lse_N, hidden_ND, head)
     is_top1_N = plan.scored_N & (sums.z_target_N >= sums.max_PN.amax(0))
-    subset_logp_N = lse_PN[SUBSET] - lse_N if subset else lse_N.new_empty(0)
-    return logp_N, subset_logp_N, is_top1_N, lse_N, sums_5N, kept, shift
+    subset_logp_N = found.log_mass_PN[SUBSET].clone() if subset else found.lse_N.new_empty(0)
+    return found.logp_N, subset_logp_N, is_top1_N, found.lse_N, sums_5N, kept, shift
 
 
 @_operation.register_fake

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenkit.kernels import linear_logprob_fused as fused
 from tokenkit.kernels import linear_logprob_loop as loop
-from tokenkit.kernels.logprob_plan import Plan, Sums, kept_dtype
+from tokenkit.kernels.logprob_plan import Plan, Sums, kept_dtype, masses
 from tokenkit.kernels.logprob_tile import rescale
 from tokenkit.kernels.vocabulary import REST, SUBSET
 from tokenkit.kernels.vocabulary_parallel import check_cover, reduce_max, reduce_sum
@@ -91,23 +91,21 @@ def _row_gradients(
     b_N, scored_N = upstream[1], plan.scored_N
     a_N, l_N = (torch.zeros_like(sums.z_target_N) if x is None else x for x in (upstream[0], upstream[2]))
     a_N = torch.where(scored_N, a_N, 0)
-    lse_PN = sums.max_PN + sums.sum_PN.log()
-    lse_N = torch.logaddexp(lse_PN[REST], lse_PN[SUBSET])
-    mass_PN = torch.exp(lse_PN - lse_N)
-    logp_N = torch.where(scored_N, sums.z_target_N - lse_N, 0)
-    p_N = torch.exp(logp_N)
-    dz_target_N = -a_N * torch.expm1(logp_N) + l_N * p_N
+    found = masses(sums, scored_N, plan.in_subset_N)
+    mass_PN, p_N = found.mass_PN, found.p_N
+    dz_target_N = a_N * found.others_N + l_N * p_N
     rest_N = l_N - a_N
     factor_PN = torch.stack([rest_N * mass_PN[REST], rest_N * mass_PN[SUBSET]])
     if b_N is not None and plan.in_subset_N is not None:
         inside_N = plan.in_subset_N
         factor_PN[REST] -= b_N * mass_PN[REST]
         factor_PN[SUBSET] += b_N * mass_PN[REST]
-        share_N = torch.exp(torch.where(inside_N, sums.z_target_N - lse_PN[SUBSET], -torch.inf))
+        at_target_N = torch.where(inside_N, sums.z_target_N - sums.max_PN[SUBSET], -torch.inf)
+        share_N = torch.exp(at_target_N) / torch.where(inside_N, found.sum_PN[SUBSET], 1)
         dz_target_N = dz_target_N + b_N * torch.where(inside_N, mass_PN[REST] * share_N, -p_N)
     if plan.cap is not None:
         dz_target_N = dz_target_N * (1 - (sums.z_target_N / plan.cap).square())
-    factor_PN = torch.where(sums.sum_PN > 0, factor_PN * plan.alpha / sums.sum_PN, 0)
+    factor_PN = torch.where(found.sum_PN > 0, factor_PN * plan.alpha / found.sum_PN, 0)
     return sums.max_PN, factor_PN, torch.where(scored_N, dz_target_N * plan.alpha, 0)
 
 

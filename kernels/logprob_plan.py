@@ -95,8 +95,55 @@ class Sums(NamedTuple):
 
     max_PN: Tensor
     sum_PN: Tensor
-    """Σ exp(z - max)."""
+    """Σ exp(z − max) without the target: of a very sure one, 1 − p is a sum and no difference."""
     z_target_N: Tensor
+
+
+class Masses(NamedTuple):
+    """What the statistics of each row say, each number from sums alone."""
+
+    sum_PN: Tensor
+    """Σ exp(z − max) of each part, the target in it."""
+    mass_PN: Tensor
+    """Of each part, of 1."""
+    log_mass_PN: Tensor
+    lse_N: Tensor
+    logp_N: Tensor
+    """0 in ignored rows, as are the next two."""
+    p_N: Tensor
+    others_N: Tensor
+    """1 − p."""
+
+
+def masses(sums: Sums, scored_N: Tensor, in_subset_N: Tensor | None) -> Masses:
+    """Put the target back among the others.
+
+    Args:
+        sums: of the whole vocabulary, all processes.
+        scored_N: bool, the row has a target.
+        in_subset_N: bool, it is in the subset.
+    """
+    max_N = sums.max_PN.amax(0)
+    is_in_PN = torch.stack([scored_N, torch.zeros_like(scored_N)])
+    if in_subset_N is not None:
+        is_in_PN = torch.stack([scored_N & ~in_subset_N, in_subset_N])
+    # a part without ids has a maximum of −inf, and −inf − (−inf) is NaN
+    sum_PN = sums.sum_PN + torch.where(is_in_PN, torch.exp(sums.z_target_N - sums.max_PN), 0)
+    shrink_PN = torch.where(sums.max_PN == -torch.inf, 0, torch.exp(sums.max_PN - max_N))
+    others_N = (sums.sum_PN * shrink_PN).sum(0)
+    gap_N = torch.where(scored_N, sums.z_target_N - max_N, 0)
+    target_N = torch.where(scored_N, gap_N.exp(), 0)
+    total_N = others_N + target_N
+    logp_N = torch.where(gap_N == 0, -torch.log1p(others_N), gap_N - total_N.log())
+    return Masses(
+        sum_PN,
+        sum_PN * shrink_PN / total_N,
+        (sums.max_PN - max_N) + (sum_PN.log() - total_N.log()),
+        max_N + total_N.log(),
+        torch.where(scored_N, logp_N, 0),
+        target_N / total_N,
+        torch.where(scored_N, others_N / total_N, 0),
+    )
 
 
 def make_plan(hidden_ND: Tensor, head: Head, target_N: Tensor, subset: Sequence[Tensor], call: Call) -> Plan:

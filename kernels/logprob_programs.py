@@ -81,7 +81,8 @@ def _statistics_kernel(
         z *= alpha
         if cap is not None:
             z = cap * _tanh(z / cap)
-        z_target += tl.sum(tl.where(offs_v[None, :] == row[:, None], z, 0.0), axis=1)
+        is_target = offs_v[None, :] == row[:, None]
+        z_target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
         z = tl.where(mask_v[None, :], z, float("-inf"))
         if inside_ptr is not None:
             inside = tl.load(inside_ptr + offs_v, mask=mask_v, other=0)[None, :] != 0
@@ -94,12 +95,14 @@ def _statistics_kernel(
             s_rest *= tl.exp(m_rest - base_rest)
             m_rest = m
             p = tl.exp(z - tl.where(inside, base_subset[:, None], base_rest[:, None]))
+            p = tl.where(is_target, 0.0, p)
             s_subset += tl.sum(tl.where(inside, p, 0.0), axis=1)
             s_rest += tl.sum(tl.where(inside, 0.0, p), axis=1)
         else:
             m = tl.maximum(m_rest, tl.max(z, axis=1))
             base_rest = _base(m)
-            s_rest = s_rest * tl.exp(m_rest - base_rest) + tl.sum(tl.exp(z - base_rest[:, None]), axis=1)
+            p = tl.where(is_target, 0.0, tl.exp(z - base_rest[:, None]))
+            s_rest = s_rest * tl.exp(m_rest - base_rest) + tl.sum(p, axis=1)
             m_rest = m
 
     place = tl.program_id(1).to(tl.int64) * 2 * N + offs_n  # [S, P, N]
@@ -152,10 +155,10 @@ def _frozen_kernel(
         z_target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
         z = tl.where(mask_v[None, :], z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=1))
-        p = tl.exp(z - _base(m_new)[:, None])
+        p = tl.where(is_target, 0.0, tl.exp(z - _base(m_new)[:, None]))
         shrink = tl.exp(m - _base(m_new))
         s = s * shrink + tl.sum(p, axis=1)
-        p = tl.where(is_target, 0.0, p * slope)
+        p *= slope
         mean = tl.dot(p.to(weight.dtype), weight, mean * shrink[:, None], input_precision="ieee")
         m = m_new
 

@@ -1,6 +1,7 @@
 """What `linear_logprob` does with one tile of logits: Triton epilogues, and the same lines of torch.
 
-    fold      z -> the running maximum and sum of its part, the target's z, and exp(z - m) where it is kept
+    fold      z -> the running maximum of its part and sum without the target, the target's z, and exp(z - m)
+              where it is kept
     rescale   the running Σ exp(z - m) weight of a frozen head, where m rose
     dlogits   z, or a kept exp(z - m) -> the gradient of z
 
@@ -46,11 +47,12 @@ def _fold_kernel(
     m = tl.maximum(m_old, tl.max(z, axis=0))
     p = tl.exp(z - m)
     shrink = tl.exp(m_old - m)
-    tl.store(max_ptr + n, m)
-    tl.store(sum_ptr + n, tl.load(sum_ptr + n) * shrink + tl.sum(p, axis=0))
-
     target = tl.load(position_ptr + n) - start
     is_target = offs_v == target
+    tl.store(max_ptr + n, m)
+    others = tl.sum(tl.where(is_target, 0.0, p), axis=0)
+    tl.store(sum_ptr + n, tl.load(sum_ptr + n) * shrink + others)
+
     if (target >= 0) & (target < V):
         tl.store(z_target_ptr + n, tl.sum(tl.where(is_target, z, 0.0), axis=0))
     if CACHED:
@@ -153,12 +155,14 @@ def _fold_torch(
     m_N = torch.maximum(max_N, z_NV.amax(1))
     shrink_N = torch.exp(max_N - m_N)
     z_NV.sub_(m_N[:, None]).exp_()
+    at_target_N1 = z_NV.gather(1, column_N1)
+    z_NV.scatter_(1, column_N1, at_target_N1.masked_fill(inside_N1, 0))
     sum_N.mul_(shrink_N).add_(z_NV.sum(1))
     max_N.copy_(m_N)
-    if plan.mode == "frozen":
-        if slope_NV is not None:
-            z_NV.mul_(slope_NV)
-        z_NV.scatter_(1, column_N1, z_NV.gather(1, column_N1).masked_fill(inside_N1, 0))
+    if plan.mode == "cached":
+        z_NV.scatter_(1, column_N1, at_target_N1)
+    if slope_NV is not None:
+        z_NV.mul_(slope_NV)
     if p_NV is not None and p_NV is not z_NV:
         p_NV.copy_(z_NV)
     return m_N if plan.mode == "cached" else shrink_N

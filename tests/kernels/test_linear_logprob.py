@@ -7,6 +7,8 @@ a kept tile overwritten by the first backward; the softcap's slope dropped; α d
 a mask dropped in either kernel; ignored rows pulling; padding rows counted; bias gradient not written.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -117,7 +119,7 @@ def test_without_subset_or_bias(mode, executor, device):
 
 @MODES
 def test_a_certain_target_keeps_its_small_gradient(mode, executor, device):
-    """p > 0.999: 1 − p in 16 bits would be 0 or 100 % off. float32's lse leaves it 1e-6 absolutely."""
+    """p > 0.999: 1 − p in 16 bits would be 0 or 100 % off."""
     hidden = torch.eye(4, 8, device=device)
     weight = 12.0 * torch.eye(40, 8, device=device)
     target = torch.arange(4, device=device)
@@ -131,6 +133,27 @@ def test_a_certain_target_keeps_its_small_gradient(mode, executor, device):
             torch.testing.assert_close(
                 kernel[name].double(), truth[name], rtol=tolerance, atol=2e-6, msg=name
             )
+
+
+@pytest.mark.parametrize("sure", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("offset", [0.0, 40.0, 80.0, -80.0])
+@MODES
+def test_a_very_sure_target_keeps_every_digit_of_its_gradient(mode, offset, sure, executor, device):
+    """Logits of any size and p of 1 − 1e-9: with the target in the sum float32 would know 1 − p to 1e-7."""
+    V, N = 300, 6
+    generator = torch.Generator().manual_seed(3)
+    gap = math.log(sure / V) + torch.randn(N, V, generator=generator)
+    target = torch.arange(N) * 40 % V
+    z = torch.round((offset + gap.scatter(1, target[:, None], 0.0)) * 2**12) / 2**12
+    # the identity times a weight: products are exact, so all that is measured is what follows them
+    upstream = torch.tensor([1.0, 0.5, 0.0])[:, None].expand(3, N)
+    inputs = (torch.eye(N), z.T.contiguous(), None, target, torch.arange(V) < 90, upstream)
+    inputs = tuple(x if x is None else x.to(device) for x in inputs)
+    truth = run(reference.linear_logprob, torch.float64, inputs)
+    kernel = run(linear_logprob, torch.float32, inputs, **{"workspace_bytes": RECOMPUTE, **mode})
+    for name in ("logp", "subset_logp", "dhidden"):
+        error = (kernel[name].double() - truth[name]).norm() / truth[name].norm()
+        assert error < 1e-5, (name, error)
 
 
 @MODES
