@@ -38,6 +38,9 @@ class Pair(NamedTuple):
     other_NV: Tensor
     alpha: float
     other_alpha: float
+    top_N: Tensor
+    """The maximum, from which lse_N is measured."""
+    other_top_N: Tensor
     lse_N: Tensor
     other_lse_N: Tensor
 
@@ -66,8 +69,10 @@ def _below_kernel(
 ):  # fmt: skip
     """One program per row: the five sums of `Below`, the gaps only where asked for."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
-    lse = tl.load(lse_ptr + n)
-    other_lse = tl.load(other_lse_ptr + n)
+    top = tl.load(lse_ptr + 2 * n)
+    lse = tl.load(lse_ptr + 2 * n + 1)
+    other_top = tl.load(other_lse_ptr + 2 * n)
+    other_lse = tl.load(other_lse_ptr + 2 * n + 1)
     tau = tl.load(tau_ptr + n)
     first = tl.load(first_ptr + n)
     mass = 0.0
@@ -79,12 +84,12 @@ def _below_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         mask = offs_v < V
         other = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha
-        q = tl.where(mask, tl.exp(other - other_lse), 0.0)
+        q = tl.where(mask, tl.exp(other - other_top - other_lse), 0.0)
         mass += tl.sum(tl.where(other < tau, q, 0.0), axis=0)
         is_tie = mask & (other == tau)
         if WITH_GAPS:
             z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
-            gap = tl.where(mask, tl.abs(q - tl.exp(z - lse)), 0.0)
+            gap = tl.where(mask, tl.abs(q - tl.exp(z - top - lse)), 0.0)
             rank = ties + tl.cumsum(is_tie.to(tl.float32), axis=0)
             tied_gap += tl.sum(tl.where(is_tie & (rank <= first), gap, 0.0), axis=0)
             gap_above += tl.sum(tl.where(other > tau, gap, 0.0), axis=0)
@@ -106,19 +111,20 @@ def _below(pair: Pair, tau_N: Tensor, first_N: Tensor, *, with_gaps: bool) -> Te
     if runs_triton(pair.z_NV):
         with on_device(pair.z_NV):
             _below_kernel[(N,)](
-                pair.z_NV, pair.other_NV, pair.lse_N, pair.other_lse_N, tau_N, first_N, sums_5N,
+                pair.z_NV, pair.other_NV, torch.stack([pair.top_N, pair.lse_N], 1),
+                torch.stack([pair.other_top_N, pair.other_lse_N], 1), tau_N, first_N, sums_5N,
                 pair.z_NV.stride(0), pair.other_NV.stride(0), N, V, pair.alpha, pair.other_alpha,
                 WITH_GAPS=with_gaps, BLOCK_V=BLOCK_V, num_warps=WARPS,
             )  # fmt: skip
         return sums_5N
     for n in range(N):
         other_V, tau = pair.other_NV[n], tau_N[n]
-        q_V = (other_V - pair.other_lse_N[n]).exp_()
+        q_V = (other_V - pair.other_top_N[n]).sub_(pair.other_lse_N[n]).exp_()
         sums_5N[0, n] = (q_V * (other_V < tau)).sum()
         is_tie_V = other_V == tau
         sums_5N[1, n] = is_tie_V.sum()
         if with_gaps:
-            gap_V = (q_V - (pair.z_NV[n] - pair.lse_N[n]).exp_()).abs_()
+            gap_V = (q_V - (pair.z_NV[n] - pair.top_N[n]).sub_(pair.lse_N[n]).exp_()).abs_()
             sums_5N[2, n] = gap_V[is_tie_V & (is_tie_V.cumsum(0) <= first_N[n])].sum()
             sums_5N[3, n] = (gap_V * (other_V > tau)).sum()
             sums_5N[4, n] = gap_V.sum()
@@ -148,7 +154,7 @@ def adaptive_weight(
         reduce: adds up over processes.
         before: the sum over the processes whose columns come first.
     """
-    lse_N, dtype = pair.other_lse_N, pair.lse_N.dtype
+    lse_N, dtype = pair.other_top_N + pair.other_lse_N, pair.lse_N.dtype
     none_N = torch.zeros_like(lse_N)
 
     def sums(tau_N: Tensor, first_N: Tensor, *, with_gaps: bool) -> Below:

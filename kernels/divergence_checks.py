@@ -123,11 +123,11 @@ def check_rest(outcomes: Outcomes, kind: str) -> None:
             )
 
 
-def check_finite(state: RowState, problem: Problem) -> None:
+def check_finite(value_N: Tensor, state: RowState, problem: Problem) -> None:
     """Name the row that a NaN or an infinity spoils; a softcap hides it, so hidden states are read again."""
     sides = (
-        ("student_ND", state.lse_N, problem.student),
-        ("teacher_NE", state.teacher_lse_N, problem.teacher),
+        ("student_ND", state.top_N + state.lse_N, problem.student),
+        ("teacher_NE", state.teacher_top_N + state.teacher_lse_N, problem.teacher),
     )
     for name, lse_N, side in sides:
         is_finite_N = torch.isfinite(lse_N)
@@ -142,6 +142,15 @@ def check_finite(state: RowState, problem: Problem) -> None:
             if torch.isfinite(side.hidden_ND[row]).all():
                 found = f"its log-sum-exp is {lse_N[row].item()}"
             raise NotFiniteError(f"{words}: in row {row} {found}")
+    words = f"{problem.kind} must be finite: where one model gives an id no probability (a logit of -inf)"
+    if value_N.is_cuda:
+        torch._assert_async(value_N.isfinite().all(), words)
+    elif not bool(value_N.isfinite().all()):
+        row = int(torch.nonzero(~value_N.isfinite())[0])
+        raise NotFiniteError(
+            f"{words} the other gives it some in row {row}; use skl, srkl or js, or leave such ids out of "
+            "the pairs"
+        )
 
 
 def check_hidden(name: str, hidden_ND: Tensor) -> None:

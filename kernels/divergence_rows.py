@@ -23,7 +23,7 @@ from tokenkit.kernels.row_chunks import Rows
 from tokenkit.kernels.vocabulary_parallel import reduce_max, reduce_sum
 from tokenkit.structs import Head
 
-NOTHING = -1e4  # log of a mass that is 0, finite so that 0 · log 0 is 0
+INFINITE = 1e12  # nats; a value above it holds a·log(a/0): `LOWEST` times a probability
 
 
 class Side(NamedTuple):
@@ -77,6 +77,9 @@ class Logits(NamedTuple):
 class RowState(NamedTuple):
     """What the gradient needs of each row, [N] each. `teacher_`: with the models in each other's place."""
 
+    top_N: Tensor
+    """The maximum. Log-sum-exps are measured from it: alone, they are rounded at the size of z."""
+    teacher_top_N: Tensor
     lse_N: Tensor
     teacher_lse_N: Tensor
     centre_N: Tensor
@@ -95,6 +98,8 @@ class Seen(NamedTuple):
 
     side: Side
     kind: str
+    top_N: Tensor
+    other_top_N: Tensor
     lse_N: Tensor
     other_lse_N: Tensor
     centre_N: Tensor
@@ -107,12 +112,14 @@ def seen(problem: Problem, state: RowState, *, by_teacher: bool) -> Seen:
     """Return the divergence from the place of the student or of the teacher."""
     if not by_teacher:
         return Seen(
-            problem.student, problem.kind, state.lse_N, state.teacher_lse_N, state.centre_N, state.weight_N,
+            problem.student, problem.kind, state.top_N, state.teacher_top_N,
+            state.lse_N, state.teacher_lse_N, state.centre_N, state.weight_N,
             state.rest_lse_N, state.rest_factor_N,
         )  # fmt: skip
     kind = MIRROR.get(problem.kind, problem.kind)
     return Seen(
-        problem.teacher, kind, state.teacher_lse_N, state.lse_N, state.teacher_centre_N, 1 - state.weight_N,
+        problem.teacher, kind, state.teacher_top_N, state.top_N,
+        state.teacher_lse_N, state.lse_N, state.teacher_centre_N, 1 - state.weight_N,
         state.teacher_rest_lse_N, state.teacher_rest_factor_N,
     )  # fmt: skip
 
@@ -131,25 +138,26 @@ def row_state(problem: Problem, logits: Logits, *, train_teacher: bool) -> tuple
         _log_sums(z_NV, pairs, alpha, side.share_P, head)
         for z_NV, alpha, side in zip(logits[:2], alphas, (problem.student, problem.teacher), strict=True)
     ]
-    (lse_N, rest_lse_N), (teacher_lse_N, teacher_rest_lse_N) = lses
+    (top_N, lse_N, rest_lse_N), (teacher_top_N, teacher_lse_N, teacher_rest_lse_N) = lses
     rest = None
     if problem.has_rest:
         rest = (
-            (rest_lse_N - lse_N).clamp_min(NOTHING),
-            (teacher_rest_lse_N - teacher_lse_N).clamp_min(NOTHING),
+            (rest_lse_N - lse_N).clamp_min(tile.LOWEST.value),
+            (teacher_rest_lse_N - teacher_lse_N).clamp_min(tile.LOWEST.value),
         )
     z_NP, other_NP = (z_NV[:, :pairs] for z_NV in logits[:2])
     weight_N = torch.zeros_like(lse_N)
     if problem.kind == "akl":
-        pair = Pair(z_NP, other_NP, *alphas, lse_N, teacher_lse_N)
+        pair = Pair(z_NP, other_NP, *alphas, top_N, teacher_top_N, lse_N, teacher_lse_N)
         weight_N = adaptive_weight(pair, rest, problem.tail_mass, *_reducers(head))
     mirror = MIRROR.get(problem.kind, problem.kind) if train_teacher else None
     measure = tile.Measure(problem.kind, problem.skew, *alphas, None)
-    found = tile.divergence_sums(z_NP, other_NP, (lse_N, teacher_lse_N), weight_N, measure, mirror)
+    lse = torch.stack([top_N, lse_N], 1), torch.stack([teacher_top_N, teacher_lse_N], 1)
+    found = tile.divergence_sums(z_NP, other_NP, lse, weight_N, measure, mirror)
     if head.shard is not None:
         found = tile.RowSums(*reduce_sum(torch.stack(found), head).unbind())
     state = RowState(
-        lse_N, teacher_lse_N, found.centre_N, found.teacher_centre_N, weight_N,
+        top_N, teacher_top_N, lse_N, teacher_lse_N, found.centre_N, found.teacher_centre_N, weight_N,
         rest_lse_N, teacher_rest_lse_N, torch.zeros_like(lse_N), torch.zeros_like(lse_N),
     )  # fmt: skip
     return _with_rest(problem, state, found, rest)
@@ -183,6 +191,7 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
         mass_N = (rest_N - whole_N).exp()  # of the ids in no pair, an outcome or not
         drift = kappas[i] * mass_N if side.share_P is not None and rest is not None else 0.0
         factors.append(pulls[i] + drift - mass_N * centres[i])
+    value_N = torch.where(value_N > INFINITE, torch.inf, value_N)
     return value_N, state._replace(
         centre_N=centres[0],
         teacher_centre_N=centres[1],
@@ -193,16 +202,18 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
 
 def _log_sums(
     z_NV: Tensor, pairs: int, alpha: float, share_P: Tensor | None, head: Head
-) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of each row over every column, and over those in no pair, of all processes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the maximum of each row and, from it, the log-sum-exp of all columns and of those in no pair."""
     parts = [tile.row_sums(z_NV[:, :pairs], alpha, share_P), tile.row_sums(z_NV[:, pairs:], alpha)]
     max_2N, sum_2N = (torch.stack(x) for x in zip(*parts, strict=True))
     if head.shard is not None:
         top_2N = reduce_max(max_2N.clone(), head)
         shrink_2N = torch.exp(max_2N - top_2N).masked_fill(max_2N == -torch.inf, 0)
         max_2N, sum_2N = top_2N, reduce_sum(sum_2N * shrink_2N, head)
-    lse_2N = max_2N + sum_2N.log()
-    return torch.logaddexp(lse_2N[0], lse_2N[1]), lse_2N[1]
+    top_N = max_2N.amax(0)
+    below_2N = (max_2N - top_N).masked_fill(max_2N == -torch.inf, -torch.inf)
+    lse_N = (sum_2N * below_2N.exp()).sum(0).log()
+    return top_N, lse_N, below_2N[1] + sum_2N[1].log()
 
 
 def _reducers(head: Head) -> tuple[Any, Any]:
@@ -239,8 +250,9 @@ def write_gradient(
     """
     kappa_N = torch.zeros_like(upstream_N) + kappa(view.kind, problem.skew, view.weight_N)
     rows_N = tile.GradientRows(
-        view.lse_N, view.other_lse_N, view.centre_N, view.weight_N, upstream_N * view.side.alpha, kappa_N
-    )
+        view.lse_N, view.other_lse_N, view.centre_N, view.weight_N, upstream_N * view.side.alpha, kappa_N,
+        view.top_N, view.other_top_N,
+    )  # fmt: skip
     share_P = None if view.side.share_P is None else view.side.share_P[columns]
     own_NV, other_NV, alpha, other_alpha = logits
     if view.side is problem.teacher:
@@ -253,4 +265,5 @@ def write_rest_gradient(view: Seen, upstream_N: Tensor, z_NV: Tensor, alpha: flo
     """Write dz at ids in no pair, of the model from whose place `view` is seen; dz_NV may be z_NV."""
     factor_N = view.rest_factor_N * upstream_N * view.side.alpha
     lse_N = torch.where(view.rest_lse_N == -torch.inf, 0, view.rest_lse_N)
-    tile.rest_gradient(z_NV, lse_N, factor_N, alpha, view.side.cap, dz_NV)
+    lse_N2 = torch.stack([view.top_N, lse_N], 1)
+    tile.rest_gradient(z_NV, lse_N2, factor_N, alpha, view.side.cap, dz_NV)

@@ -92,10 +92,12 @@ def _mixed_terms(d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float) -> tup
     rise = torch.expm1(-d.abs())
     ahead = d >= 0 if kind != "srkl" else d <= 0  # the distribution that m is measured from is the larger
     below = torch.where(ahead, rise * (1 - skew), rise * skew)  # U − 1
-    below = below.clamp_min(-1 + 1e-7)  # λ below 1e-7 rounds to none at all
-    log_u = torch.log1p(below)
+    ratio = (-d.abs()).exp()
+    u = torch.where(ahead, ratio * (1 - skew) + skew, ratio * skew + (1 - skew))
+    u = u.clamp_min(torch.finfo(d.dtype).tiny)
+    log_u = torch.where(below > -SMALL.value, torch.log1p(below), u.log())
     gap = torch.where(d >= 0, q * rise, -p * rise)
-    ratio = torch.where(d >= 0, rise, -rise) / (1 + below)  # (p − q)/m
+    ratio = torch.where(d >= 0, rise, -rise) / u  # (p − q)/m
     if kind == "skl":
         x = log_u + (-d).clamp_min(0)  # log m/q
         return _forward_term(-x, q, (1 - skew) * gap), (1 - skew) ** 2 * p * ratio
@@ -158,9 +160,11 @@ def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr):
             if KIND == "srkl":
                 larger = skew
                 smaller = 1.0 - skew
-            below = tl.maximum(rise * tl.where(d >= 0, larger, smaller), -1.0 + 1e-7)
-            log_u = _log1p_below(below)
-            ratio = tl.where(d >= 0, rise, -rise) / (1.0 + below)
+            below = rise * tl.where(d >= 0, larger, smaller)
+            u = tl.exp(-tl.abs(d)) * tl.where(d >= 0, larger, smaller) + tl.where(d >= 0, smaller, larger)
+            u = tl.maximum(u, 1.2e-38)
+            log_u = tl.where(below > -SMALL, _log1p_below(tl.maximum(below, -SMALL)), tl.log(u))
+            ratio = tl.where(d >= 0, rise, -rise) / u
             if KIND == "skl":
                 x = log_u + tl.maximum(-d, 0.0)
                 value = _forward_term_triton(-x, q, (1.0 - skew) * gap)

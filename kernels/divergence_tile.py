@@ -23,6 +23,7 @@ from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
 BLOCK_V = 2048  # columns of a row that one program holds
+LOWEST = tl.constexpr(-1e36)  # log of a probability of 0: finite, so that 0 · log 0 is 0
 SUM_WARPS = 8  # of a program of _divergence_sums_kernel: 8 columns in each thread
 GROUP_BYTES = 2**20  # of one operand of torch's lines: its temporaries stay in the cache
 
@@ -64,6 +65,9 @@ class GradientRows(NamedTuple):
     """Upstream gradient times scale over temperature."""
     kappa_N: Tensor
     """κ; read with shares only."""
+    top_N: Tensor
+    """The maximum that `lse_N` is measured from."""
+    other_top_N: Tensor
 
 
 @triton.jit
@@ -105,7 +109,8 @@ def _row_sums_kernel(
             z += tl.load(share_ptr + offs_v, mask=mask, other=0.0)
         z = tl.where(mask, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=0))
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        s = s * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=0)
         m = m_new
     tl.store(max_ptr + n, m)
     tl.store(sum_ptr + n, s)
@@ -120,8 +125,10 @@ def _divergence_sums_kernel(
 ):  # fmt: skip
     """One program per row: the divergence, Σ e (of the teacher too where MIRROR names its kind), Σ p, Σ q."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
-    lse = tl.load(lse_ptr + n)
-    other_lse = tl.load(other_lse_ptr + n)
+    top = tl.load(lse_ptr + 2 * n)
+    lse = tl.load(lse_ptr + 2 * n + 1)
+    other_top = tl.load(other_lse_ptr + 2 * n)
+    other_lse = tl.load(other_lse_ptr + 2 * n + 1)
     weight = tl.load(weight_ptr + n)
     value = 0.0
     centre = 0.0
@@ -131,8 +138,10 @@ def _divergence_sums_kernel(
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask = offs_v < V
-        log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - lse
-        log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha - other_lse
+        log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - top - lse
+        log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha
+        log_q = log_q - other_top - other_lse
+        log_p, log_q = tl.maximum(log_p, LOWEST), tl.maximum(log_q, LOWEST)
         term, e = terms_triton(log_p, log_q, skew, weight, KIND)
         value += tl.sum(tl.where(mask, term, 0.0), axis=0)
         centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
@@ -162,8 +171,9 @@ def _gradient_kernel(
     mask = offs_v < V
     z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
     other = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0)
-    log_p = z * alpha - tl.load(rows_ptr + n)
-    log_q = other * other_alpha - tl.load(rows_ptr + N + n)
+    log_p = z * alpha - tl.load(rows_ptr + 6 * N + n) - tl.load(rows_ptr + n)
+    log_q = other * other_alpha - tl.load(rows_ptr + 7 * N + n) - tl.load(rows_ptr + N + n)
+    log_p, log_q = tl.maximum(log_p, LOWEST), tl.maximum(log_q, LOWEST)
     centre = tl.load(rows_ptr + 2 * N + n)
     _, e = terms_triton(log_p, log_q, skew, tl.load(rows_ptr + 3 * N + n), KIND)
     if HAS_SHARE:
@@ -184,12 +194,13 @@ def _rest_gradient_kernel(
     alpha, cap,
     HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and block: factor · exp(z − lse)."""
+    """One program per row and block: factor · exp(z − maximum − lse)."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs_v < V
     z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
-    dz = tl.exp(z * alpha - tl.load(lse_ptr + n)) * tl.load(factor_ptr + n)
+    log_p = z * alpha - tl.load(lse_ptr + 2 * n) - tl.load(lse_ptr + 2 * n + 1)
+    dz = tl.exp(log_p) * tl.load(factor_ptr + n)
     if HAS_CAP:
         dz *= 1.0 - (z / cap) * (z / cap)
     tl.store(dz_ptr + n * dz_stride + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
@@ -250,7 +261,8 @@ def row_sums(z_NV: Tensor, alpha: float, share_V: Tensor | None = None) -> tuple
     for rows in _groups(z_NV):
         z = z_NV[rows] if share_V is None else z_NV[rows] + share_V
         max_N[rows] = z.amax(1)
-        sum_N[rows] = (z - max_N[rows, None]).exp_().sum(1)
+        base_N1 = max_N[rows, None].masked_fill(max_N[rows, None] == -torch.inf, 0)
+        sum_N[rows] = (z - base_N1).exp_().sum(1)
     return max_N, sum_N
 
 
@@ -267,7 +279,7 @@ def divergence_sums(
     Args:
         z_NV: the student's logits, up to a factor.
         other_NV: the teacher's.
-        lse: log-sum-exp of each row, the student's and the teacher's.
+        lse: [N, 2] each, the student's and the teacher's: a row's maximum, and log Σ exp(z − maximum).
         weight_N: w of akl.
         measure: kind and factors.
         mirror: the kind as the teacher sees it, if its gradient is wanted.
@@ -286,7 +298,7 @@ def divergence_sums(
             )  # fmt: skip
         return RowSums(*sums_5N.unbind())
     for rows in _groups(z_NV):
-        log_p, log_q = z_NV[rows] - lse[0][rows, None], other_NV[rows] - lse[1][rows, None]
+        log_p, log_q = _log(z_NV[rows], lse[0][rows]), _log(other_NV[rows], lse[1][rows])
         weight_N1 = weight_N[rows, None]
         value, e = terms(log_p, log_q, measure.kind, measure.skew, weight_N1)
         sums_5N[0, rows], sums_5N[1, rows] = value.sum(1), e.sum(1)
@@ -318,10 +330,10 @@ def gradient(
     if not (N and V):
         return
     if runs_triton(z_NV):
-        rows_6N = torch.stack(rows_N)
+        rows_8N = torch.stack(rows_N)
         with on_device(z_NV):
             _gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                z_NV, other_NV, rows_6N, share_V, dz_NV,
+                z_NV, other_NV, rows_8N, share_V, dz_NV,
                 z_NV.stride(0), other_NV.stride(0), dz_NV.stride(0), N, V,
                 measure.alpha, measure.other_alpha, measure.skew, measure.cap or 1.0,
                 KIND=measure.kind, HAS_CAP=measure.cap is not None, HAS_SHARE=share_V is not None,
@@ -332,7 +344,8 @@ def gradient(
     for rows in _groups(z_NV):
         z, column = z_NV[rows], [x[rows, None] for x in rows_N]
         some = GradientRows(*column)
-        log_p, log_q = z - some.lse_N, other_NV[rows] - some.other_lse_N
+        log_p = (z - some.top_N).sub_(some.lse_N).clamp_min_(LOWEST.value)
+        log_q = (other_NV[rows] - some.other_top_N).sub_(some.other_lse_N).clamp_min_(LOWEST.value)
         e, p = gradients(log_p, log_q, measure.kind, measure.skew, some.weight_N)
         if share_V is not None:
             e = e - p * (some.centre_N * share_V - some.kappa_N)
@@ -344,25 +357,30 @@ def gradient(
 
 
 def rest_gradient(
-    z_NV: Tensor, lse_N: Tensor, factor_N: Tensor, alpha: float, cap: float | None, dz_NV: Tensor
+    z_NV: Tensor, lse_N2: Tensor, factor_N: Tensor, alpha: float, cap: float | None, dz_NV: Tensor
 ) -> None:
-    """Write factor · exp(z − lse), times the softcap's slope, to dz_NV, which may be z_NV."""
+    """Write factor · exp(z − maximum − lse), times the softcap's slope, to dz_NV, which may be z_NV."""
     N, V = z_NV.shape
     if not (N and V):
         return
     if runs_triton(z_NV):
         with on_device(z_NV):
             _rest_gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                z_NV, lse_N, factor_N, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, alpha, cap or 1.0,
+                z_NV, lse_N2, factor_N, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, alpha, cap or 1.0,
                 HAS_CAP=cap is not None, BLOCK_V=BLOCK_V,
             )  # fmt: skip
         return
     for rows in _groups(z_NV):
         z = z_NV[rows]
-        dz = (z - lse_N[rows, None]).exp_().mul_(factor_N[rows, None])
+        dz = _log(z, lse_N2[rows]).exp_().mul_(factor_N[rows, None])
         if cap is not None:
             dz.mul_(1 - (z / cap).square_())
         dz_NV[rows] = dz
+
+
+def _log(z_NV: Tensor, lse_N2: Tensor) -> Tensor:
+    """Return log-probabilities: the maximum goes first, because lse alone is rounded at the size of z."""
+    return (z_NV - lse_N2[:, :1]).sub_(lse_N2[:, 1:]).clamp_min_(LOWEST.value)
 
 
 def _groups(z_NV: Tensor) -> Iterator[slice]:

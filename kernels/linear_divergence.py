@@ -65,7 +65,7 @@ def _divergence(
         value_N, state, gradients = by_chunks(
             problem, upstream_N, needs, settings.workspace_bytes, train_teacher=needs.teacher
         )
-    check_finite(state, problem)
+    check_finite(value_N, state, problem)
     if settings.mode == "recompute":
         return [value_N, torch.stack(state)]
     if settings.mode == "value":

@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
 
 BLOCKS = {
     "statistics 16": {
-        80: Blocks(128, 128, 64, 8, 3),
+        80: Blocks(128, 64, 64, 8, 3),
         90: Blocks(128, 128, 64, 8, 4),
         100: Blocks(128, 64, 64, 8, 4),
     },
