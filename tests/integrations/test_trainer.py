@@ -219,7 +219,8 @@ def test_lora_with_a_saved_adapter(models, make_collator, rows, tmp_path):
         ("alm_side_path", {}),
         ("alm_latents", {"align": "all_hidden_states", "project": True}),
         ("baseline_xtoken", {}),
-        ("baseline_gold", {}),
+        ("baseline_gold", {"beta": 0.3}),
+        ("baseline_gold", {"uld_use_hybrid_loss": True}),
         ("baseline_mined", {"teacher_index": torch.arange(300)}),
     ],
 )

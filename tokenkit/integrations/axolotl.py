@@ -19,6 +19,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from tokenkit.data.collate import AlignedCollator
+from tokenkit.integrations.distiller import FlatCollator
 from tokenkit.integrations.trainer import Distills
 
 NO_EFFECT = (
@@ -81,7 +82,7 @@ class DistillationPlugin(BasePlugin):
             """Axolotl's trainer, distilling; it hands over what it built its collator of."""
 
             def __init__(self, *args: Any, **kwargs: Any):
-                kwargs["eval_data_collator"] = None  # evaluation reads rows as training does
+                kwargs["eval_data_collator"] = FlatCollator(kwargs["data_collator"])
                 super().__init__(
                     *args,
                     teacher=cfg.distillation_teacher,

@@ -26,7 +26,7 @@ from tokenkit.integrations.forward import Wrapped, hidden_states, unwrapped
 from tokenkit.kernels.projected_divergence import make_projection
 from tokenkit.losses import Loss, resolve
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
-from tokenkit.pairing.matching import matching_tokens, projection_entries
+from tokenkit.pairing.matching import matching_tokens, projection_entries, published_pairs
 from tokenkit.structs import Batch, LossTerm
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.training.distillation import ActiveLoss, Distillation
@@ -314,13 +314,20 @@ def _options(
 ) -> Any:
     """Make a loss's options; what it needs of the tokenizers is found here unless it is given."""
     known = inspect.signature(loss.options).parameters
+    groups = _groups(loss.options)
+    inside = {field.name for group in groups.values() for field in dataclasses.fields(group)}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    if not takes_all and (wrong := sorted(set(given) - set(known))):
-        raise ValueError(f"{name} has no option {', '.join(wrong)}: it has {', '.join(known)}")
+    if not takes_all and (wrong := sorted(set(given) - set(known) - inside)):
+        names = [name for name in known if name not in groups]
+        raise ValueError(f"{name} has no option {', '.join(wrong)}: it has {', '.join([*names, *inside])}")
+    for group_name, group in groups.items():
+        flat = {f.name: given.pop(f.name) for f in dataclasses.fields(group) if f.name in given}
+        given.setdefault(group_name, group(**flat))
     if "chunks" in known and loss.chunks is not None:
         given.setdefault("chunks", loss.chunks)
-    if "student_index" in known and "student_index" not in given:
-        pairs = matching_tokens(*tokenizers)
+    is_gold = getattr(given.get("rules"), "uld_use_hybrid_loss", None)
+    if "student_index" in known and "student_index" not in given and is_gold is not False:
+        pairs = (published_pairs if is_gold else matching_tokens)(*tokenizers)
         given["student_index"] = torch.from_numpy(pairs.student_P).to(device)
         given["teacher_index"] = torch.from_numpy(pairs.teacher_P).to(device)
     if "projection" in known and "projection" not in given:
@@ -333,6 +340,14 @@ def _options(
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(missing)}: give it as options[{name!r}]")
     return loss.options(**given)
+
+
+def _groups(options: Any) -> dict[str, Any]:
+    """Return the fields of options that are records themselves, and their classes."""
+    if not dataclasses.is_dataclass(options):
+        return {}
+    made = {field.name: field.default_factory for field in dataclasses.fields(options)}
+    return {name: factory for name, factory in made.items() if dataclasses.is_dataclass(factory)}
 
 
 def _moved(options: Any, device: torch.device) -> Any:
