@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.faults.registry import fault
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
 from tokenkit.config import EXIT_DATA
 from tokenkit.embeddings.hypernet_files import hypernet_rows, load_hypernet
@@ -73,6 +74,17 @@ def test_the_same_seed_gives_the_same_weights(root):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+def outcome(root, output):
+    said = json.loads((root / output / "outcome.json").read_text())
+    return said["code"], said["reason"], said["step"]
+
+
+@fault(
+    "train-hypernet stopped by a signal, failed or done",
+    "outcome.json and config.yaml as of train",
+    code="as of train",
+    kept="every step",
+)
 def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
     from tokenkit.training import hypernet_loop
 
@@ -90,6 +102,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
     assert main(flags(root, "whole", *words)) == 0
     monkeypatch.setattr(hypernet_loop, "take_step", stopping_at(5))  # between two draws of a tokenizer
     assert main(flags(root, "stopped", *words)) == 75
+    assert outcome(root, "stopped") == (75, "stopped by SIGTERM after step 5: go on with --resume", 5)
     monkeypatch.setattr(hypernet_loop, "take_step", take_step)
     assert sorted(p.name for p in (root / "stopped" / "checkpoints").iterdir()) == [
         "step_00000004",
@@ -100,6 +113,8 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
     states = [load_file(root / name / "hypernet.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert figures(root, "whole") == figures(root, "stopped")
+    assert outcome(root, "stopped") == (0, "12 steps done", 12)
+    assert "resample_every: 2" in (root / "stopped" / "config.yaml").read_text()
     assert main(flags(root, "stopped", *words, "--resume")) == 0
     assert "nothing to resume" in capsys.readouterr().err
     assert main(flags(root, "stopped", *words, "--resume", "--steps", "13")) == 64
@@ -184,7 +199,8 @@ def test_bad_input_is_one_line(root, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
-    assert not (root / "other").exists() or not any((root / "other").iterdir())
+    left = os.listdir(root / "other") if (root / "other").exists() else []
+    assert left in ([], ["outcome.json"]), "a folder that a new run may take"
 
 
 def zett_flags(root, output, *more, model="model"):

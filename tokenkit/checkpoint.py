@@ -367,7 +367,7 @@ def _load_rank_state(folder: Path, manifest: Manifest, state: State, world: Worl
         state.extra = ranks[0]["extra"]
         if same_ranks:
             set_random_state(ranks[0]["rng"], world.device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder} holds no state of a rank that can be read: {error!r}") from error
     if any(rank["extra"] != state.extra for rank in ranks):
         raise CheckpointError(

@@ -105,6 +105,10 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         debug: show the traceback of every error.
     """
     redact_logs()
+    if os.environ.pop("HF_TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes", "on"):
+        complain(
+            "tokenkit: HF_TRUST_REMOTE_CODE has no effect here: only trust_remote_code runs a model's code"
+        )
     try:
         try:
             result = door()
@@ -112,7 +116,7 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
             sys.stdout.flush()  # here, not at the interpreter's end, where nobody catches what it raises
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt as error:
-        complain(f"tokenkit: {error or 'interrupted'}")
+        complain(f"tokenkit: {str(error) or 'interrupted'}")
         return exit_code(error)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():

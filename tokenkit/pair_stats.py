@@ -52,6 +52,10 @@ class PairStatsConfig:
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
         names_a_folder("output", self.output)
+        if self.data.dataset_name is None and not self.data.datasets:
+            raise ConfigError(
+                "missing required field data.dataset_name (or data.datasets): there is nothing to count"
+            )
         for name in ("teacher_subsample_percent", "student_subsample_percent"):
             if not 0 < getattr(self, name) <= 100:
                 raise ConfigError(f"{name} must lie in (0, 100], got {getattr(self, name)}")

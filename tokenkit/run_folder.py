@@ -7,7 +7,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -16,12 +18,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tokenkit.redaction import complain
+
 LOCK_NAME = ".lock"
 OUTCOME_NAME = "outcome.json"
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0  # twenty heartbeats: a lock of another machine this old has no owner
 WRITTEN = frozenset(  # what runs write at the top of their folder; others are replaced
-    (LOCK_NAME, OUTCOME_NAME, "config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "export")
+    (
+        LOCK_NAME,
+        OUTCOME_NAME,
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+        "export",
+        "run_id",
+        "hypernet.json",
+        "hypernet.safetensors",
+    )
 )
 _BROKEN = (errno.EIO, errno.EROFS)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *_BROKEN)
@@ -135,6 +150,45 @@ def fsync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def staging_folder(final: Path) -> Iterator[Path]:
+    """Make a folder beside `final`, which gets that name when the block ends; an error removes it.
+
+    Folders of that kind whose maker was killed are removed: the kernel's lock of those at work is held.
+    """
+    for path in sorted(final.parent.glob(f".{final.name}-*")):
+        is_ours = re.fullmatch(r"[0-9a-f]{8}", path.name.removeprefix(f".{final.name}-"))
+        if is_ours and path.is_dir() and not path.is_symlink():
+            with _held(path) as is_held:
+                said = "was left by an export that was cut off"
+                if is_held:
+                    shutil.rmtree(path, ignore_errors=True)
+                    complain(f"tokenkit: removed {path}, which {said}")
+                elif is_held is False:
+                    complain(f"tokenkit: {path} may have been left by an export that was cut off: remove it")
+    staging = final.with_name(f".{final.name}-{secrets.token_hex(4)}")
+    staging.mkdir(parents=True)
+    with _held(staging):
+        try:
+            yield staging
+            if final.exists():
+                final.rmdir()  # empty, or the rename would lose something
+            os.rename(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool | None]:
+    """Hold the kernel's lock on a folder; gives what `_lock` returns."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _lock(handle)
     finally:
         os.close(handle)
 

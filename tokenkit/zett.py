@@ -190,6 +190,8 @@ class ZettConfig:
                     f"{name} is read by method {' and '.join(methods)}, and the method is {self.method}: set "
                     f"method to {' or '.join(methods)}, or leave {name} out"
                 )
+        if self.method in ("focus", "omp") and (self.sources.data or self.sources.auxiliary_model) is None:
+            raise ConfigError(f"{self.method}: give a text with --data, or --auxiliary-model, for its space")
         if self.comparison.ppl_eval_data is not None:
             raise ConfigError("ppl_eval_data is what compare scores: set compare, or leave it out")
 

@@ -2,8 +2,18 @@
 
 import difflib
 import errno
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+MOST_STEPS = 2**26 - 1
+"""Ranks compare their steps as float64 sums of squares, which are exact below."""
+
+MOST_DOCUMENTS = 2**20
+"""Of one step: they are read and tokenized together."""
+
+MOST_TOKENS = 2**20
+"""Of one document."""
 
 EXIT_CONFIG = 64
 """The configuration or the command line is at fault: repeating the run changes nothing."""
@@ -118,14 +128,15 @@ def exit_code(error: BaseException) -> int:
     return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 
 
-def at_least(name: str, value: float | None, smallest: float) -> None:
-    """Refuse a number below `smallest`; None passes.
+def at_least(name: str, value: float | None, smallest: float, largest: float = math.inf) -> None:
+    """Refuse a number below `smallest`, or above `largest`; None passes.
 
     Raises:
-        ConfigError: the value is smaller.
+        ConfigError: the value lies outside.
     """
-    if value is not None and value < smallest:
-        raise ConfigError(f"{name} must be at least {smallest}, got {value}")
+    if value is not None and not smallest <= value <= largest:
+        limit = f"at least {smallest}" if value < smallest else f"at most {largest}"
+        raise ConfigError(f"{name} must be {limit}, got {value}")
 
 
 def names_a_folder(name: str, value: str) -> None:

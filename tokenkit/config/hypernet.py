@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokenkit.config.errors import ConfigError, at_least
+from tokenkit.config.errors import MOST_DOCUMENTS, MOST_STEPS, MOST_TOKENS, ConfigError, at_least
 from tokenkit.config.models import ModelSource
 from tokenkit.config.schema import flat
 from tokenkit.data.options import DataOptions
@@ -52,9 +52,10 @@ class HypernetSchedule:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("steps", "batch_size", "resample_every", "logging_interval"):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_length", self.max_length, 2)
+        for name in ("steps", "resample_every", "logging_interval"):
+            at_least(name, getattr(self, name), 1, MOST_STEPS)
+        at_least("batch_size", self.batch_size, 1, MOST_DOCUMENTS)
+        at_least("max_length", self.max_length, 2, MOST_TOKENS)
         for name in ("warmup_steps", "identity_steps", "weight_decay", "max_grad_norm", "lexical_weight"):
             at_least(name, getattr(self, name), 0)
         if self.learning_rate <= 0:
@@ -86,8 +87,8 @@ class TokenizerSampling:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("texts", "min_tokens", "max_length"):
-            at_least(f"sampling.{name}", getattr(self, name), 1)
-        at_least("sampling.max_tokens", self.max_tokens, self.min_tokens)
+            at_least(f"sampling.{name}", getattr(self, name), 1, MOST_DOCUMENTS)
+        at_least("sampling.max_tokens", self.max_tokens, self.min_tokens, MOST_TOKENS)
         for name in ("noise", "distractors"):
             at_least(f"sampling.{name}", getattr(self, name), 0)
 

@@ -91,7 +91,7 @@ class Lora:
     """Modules that are trained whole beside the adapters."""
 
     def __post_init__(self) -> None:
-        at_least("model_lora_rank", self.model_lora_rank, 1)
+        at_least("model_lora_rank", self.model_lora_rank, 1, 2**16)
         if not 0 <= self.model_lora_dropout < 1:
             raise ConfigError(f"model_lora_dropout must lie in [0, 1), got {self.model_lora_dropout}")
         if self.model_lora_targets and self.model_lora_target_regex is not None:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tokenkit.config.errors import ConfigError, at_least, names_a_folder
+from tokenkit.config.errors import (
+    MOST_DOCUMENTS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    ConfigError,
+    at_least,
+    names_a_folder,
+)
 from tokenkit.config.later import refuse_later
 from tokenkit.config.models import ModelSource, Optimizer, Target, Training
 from tokenkit.config.names import ChatTemplateMode, LossMaskMode
@@ -100,10 +107,10 @@ class Schedule:
     """Save a checkpoint before the first step."""
 
     def __post_init__(self) -> None:
-        at_least("steps", self.steps, 1)
+        at_least("steps", self.steps, 1, MOST_STEPS)
         at_least("warmup_steps", self.warmup_steps, 0)
         for name in ("batch_size", "gradient_accumulation_steps", "save_interval"):
-            at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1, MOST_STEPS if name == "save_interval" else MOST_DOCUMENTS)
         at_least("logging_interval", self.logging_interval, 1)
         at_least("sync_interval", self.sync_interval, 1)
         if self.warmup_steps > self.steps:
@@ -138,8 +145,8 @@ class Text:
     of a plain text; all: every token."""
 
     def __post_init__(self) -> None:
-        at_least("max_length_teacher", self.max_length_teacher, 2)
-        at_least("max_length_new", self.max_length_new, 2)
+        at_least("max_length_teacher", self.max_length_teacher, 2, MOST_TOKENS)
+        at_least("max_length_new", self.max_length_new, 2, MOST_TOKENS)
         if not self.use_chat_template and self.chat_template_mode == "surround_instruct":
             raise ConfigError(
                 "chat_template_mode surround_instruct writes a template, and use_chat_template is false: "
@@ -218,7 +225,7 @@ class Parallel:
     def __post_init__(self) -> None:
         at_least("n_data_parallel", self.n_data_parallel, 1)
         at_least("n_model_parallel", self.n_model_parallel, 1)
-        at_least("hang_timeout", self.hang_timeout, 1)
+        at_least("hang_timeout", self.hang_timeout, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)

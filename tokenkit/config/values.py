@@ -82,10 +82,14 @@ def _scalar(hint: Any, value: Any, name: str) -> Any:
 
 def _number(value: Any) -> int | float | None:
     """A finite number, also from its text; None where it is none."""
+    if isinstance(value, str) and len(value) > 400:
+        return None  # Python refuses to read more digits than 4,300, in words of its own
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         text = value.replace("_", "")
         value = int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and isinstance(value, int) and value.bit_length() > 1000:
+        return None  # beyond every float
     return value if is_number and math.isfinite(value) else None
 
 

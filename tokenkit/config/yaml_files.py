@@ -89,27 +89,35 @@ def load_yaml(text: str, source: str) -> Any:
     Raises:
         ConfigError: not YAML, a tag, a duplicate key, or too much of it.
     """
+    loader = None
     try:
-        content = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MAX_NODES:  # before merge keys are copied out
+            raise ConfigError(f"{source} holds more than {MAX_NODES} values once its aliases are expanded")
+        content = None if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}: not readable as YAML: {problem}") from error
-    if _size(content, {}) > MAX_NODES:
-        raise ConfigError(f"{source} holds more than {MAX_NODES} values once its aliases are expanded")
+    finally:
+        if loader is not None:
+            loader.dispose()
     return content
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
     """Number of nodes with aliases expanded, each container counted once; a cycle is beyond every limit."""
-    if not isinstance(value, dict | list):
+    if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(value) not in known:
-        known[id(value)] = MAX_NODES + 1  # what a container inside itself costs
-        items = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_size(item, known) for item in items)
-    return known[id(value)]
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # what a container inside itself costs
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(item, known) for item in inner)
+    return known[id(node)]
 
 
 def _missing(path: Path, error: OSError) -> str:

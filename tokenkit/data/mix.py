@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.places import place_of
-from tokenkit.data.sources import Source, hash64
+from tokenkit.data.sources import Source, check_count, hash64
 from tokenkit.tokenization.documents import Document
 
 
@@ -91,6 +91,7 @@ class Mix:
                 f"the state is of a mix of {len(state['sources'])} data sets with seed {state['seed']}: this "
                 f"one has {len(self._sources)} with seed {self._seed}; resume with the same configuration"
             )
+        check_count("documents", state["documents"])
         for source, saved in zip(self._sources, state["sources"], strict=True):
             source.load_state_dict(saved)
         self.documents = state["documents"]

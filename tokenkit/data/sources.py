@@ -233,10 +233,25 @@ class Source:
                 f"data set {self.name} is not what it was when the state was saved ({_described(then)} then, "
                 f"{_described(now)} now): restore the data, or start a new run"
             )
+        for name in ("epoch", "position", "read"):
+            check_count(name, state[name])
         self.epoch, self.position, self.read = state["epoch"], state["position"], state["read"]
         self._found_in_epoch = state["found"]
         self.skipped = Counter(state["skipped"])
         self._rows = None
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what cannot be a number of rows or passes.
+
+    Raises:
+        ValueError: it is no whole number, or negative.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError(
+            f"the position in the data that was saved must be a whole number, and its {name} is "
+            f"{value!r:.50}: the checkpoint was changed by hand; use another one"
+        )
 
 
 def _described(fingerprint: object) -> str:

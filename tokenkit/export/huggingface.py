@@ -7,8 +7,6 @@ The folder is written beside its final name, loaded back with the Auto classes, 
 from __future__ import annotations
 
 import copy
-import os
-import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +26,7 @@ from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.reading import quiet_off_terminal
+from tokenkit.run_folder import staging_folder
 from tokenkit.tokenization.byteify import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,25 +80,21 @@ def export_huggingface(
     set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
-    staging = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
-    expansion = None
-    if student.expansion is not None and rows_WD is not None:
-        expansion = student.expansion.with_rows(model.get_input_embeddings(), rows_WD.to(request.dtype))
-    written = model if expansion is None else with_expansion(model, expansion, staging)
-    written.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
-    if expansion is not None:
-        point_auto_classes(staging)
-    write_tokenizer(staging, tokenizer, has_own_class=expansion is not None)
-    card = model_card(request.facts, needs_code=expansion is not None)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    if request.is_consumed:
-        _check_consumed(staging, model, tokenizer)
-    else:
-        _check(staging, model, tokenizer, student.form, expansion)
-    if folder.exists():
-        folder.rmdir()  # empty, as checked above
-    os.rename(staging, folder)
+    with staging_folder(folder) as staging:
+        expansion = None
+        if student.expansion is not None and rows_WD is not None:
+            expansion = student.expansion.with_rows(model.get_input_embeddings(), rows_WD.to(request.dtype))
+        written = model if expansion is None else with_expansion(model, expansion, staging)
+        written.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
+        if expansion is not None:
+            point_auto_classes(staging)
+        write_tokenizer(staging, tokenizer, has_own_class=expansion is not None)
+        card = model_card(request.facts, needs_code=expansion is not None)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        if request.is_consumed:
+            _check_consumed(staging, model, tokenizer)
+        else:
+            _check(staging, model, tokenizer, student.form, expansion)
     return folder
 
 

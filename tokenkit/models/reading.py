@@ -109,12 +109,30 @@ def check_path(name_or_path: str) -> None:
     _check_index(path)
 
 
+_LARGEST = {
+    "num_hidden_layers": 2000,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "vocab_size": 2**24,
+}
+"""Far above every model there is: a file that says more is torn or hostile."""
+
+
 def check_config(name_or_path: str, config: Any) -> None:
-    """Refuse weights that are stored in other than their own numbers.
+    """Refuse weights that are stored in other than their own numbers, and sizes that no model has.
 
     Raises:
-        ValueError: naming the method of quantisation.
+        ValueError: naming the method of quantisation, or the size.
     """
+    for name, largest in _LARGEST.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > largest:
+            raise ValueError(
+                f"{name} in the config.json of {name_or_path} must be at most {largest}, got {value:.6g}: it "
+                "would be built for hours before its weights are read; correct the file"
+            )
     found = getattr(config, "quantization_config", None)
     method = None
     if found is not None:

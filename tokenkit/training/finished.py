@@ -1,13 +1,16 @@
-"""What lies in an output folder already: a run that came to its end, an export."""
+"""What lies in an output folder already: a run that came to its end or goes on, an export."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tokenkit import checkpoint
-from tokenkit.checkpoint import Identity
+from tokenkit.checkpoint import CheckpointError, Identity, State
 from tokenkit.config import TrainConfig, to_dict
+from tokenkit.parallel import World
 from tokenkit.safe_dcp import read_manifest
+from tokenkit.training.build import Parts
+from tokenkit.training.prefix_stage import take_over
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
@@ -60,3 +63,30 @@ def refuse_old_export(folder: Path) -> None:
             f"{folder} already holds an exported model, and the run would write there at its end: "
             "move it away, or name another folder with export_to"
         )
+
+
+def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
+    """Go on from what a checkpoint holds beside its tensors.
+
+    Raises:
+        CheckpointError: it holds something else than a run writes.
+    """
+    run, extra = parts.run, state.extra
+    run.step = state.step
+    take_over(run, parts.prefix)
+    try:
+        value, good_steps = extra["loss_scale"]
+        try:
+            run.loss_scale.value, run.loss_scale.good_steps = float(value), int(good_steps)
+            run.untrained_steps = int(extra.get("untrained_steps", 0))
+        except ValueError as error:
+            raise TypeError(str(error)) from error
+        # counted over all ranks: one of them goes on counting
+        untokenized = extra.get("untokenized", {}) if world.is_main else {}
+        parts.batches.load_state_dict(extra["data"], untokenized)
+        run.objective.load_state_dict(extra["objective"])
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{found} holds no state that this run can go on from ({error!r}): the checkpoint was changed by "
+            "hand; move it away, and the one before it is used"
+        ) from error

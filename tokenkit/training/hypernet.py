@@ -119,6 +119,15 @@ class Predicted:
         embedded: Tensor = functional_call(self._model.embedding, {"weight": self._input_VD}, (ids_BT,))
         return embedded
 
+    def per_layer(self, ids_BT: Tensor) -> Tensor | None:
+        """Return None; of a model whose layers have rows of their own nobody predicts those: ValueError."""
+        if self._model.layer_table is not None:
+            raise ValueError(
+                "this model gives each layer embeddings of its own (embed_tokens_per_layer), which a "
+                "hypernetwork does not write: use another model, or zett with method fvt"
+            )
+        return None
+
     def head(self) -> Head:
         """Return the head as the kernels take it."""
         return self._head

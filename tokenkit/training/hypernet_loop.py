@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from tokenkit import checkpoint
 from tokenkit.checkpoint import Identity, State
-from tokenkit.config import to_dict
+from tokenkit.config import to_dict, to_yaml
 from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
@@ -27,9 +29,10 @@ from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer
 from tokenkit.parallel import World, start
-from tokenkit.run_folder import RunLock, prepare_output
+from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import check_is_the_models_own
+from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.hypernet import HypernetTrainer, HypernetTraining, old_matrices, take_step
 from tokenkit.training.signals import StopRequest
 
@@ -48,6 +51,8 @@ class Session:
     about: dict[str, Any]
     """What hypernet.json says beside the network's shape."""
     world: World
+    stop: StopRequest
+    ending: Ending
 
 
 def train(config: TrainHypernetConfig) -> int:
@@ -61,19 +66,30 @@ def train(config: TrainHypernetConfig) -> int:
     folder = Path(config.output).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("train-hypernet runs in one process: start it without torchrun")
+    world = start()
+    with StopRequest() as stop_request, ExitStack() as stack:
+        if config.resume and (folder / ABOUT).is_file():
+            _check_finished(folder, _open(config, world)[2])
+            print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
+            return ExitCode.DONE
+        prepare_output(folder, resume=config.resume)
+        stack.enter_context(RunLock(folder))
+        begin_outcome(folder)
+        end = stack.enter_context(ending(folder, world, math.inf))
+        mix, trainer, about = _open(config, world)
+        if not (folder / "config.yaml").exists():
+            write_durably(folder / "config.yaml", to_yaml(config))
+        optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
+        state = State(trainer.hypernet, optimizer)
+        session = Session(config, folder, mix, trainer, state, about, world, stop_request, end)
+        end.code, end.reason = _train(session, _restore(session) if config.resume else 0.0)
+    return end.code
+
+
+def _open(config: TrainHypernetConfig, world: World) -> tuple[Mix, HypernetTrainer, dict[str, Any]]:
     with blaming_data():
         mix, _ = open_data(config.data, config.schedule.seed)
-    world = start()
-    trainer, about = _trainer(config, mix, world)
-    if config.resume and (folder / ABOUT).is_file():
-        _check_finished(folder, about)
-        print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
-        return ExitCode.DONE
-    prepare_output(folder, resume=config.resume)
-    with RunLock(folder):
-        optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
-        session = Session(config, folder, mix, trainer, State(trainer.hypernet, optimizer), about, world)
-        return _train(session, _restore(session) if config.resume else 0.0)
+    return mix, *_trainer(config, mix, world)
 
 
 def _identity(about: Mapping[str, Any]) -> Identity:
@@ -108,7 +124,7 @@ def _restore(session: Session) -> float:
     return float(state.extra["seconds"])
 
 
-def _train(session: Session, seconds: float) -> int:
+def _train(session: Session, seconds: float) -> tuple[ExitCode, str]:
     """Take the steps that are left and write; `seconds` were spent before."""
     config, state, folder = session.config, session.state, session.folder
     schedule = config.schedule
@@ -120,30 +136,34 @@ def _train(session: Session, seconds: float) -> int:
     progress = Progress(schedule.steps, state.step, is_main=True)
     began = time.perf_counter() - seconds
     try:
-        with StopRequest() as stop_request:
+        stop_request = session.stop
+        with stop_request.waiting_for_step(
+            "all steps are taken; --resume takes those behind the last checkpoint"
+        ):
             while state.step < schedule.steps:
                 figures = take_step(session.trainer, state, sampler, rate)
+                session.ending.step = state.step
                 progress.update(state.step, loss=figures.get("loss/clm", figures.get("loss/identity")))
                 is_last = state.step == schedule.steps
                 if state.step % schedule.logging_interval == 0 or state.step == 1 or is_last:
                     metrics.write(state.step, figures)
-                stopping = stop_request.asked and not is_last
+                stopping = stop_request.asked is not None
                 if stopping or (state.step % config.save_interval == 0 and not is_last):
                     metrics.sync()
                     _save(session, time.perf_counter() - began)
                 if stopping:
-                    print(
-                        f"stopped by a signal after step {state.step}: go on with --resume", file=sys.stderr
-                    )
-                    return ExitCode.PREEMPTED
+                    words = f"stopped by {stop_request.asked} after step {state.step}: go on with --resume"
+                    print(words, file=sys.stderr)
+                    return ExitCode.PREEMPTED, words
     finally:
         progress.close()
-        metrics.close()
+        with suppress(OSError) if sys.exception() else nullcontext():  # the first error is the one to see
+            metrics.close()
     seconds = round(time.perf_counter() - began, 1)
     save_hypernet(folder, session.trainer.hypernet, {**session.about, "seconds": seconds})
     draw_curves(folder)
     print(f"{schedule.steps} steps in {seconds:.0f} s: {folder}")
-    return ExitCode.DONE
+    return ExitCode.DONE, f"{schedule.steps} steps done"
 
 
 def _save(session: Session, seconds: float) -> None:

@@ -44,11 +44,12 @@ from tokenkit.training.finished import (
     MAY_DIFFER,
     check_finished,
     export_folder,
+    go_on,
     is_finished,
     refuse_old_export,
 )
 from tokenkit.training.notes import describe
-from tokenkit.training.prefix_stage import current_optimizer, take_over, take_step
+from tokenkit.training.prefix_stage import current_optimizer, take_step
 from tokenkit.training.reports import Reports
 from tokenkit.training.signals import StopRequest
 from tokenkit.training.step import NonFiniteError
@@ -162,14 +163,7 @@ def _begin(
     if config.run.resume:
         found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
         if found is not None:
-            run.step = state.step
-            take_over(run, parts.prefix)
-            # counted over all ranks: one of them goes on counting
-            untokenized = state.extra.get("untokenized", {}) if world.is_main else {}
-            parts.batches.load_state_dict(state.extra["data"], untokenized)
-            run.loss_scale.value, run.loss_scale.good_steps = state.extra["loss_scale"]
-            run.objective.load_state_dict(state.extra["objective"])
-            run.untrained_steps = state.extra.get("untrained_steps", 0)
+            go_on(parts, state, world, found)
             _say(world, f"resuming after step {run.step} from {found}")
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
