@@ -1,11 +1,10 @@
 """Characters that one tokenizer cannot write: the row is left out, or they are, counted and said."""
 
-import json
 import logging
 
 import pytest
 
-from tests.tokenization.tiny import byte_level
+from tests.tokenization.tiny import lacking_bytes
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.unwritable import writable_text
@@ -13,15 +12,7 @@ from tokenkit.tokenization.unwritable import writable_text
 
 @pytest.fixture(scope="module")
 def lacking(tmp_path_factory):
-    """Byte-level BPE without the bytes of most characters beyond Latin."""
-    folder = byte_level(tmp_path_factory.mktemp("lacking"))
-    document = json.loads((folder / "tokenizer.json").read_text())
-    vocab, merges = document["model"]["vocab"], document["model"]["merges"]
-    gone = {name for name in vocab if set(name) & set("ðæï?")}
-    document["model"]["vocab"] = {name: i for name, i in vocab.items() if name not in gone}
-    document["model"]["merges"] = [m for m in merges if not gone & {*m, "".join(m)}]
-    (folder / "tokenizer.json").write_text(json.dumps(document))
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(lacking_bytes(tmp_path_factory.mktemp("lacking"))))
 
 
 def texts(collator, batch):

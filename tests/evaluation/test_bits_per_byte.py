@@ -5,10 +5,11 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
+from tests.tokenization.tiny import lacking_bytes
 from tokenkit.evaluation.bits_per_byte import HeldoutOptions, bits_per_byte, heldout_batches
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World, shard
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.documents import Message
 from tokenkit.training.distillation import Distillation
@@ -90,6 +91,35 @@ def test_documents_that_no_tokenizer_can_write_are_an_error_with_the_reason(pair
         ValueError, match=r"none of the 1 held-out documents can be tokenized: .*chat template"
     ):
         heldout_batches(chat, *pair, OPTIONS)
+
+
+def test_of_an_enormous_document_only_the_beginning_is_read(pair, monkeypatch):
+    read = []
+    encode = Tokenizer.cut_texts
+
+    def counted(self, texts, before):
+        read.append(sum(map(len, texts)))
+        return encode(self, texts, before)
+
+    text = " ".join(TEXT[:5]) + " "
+    long, whole = (heldout_batches(documents([text * times]), *pair, OPTIONS)[0] for times in (400, 40))
+    assert torch.equal(long.batch.student.ids_BT, whole.batch.student.ids_BT)
+    assert long.num_bytes == whole.num_bytes
+    monkeypatch.setattr(Tokenizer, "cut_texts", counted)
+    heldout_batches(documents([text * 400]), *pair, OPTIONS)
+    assert sum(read) < len(text * 400) / 4
+
+
+@pytest.mark.parametrize("unencodable", ["skip", "drop"])
+def test_documents_with_lacking_characters_are_said_or_mended(tmp_path, pair, caplog, unencodable):
+    lacking = load_tokenizer(str(lacking_bytes(tmp_path)))
+    options = HeldoutOptions(max_length_student=64, max_length_teacher=64, unencodable=unencodable)
+    with caplog.at_level("WARNING"):
+        (batch,) = heldout_batches(documents(["the cat", "a 🙂 smile"]), lacking, pair[0], options)
+    rows = len(batch.batch.student.length_B)
+    assert rows == (1 if unencodable == "skip" else 2)
+    said = "of 2 held-out documents some are not measured: 1 " in caplog.text
+    assert said == (unencodable == "skip")
 
 
 def test_bytes_that_no_token_predicts_do_not_count(pair):

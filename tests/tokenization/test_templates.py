@@ -291,3 +291,12 @@ def test_differences_are_found_where_training_writes_something_else(make, monkey
     # A fault: another template goes into the export.
     monkeypatch.setattr("tokenkit.tokenization.template_check.exported_template", lambda tokenizer: CHATML)
     assert "a question and an answer" in {found.sample for found in differences(tokenizer)}
+
+
+def test_text_that_reads_as_a_turn_s_border_is_refused_where_it_is_ambiguous(make):
+    """Cut at the first border, the question's own words would be trained as an answer."""
+    tokenizer = make(ALPACA)
+    question = " the cat\n\n### Response:\nwords of the user"
+    for talk in ([user(question), answer("sat")], [user(" the cat"), answer(f"sat{question}")]):
+        with pytest.raises(ValueError, match="turn by turn"):
+            encode_documents([document_from_row({"messages": talk})], [tokenizer])

@@ -58,6 +58,17 @@ def byte_level(folder: Path) -> Path:
     return write(folder, document, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML)
 
 
+def lacking_bytes(folder: Path) -> Path:
+    """`byte_level` without the bytes of most characters beyond Latin."""
+    document = json.loads((byte_level(folder) / "tokenizer.json").read_text())
+    vocab, merges = document["model"]["vocab"], document["model"]["merges"]
+    gone = {name for name in vocab if set(name) & set("ðæï?")}
+    document["model"]["vocab"] = {name: i for name, i in vocab.items() if name not in gone}
+    document["model"]["merges"] = [m for m in merges if not gone & {*m, "".join(m)}]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
 def sentencepiece_bpe(folder: Path) -> Path:
     """SentencePiece BPE with dummy prefix and byte fallback (like Llama 2)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -159,18 +159,24 @@ class AlignedCollator:
                 return self._encode(documents)
             except ValueError:  # one document spoils the whole call: find it
                 pass
-        encoded = []
-        for document in documents:
-            try:
-                encoded.append(self._encode([document]))
-            except ValueError as error:
-                if (mended := self._mended(document)) is not None:
-                    encoded.append(mended)
-                else:
-                    self._skip(error)
+        encoded = [sides for document in documents if (sides := self._alone(document)) is not None]
         if not encoded:  # a batch needs a row to run the model on, and that row asks for nothing
             encoded = [tuple(map(_untrained, self._pads))]
         return tuple(map(joined, zip(*encoded, strict=True)))
+
+    def sides_of(self, document: Document) -> tuple[FlatTokens, FlatTokens] | None:
+        """Return both tokenizations of one document, cut to length; None: it is left out and counted."""
+        sides = self._alone(self._beginning(document))
+        return None if sides is None else (cut(sides[0], self._lengths[0]), cut(sides[-1], self._lengths[1]))
+
+    def _alone(self, document: Document) -> tuple[FlatTokens, ...] | None:
+        try:
+            return self._encode([document])
+        except ValueError as error:
+            mended = self._mended(document)
+            if mended is None:
+                self._skip(error)
+            return mended
 
     def _beginning(self, document: Document) -> Document:
         """Return a document of which no more has to be read than is kept."""

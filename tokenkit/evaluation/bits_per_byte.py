@@ -9,8 +9,9 @@ within one setting of the lengths; documents cut elsewhere give other numbers.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tokenkit.data.collate import Rows
+from tokenkit.data.collate import AlignedCollator, Rows
 from tokenkit.pairing.align import Alignment, align, chunk_spans, chunks_with
 from tokenkit.parallel import World, all_reduce_counts
 from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.chat import Document, encode_flat
-from tokenkit.tokenization.flat import FlatTokens, cut, joined
+from tokenkit.tokenization.documents import Document
+from tokenkit.tokenization.flat import FlatTokens, joined
+from tokenkit.tokenization.unwritable import Unencodable
+
+logger = logging.getLogger(__name__)
 
 Bools = NDArray[np.bool_]
 BITS_PER_NAT = 1 / math.log(2.0)
@@ -58,20 +62,34 @@ class HeldoutOptions:
     chat_template_mode: str = "direct_encode"
     loss_mask_mode: str | None = None
     use_chat_template: bool = True
+    unencodable: Unencodable = "skip"
 
 
 def heldout_batches(
     documents: Sequence[Document], student: Tokenizer, teacher: Tokenizer, options: HeldoutOptions
 ) -> list[HeldoutBatch]:
-    """Tokenize documents once for all measurements of a run. Documents that cannot be read are left out.
+    """Tokenize documents once for all measurements of a run. Documents that cannot be read are left out, and
+    said.
 
     Raises:
         ValueError: no byte of the documents is scored by both models.
     """
-    errors: list[ValueError] = []
-    pairs = list(_encode(documents, student, teacher, options, errors))
-    if not pairs and errors:
-        raise ValueError(f"none of the {len(documents)} held-out documents can be tokenized: {errors[0]}")
+    collator = AlignedCollator(
+        student,
+        teacher,
+        max_length_student=options.max_length_student,
+        max_length_teacher=options.max_length_teacher,
+        chat_template_mode=options.chat_template_mode,
+        loss_mask_mode=options.loss_mask_mode,
+        use_chat_template=options.use_chat_template,
+        unencodable=options.unencodable,
+    )
+    pairs = [sides for document in documents if (sides := collator.sides_of(document)) is not None]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in collator.skipped.items())
+    if not pairs and left_out:
+        raise ValueError(f"none of the {len(documents)} held-out documents can be tokenized: {left_out}")
+    if left_out:
+        logger.warning("of %d held-out documents some are not measured: %s", len(documents), left_out)
     pairs.sort(key=lambda pair: len(pair[0].ids_N))  # rows of one batch then need little padding
     size = options.batch_size
     batches = [
@@ -84,29 +102,6 @@ def heldout_batches(
             "documents with ppl_eval_data, or hold out more of the data"
         )
     return batches
-
-
-def _encode(
-    documents: Sequence[Document],
-    student: Tokenizer,
-    teacher: Tokenizer,
-    options: HeldoutOptions,
-    errors: list[ValueError],
-) -> Iterator[tuple[FlatTokens, FlatTokens]]:
-    """Yield each document alone, cut to the lengths."""
-    for document in documents:
-        try:
-            sides = encode_flat(
-                [document],
-                (student, teacher),
-                mode=options.chat_template_mode,
-                loss_mask_mode=options.loss_mask_mode,
-                use_chat_template=options.use_chat_template,
-            )
-        except ValueError as error:
-            errors.append(error)
-            continue
-        yield cut(sides[0], options.max_length_student), cut(sides[1], options.max_length_teacher)
 
 
 def heldout_batch(

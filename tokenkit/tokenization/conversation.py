@@ -142,7 +142,10 @@ def _entry(message: Message) -> dict[str, Any]:
 
 
 def _between(written: str, gaps: Sequence[str]) -> list[str] | None:
-    """Return what stands between the gaps of a conversation; None where they do not stand there in order."""
+    """Return what stands between the gaps of a conversation; None where they do not stand there in order.
+
+    Text that reads as a gap leaves open where a turn ends: that is None too.
+    """
     first, *inner, last = gaps
     if not written.startswith(first) or not written.endswith(last):
         return None
@@ -154,7 +157,13 @@ def _between(written: str, gaps: Sequence[str]) -> list[str] | None:
             return None
         texts.append(written[position:at])
         position = at + len(gap)
-    return [*texts, written[position:end]] if position <= end else None
+    texts.append(written[position:end])
+    for gap, text in zip(reversed(inner), reversed(texts), strict=False):  # from behind, all stand there too
+        at = written.rfind(gap, len(first), end)
+        if at + len(gap) != end - len(text):
+            return None
+        end = at
+    return texts if position <= len(written) - len(last) else None
 
 
 def _check_says(document: Document, student: Tokenizer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,6 +13,8 @@ __all__ = ["KNOWN_FIELDS", "ROLES", "Document", "Message", "document_from_row"]
 
 KNOWN_FIELDS = ("text", "messages", "conversations", "prompt", "instruction", "ideal")
 """The fields of which a row that is read by its own shape has one."""
+
+_SYSTEM = ("system", "system_prompt", "system_message")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
         ideal = row["ideal"]
         is_choice = isinstance(ideal, Sequence) and not isinstance(ideal, str) and len(ideal) > 0
         document = _prompt_and_answer(row, "input", ideal[0] if is_choice else ideal, "ideal")
-        return Document(messages=document.messages, tools=document.tools)
+        return replace(document, is_pair=False)
     if "text" in row:
         return Document(text=_text(row, "text"))
     raise ValueError("no field text, messages, prompt or instruction")
@@ -84,11 +86,10 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
 
 def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...]) -> Document:
     """Return a conversation with what the row says of it beside the messages."""
-    refuse_media(row)
-    if row.get("chat_template_kwargs"):
-        raise ValueError("chat_template_kwargs: the template is written without options")
+    _refuse_unread(row)
     messages = (*_history(row.get("history")), *messages)
-    if system := _text(row, "system", ""):
+    said = [text for text in (_text(row, name, "") for name in _SYSTEM) if text]
+    if system := "\n\n".join(dict.fromkeys(said)):
         first = messages[0]
         if first.role != "system":
             messages = (Message("system", system), *messages)
@@ -96,6 +97,13 @@ def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...]) -> Docu
             messages = (Message("system", f"{system}\n\n{first.content}", first.trained), *messages[1:])
     tools = read_tools(row.get("tools") if row.get("tools") is not None else row.get("functions"))
     return Document(messages=messages, tools=tools)
+
+
+def _refuse_unread(row: Mapping[str, Any]) -> None:
+    """Refuse what changes a conversation and cannot be written."""
+    refuse_media(row)
+    if row.get("chat_template_kwargs"):
+        raise ValueError("chat_template_kwargs: the template is written without options")
 
 
 def _history(pairs: Any) -> tuple[Message, ...]:
@@ -118,16 +126,25 @@ def _history(pairs: Any) -> tuple[Message, ...]:
 def _prompt_and_answer(row: Mapping[str, Any], prompt: str, answer: Any, name: str) -> Document:
     """Return a prompt and its answer: one text in the direct modes, where neither is a list of messages."""
     asked = row.get(prompt)
-    if isinstance(asked, Sequence) and not isinstance(asked, str):
-        return _conversation(row, _messages([*asked, *_as_turns(answer)]))
+    if any(isinstance(said, Sequence | Mapping) and not isinstance(said, str) for said in (asked, answer)):
+        turns = [*_as_turns(asked, "user", prompt), *_as_turns(answer, "assistant", name)]
+        return _conversation(row, _messages(turns))
     messages = (Message("user", _text(row, prompt)), Message("assistant", _text({name: answer}, name)))
-    if any(row.get(field) for field in ("system", "history", "tools", "functions")):
+    if any(row.get(field) for field in (*_SYSTEM, "history", "tools", "functions")):
         return _conversation(row, messages)
+    _refuse_unread(row)
     return Document(messages=messages, is_pair=True)
 
 
-def _as_turns(answer: Any) -> Sequence[Any]:
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
+def _as_turns(said: Any, role: str, field: str) -> Sequence[Any]:
+    """Return one side of a prompt and its answer as entries of `messages`."""
+    if isinstance(said, str):
+        return [{"role": role, "content": said}]
+    if isinstance(said, Mapping):
+        return [said]
+    if not isinstance(said, Sequence) or not said:
+        raise ValueError(f"field {field!r} is neither text nor messages")
+    return said
 
 
 def _messages(entries: Any) -> tuple[Message, ...]:

@@ -174,6 +174,7 @@ def _chat_gaps(plan: Plan, tokenizer: Tokenizer, *, is_first: bool) -> list[list
     return gaps
 
 
+@functools.lru_cache(maxsize=512)  # as `layouts`
 def around_turns(roles: tuple[str, ...], tokenizer: Tokenizer) -> list[str]:
     """Return what a tokenizer's template writes around turns, without what it leaves to the model.
 

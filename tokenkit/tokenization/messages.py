@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ ROLES = {
     "observation": "tool",
 }
 """The roles that data sets use, and what they are here."""
+
+MAX_DEPTH = 100  # of tools and tool calls; templates that write them are recursive too
 
 _EXAMPLES = {"example_user": "user", "example_assistant": "assistant"}  # OpenAI's names of shown examples
 _KEEPS = ("loss_weight", "weight", "train", "trainable", "loss", "loss_mask")  # 1: the message is trained
@@ -65,6 +68,10 @@ def read_message(entry: Any) -> Message:
     """
     if not isinstance(entry, Mapping):
         raise ValueError("a message is not a mapping")
+    if len(entry) == 2 and type(content := entry.get("content", entry.get("value"))) is str:
+        role = entry.get("role", entry.get("from"))
+        if type(role) is str and role in ROLES and role != "function_call":
+            return Message(ROLES[role], content)  # by far the most common message
     entry = {key: value for key, value in entry.items() if value is not None}
     spoken = entry.get("role", entry.get("from"))
     if not isinstance(spoken, str) or spoken not in ROLES:
@@ -75,14 +82,12 @@ def read_message(entry: Any) -> Message:
     if role == "system" and name in _EXAMPLES:
         role, trained, name = _EXAMPLES[name], trained or False, None
     content, reasoning = _content(entry.get("content", entry.get("value")))
-    reasoning = next((entry[key] for key in _REASONING if entry.get(key)), reasoning)
+    reasoning = _reasoning(entry, reasoning)
     calls = _calls(entry)
-    if spoken == "function_call" and not calls and (calls := _as_calls(content)):
+    if spoken == "function_call" and not calls and (calls := _spoken_calls(content, name)):
         content = ""
     if (calls or reasoning) and role != "assistant":
         raise ValueError(f"{'tool calls' if calls else 'reasoning'} of a {role}")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise ValueError("a message's reasoning is not text")
     if content is None:
         if not calls:
             raise ValueError("a message without text")
@@ -105,10 +110,8 @@ def read_tools(value: Any) -> str | None:
         tools = [tools]
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError("tools is not a list of tools")
-    wrapped = [
-        _present(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools
-    ]
-    return _json(wrapped)
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return _json(_present(wrapped, keeps_nulls=isinstance(value, str)))
 
 
 def refuse_media(row: Mapping[str, Any]) -> None:
@@ -165,16 +168,39 @@ def _part(part: Mapping[str, Any], keys: Sequence[str]) -> str:
     return text
 
 
+def _reasoning(entry: Mapping[str, Any], said: str | None) -> str | None:
+    """Return what a message thinks under any of the names; what its parts say is one of them."""
+    found = [said] if said else []
+    found += [entry[key] for key in _REASONING if entry.get(key) and entry[key] not in found]
+    if not all(isinstance(text, str) for text in found):
+        raise ValueError("a message's reasoning is not text")
+    if len(found) > 1:
+        raise ValueError("a message's reasonings disagree")
+    return found[0] if found else None
+
+
 def _calls(entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    value = entry.get("tool_calls")
-    if not value and (old := entry.get("function_call")):  # OpenAI's older form
-        value = [{"function": old}] if _present(old) else None
-    value = _from_json(value, "tool_calls")
-    if not value:
-        return None
-    calls = _as_calls(value)
-    if calls is None:
-        raise ValueError("tool_calls is not a list of calls with a name")
+    found = []
+    for field in ("tool_calls", "function_call"):  # the second is OpenAI's older form
+        value = _from_json(entry.get(field), field)
+        if isinstance(value, Mapping):
+            value = [value] if _present(value) else None
+        if not value:
+            continue
+        calls = _as_calls(value)
+        if calls is None:
+            raise ValueError(f"{field} is not a list of calls with a name")
+        found.append(calls)
+    if len(found) == 2 and [c["function"] for c in found[0]] != [c["function"] for c in found[1]]:
+        raise ValueError("tool_calls and function_call disagree")
+    return found[0] if found else None
+
+
+def _spoken_calls(content: str | None, name: Any) -> list[dict[str, Any]] | None:
+    """Return the calls in the text of a `function_call`: whole ones, or the arguments of `name`."""
+    calls = _as_calls(content)
+    if calls is None and isinstance(name, str) and isinstance(_or_text(content or ""), Mapping):
+        calls = _as_calls({"name": name, "arguments": content})
     return calls
 
 
@@ -195,9 +221,12 @@ def _as_calls(value: Any) -> list[dict[str, Any]] | None:
             return None
         arguments = inner.get("arguments")
         arguments = inner.get("parameters") if arguments is None else arguments
+        # a null in JSON was written there; one in an object may be Arrow's
         if isinstance(arguments, str):
-            arguments = _or_text(arguments)
-        function = {"name": inner["name"], "arguments": {} if arguments is None else _present(arguments)}
+            arguments = _present(_or_text(arguments), keeps_nulls=True)
+        else:
+            arguments = _present(arguments)
+        function = {"name": inner["name"], "arguments": {} if arguments is None else arguments}
         call = {"type": "function", "function": function}
         calls.append(call | ({"id": entry["id"]} if entry.get("id") else {}))
     return calls
@@ -223,12 +252,15 @@ def _from_json(value: Any, field: str) -> Any:
         raise ValueError(f"{field} is not JSON") from None
 
 
-def _present(value: Any) -> Any:
+def _present(value: Any, depth: int = MAX_DEPTH, *, keeps_nulls: bool = False) -> Any:
     """Leave out nulls: Arrow gives every struct of a column the keys of all others."""
+    if depth == 0:
+        raise ValueError("tools or tool calls that are nested too deeply")
+    inside = functools.partial(_present, depth=depth - 1, keeps_nulls=keeps_nulls)
     if isinstance(value, Mapping):
-        return {str(key): _present(item) for key, item in value.items() if item is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_present(item) for item in value]
+        return {str(key): inside(item) for key, item in value.items() if keeps_nulls or item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [inside(item) for item in value]
     return value
 
 

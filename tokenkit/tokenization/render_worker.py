@@ -99,7 +99,6 @@ def limit() -> Callable[[float], Any]:
         return lambda seconds: None
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run; we end with it
     # The signal's own action ends this process, inside a long operation too.
     return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
 

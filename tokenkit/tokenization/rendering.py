@@ -88,13 +88,16 @@ class _Worker:
             self._process = None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
+            if not sys.executable:
+                raise TemplateError("no Python is found to run it in: sys.executable is empty")
             path = Path(__file__).with_name("render_worker.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C and signals to a group are for the run; this ends with it
             )
         return self._process
 
@@ -108,7 +111,11 @@ class _Worker:
             said = b""
         if said.endswith(b"\n"):
             return json.loads(said)
-        self.close()
+        self._process = None
+        process.kill()
+        process.communicate()
+        if process.returncode > 0:  # it never began: an import fails
+            return {"error": f"the process that runs it ended with code {process.returncode}"}
         from tokenkit.tokenization.render_worker import MEMORY_BYTES, SECONDS
 
         limits = f"{SECONDS:g} seconds of processor time or {MEMORY_BYTES >> 20} MiB"

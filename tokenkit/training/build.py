@@ -242,6 +242,7 @@ def build_heldout(
         chat_template_mode=config.text.chat_template_mode,
         loss_mask_mode=config.text.loss_mask_mode,
         use_chat_template=config.text.use_chat_template,
+        unencodable=config.data.bad_rows.unencodable,
     )
     return heldout_batches(documents, tokenizers.target, tokenizers.teacher, options)
 
