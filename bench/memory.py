@@ -33,7 +33,7 @@ from tests.losses import eager
 from tokenkit.kernels.linear_divergence import linear_divergence
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.sorted_distance import sorted_distance
-from tokenkit.losses import alm_loss, clm_loss, dskd_loss, mined_loss, uld_loss
+from tokenkit.losses import alm_loss, clm_loss, dskd_loss, gold_loss, mined_loss, uld_loss
 from tokenkit.losses.dskd import Projections
 from tokenkit.structs import Batch, Head, HiddenStates, Widths
 
@@ -129,6 +129,8 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "clm": lambda problem, **options: _loss(problem, _clm, **options),
     "alm": lambda problem, **options: _loss(problem, alm_loss, **options),
     "uld": lambda problem, **options: _loss(problem, uld_loss, **options),
+    "gold": lambda problem, **options: _loss(problem, gold_loss, **options),
+    "gold hybrid": lambda problem, **options: _loss(problem, _hybrid, **options),
     "mined": lambda problem, **options: _loss(problem, mined_loss, problem.index, **options),
     "dskd": lambda problem, **options: _loss(problem, dskd_loss, problem.projections, **options),
 }
@@ -136,6 +138,11 @@ STEPS: dict[str, Callable[..., Tensor]] = {
 
 def _clm(student: HiddenStates, teacher: HiddenStates, batch: Batch, **options: Any) -> Any:
     return clm_loss(student, batch, **options)
+
+
+def _hybrid(student: HiddenStates, teacher: HiddenStates, batch: Batch, **options: Any) -> Any:
+    matched = torch.arange(len(student.head.weight_VD) // 2, device=student.hidden_BTD.device)
+    return gold_loss(student, teacher, batch, matched, matched, uld_use_hybrid_loss=True, **options)
 
 
 def step_of(case: Case) -> tuple[Problem, Callable[[], None]]:

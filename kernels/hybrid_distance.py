@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
 from tokenkit.kernels.divergence_checks import check_sides
+from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.row_chunks import chunks
 from tokenkit.kernels.sorted_rows import Gradients, Side, sort_rows
 from tokenkit.kernels.vocabulary_parallel import vocab_size
@@ -350,6 +351,7 @@ def _check(student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], rows_N: _
         if head.shard is not None:
             raise ValueError(f"the {name}'s head is divided over processes: hybrid_distance needs it whole")
     check_sides(*student, *teacher, {"row_weight_N": rows_N.weight_N})
+    refuse_forward_mode(rows_N.log_scale_N)
     for name, scale_N in (("student", rows_N.log_scale_N), ("teacher", rows_N.teacher_log_scale_N)):
         if scale_N.shape != student[0].shape[:1] or scale_N.device != student[0].device:
             raise ValueError(

@@ -108,13 +108,50 @@ def test_through_peft_with_an_adapter_on_the_head():
     assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_" in n)
 
 
-@pytest.mark.parametrize("attribute", ["logit_scale", "bias"])
-def test_a_head_that_is_not_known_is_refused(attribute, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.9])
+def test_a_scale_that_no_configuration_names_is_measured(dropout, monkeypatch):
+    model, batch = make("llama", attention_dropout=dropout), make_batch()
+    inner = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: inner(x) * 1.1)
+    model.train()
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    assert hidden_states(model, batch.student.ids_BT).head.scale == pytest.approx(1.1, rel=1e-5)
+    assert modes == [module.training for module in model.modules()]
+    torch.testing.assert_close(clm(model.eval(), batch), own_loss(model, batch))
+
+
+def test_what_stands_between_body_and_head_is_found():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "modernbert-decoder", **{**SMALL, "pad_token_id": 0, "decoder_bias": True, "eos_token_id": 1}
+        )
+    ).eval()
+    with torch.no_grad():
+        model.lm_head.norm.weight.uniform_(0.5, 2)
+    batch = make_batch()
+    torch.testing.assert_close(clm(model, batch), own_loss(model, batch))
+
+
+def test_an_encoder_is_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **SMALL)).eval()
+    with pytest.raises(ValueError, match="depends on the tokens after it"):
+        hidden_states(model, make_batch().student.ids_BT)
+
+
+def test_a_head_that_is_not_known_is_refused(monkeypatch):
     model, batch = make("llama"), make_batch()
     inner = model.lm_head.forward
-    monkeypatch.setattr(
-        model.lm_head, "forward", lambda x: inner(x) * 1.1 if attribute == "logit_scale" else inner(x) + 0.5
-    )
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: inner(x) + 0.5)
+    with pytest.raises(ValueError, match="LlamaForCausalLM are not those of its hidden states and head"):
+        hidden_states(model, batch.student.ids_BT)
+
+
+def test_a_head_that_cannot_be_measured_alone_is_compared_in_its_forward(monkeypatch):
+    model, batch = make("llama"), make_batch()
+    inner = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: inner(x) * 1.1)
+    model._original_forward = model.forward  # as Accelerate leaves it
     with pytest.raises(ValueError, match="LlamaForCausalLM makes logits that are not those"):
         hidden_states(model, batch.student.ids_BT)
 

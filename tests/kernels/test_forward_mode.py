@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 from tokenkit.kernels.alm_difference import alm_difference
 from tokenkit.kernels.chunk_likelihood import chunk_likelihood, lay_out
+from tokenkit.kernels.hybrid_distance import hybrid_distance
 from tokenkit.kernels.linear_divergence import linear_divergence
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.projected_divergence import make_projection, projected_divergence
@@ -24,6 +25,12 @@ OPERATIONS = {
     "linear_divergence": lambda x, w: linear_divergence(x, Head(w), TEACHER, FROZEN, "js"),
     "projected_divergence": lambda x, w: projected_divergence(
         x, Head(w), TEACHER, FROZEN, PROJECTION, torch.ones(3)
+    ),
+    "hybrid_distance": lambda x, w: hybrid_distance(
+        (x, Head(w), torch.zeros(3)), (TEACHER, FROZEN, torch.zeros(3)), torch.ones(3)
+    ),
+    "hybrid_distance of log c": lambda x, w: hybrid_distance(
+        (TEACHER, FROZEN, -x.abs().sum(1) - w.sum()), (TEACHER, FROZEN, torch.zeros(3)), torch.ones(3)
     ),
     "sorted_distance": lambda x, w: sorted_distance(x, Head(w), TEACHER, FROZEN),
     "alm_difference": lambda x, w: alm_difference(-TEACHER.abs(), -x.abs() - w.sum()),

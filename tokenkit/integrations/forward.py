@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, effective_weight, head_bias
+from tokenkit.models.check import ROWS, HeadForm, settle
 from tokenkit.models.collect import collecting
 from tokenkit.structs import Head, HiddenStates, StateKind
 
@@ -33,6 +34,7 @@ TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 2e-2
 """Of logits, relative to the largest: float32, and what was rounded to 16 bits."""
 
 _CHECKED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[nn.Module, HeadForm] = WeakKeyDictionary()
 
 
 def hidden_states(
@@ -97,6 +99,43 @@ class Wrapped(CausalLM):
     def __init__(self, model: nn.Module, vocab_size: int):
         super().__init__(unwrapped(model), vocab_size)
         self._outer = [model]  # in a list: its parameters are those of `self.model` already
+        self._measure_form()
+
+    def _measure_form(self) -> None:
+        """Find out how the logits follow from the hidden states, once for each model that is still whole.
+
+        What is divided (FSDP2, DeepSpeed) or computes in another type than it holds (quantised, or with a
+        forward that Accelerate has put on it) cannot be measured so: there the configuration's word is
+        taken, and `_check_once` has the last.
+        """
+        model = self.causal_lm
+        parts = list(model.parameters())
+        if (
+            torch.compiler.is_compiling()
+            or hasattr(model, "_original_forward")
+            or getattr(model, "is_quantized", False)
+            or any(isinstance(part, DTensor) or hasattr(part, "ds_id") or part.is_meta for part in parts)
+        ):
+            return
+        if model not in _FORMS:
+            is_training = {module: module.training for module in self.modules()}
+            self.eval()
+            try:
+                with torch.autocast(parts[0].device.type, enabled=False):
+                    settle(self, "the student")
+            finally:
+                for module, was_training in is_training.items():
+                    module.training = was_training
+            _FORMS[model] = self.form
+        self.form = _FORMS[model]
+
+    def run_body(self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Return the last hidden states as the model itself hands them out, from ids."""
+        outputs = self.causal_lm(
+            input_ids=ids_BT, use_cache=False, output_hidden_states=True, return_dict=True
+        )
+        states: Tensor = outputs.hidden_states[-1]
+        return states
 
     @contextmanager
     def through(self, model: nn.Module) -> Iterator[None]:
@@ -157,13 +196,15 @@ class Wrapped(CausalLM):
                 "a compiled model shows neither its embeddings nor its queries, keys and values: leave "
                 "torch.compile away, or the losses that read them (baseline_dskd, alm_latents with qkv)"
             )
-        head = self.head()
-        _check_once(self.causal_lm, states[-1], head, outputs.logits)
+        head, last_BTD = self.head(), states[-1]
+        if self.form.transform is not None:
+            last_BTD = self.causal_lm.get_submodule(self.form.transform)(last_BTD)
+        _check_once(self.causal_lm, last_BTD, head, outputs.logits)
         return HiddenStates(
-            states[-1],
+            last_BTD,
             head,
             embedded_BTD=embedded[0] if embedded else None,
-            layers_BTD=tuple(states[1:]) if "layers" in collect else (),
+            layers_BTD=(*states[1:-1], last_BTD) if "layers" in collect else (),
             qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
         )
 
@@ -208,7 +249,9 @@ def _check_once(model: nn.Module, hidden_BTD: Tensor, head: Head, logits_BTV: Te
     if logits_BTV is None:
         raise ValueError(f"{type(model).__name__} returns no logits to compare its head with")
     own_BV = logits_BTV[:, -1].float()
-    made_BV = nn.functional.linear(hidden_BTD[:, -1].float(), head.weight_VD.float()) * head.scale
+    last_BD = hidden_BTD[:, -1].float()
+    parts = head.weight_VD.split(ROWS)  # a float32 copy of a whole head may be gigabytes
+    made_BV = torch.cat([last_BD @ part.float().T for part in parts], 1) * head.scale
     if head.bias_V is not None:
         made_BV += head.bias_V.float() * head.scale
     if head.softcap is not None:
