@@ -1,5 +1,6 @@
 """The recipe of configs/two_stage: the embeddings alone, then adapters from their export, by the command."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def test_embeddings_first_and_then_adapters(workspace, folders):
     assert main(words("2_lora.yaml")) == 0
     assert bits(first, "teacher")[0] == pytest.approx(bits(second, "teacher")[-1], rel=1e-6)
     assert bits(second, "student")[0] == pytest.approx(bits(first, "student")[-1], rel=1e-6)
-    assert bits(first, "student")[0] > bits(second, "student")[0] > bits(second, "student")[-1]
+    # the teacher is untrained and worse than the student at its start: who learns from it gets nearer to it
+    goal, course = bits(second, "teacher")[0], [*bits(first, "student"), bits(second, "student")[-1]]
+    assert all(abs(goal - after) < abs(goal - before) for before, after in itertools.pairwise(course))
     adapted = load_file(second / "export" / "model.safetensors")
     assert any(not torch.equal(adapted[name], moved[name]) for name in body)
 
