@@ -142,14 +142,14 @@ def _divergence_sums_kernel(
         log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha
         log_q = log_q - other_top - other_lse
         log_p, log_q = tl.maximum(log_p, LOWEST), tl.maximum(log_q, LOWEST)
+        mass += tl.sum(tl.where(mask, tl.exp(log_p), 0.0), axis=0)
+        other_mass += tl.sum(tl.where(mask, tl.exp(log_q), 0.0), axis=0)
         term, e = terms_triton(log_p, log_q, skew, weight, KIND)
         value += tl.sum(tl.where(mask, term, 0.0), axis=0)
         centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
         if MIRROR is not None:
             _, e = terms_triton(log_q, log_p, skew, 1.0 - weight, MIRROR)
             other_centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
-        mass += tl.sum(tl.where(mask, tl.exp(log_p), 0.0), axis=0)
-        other_mass += tl.sum(tl.where(mask, tl.exp(log_q), 0.0), axis=0)
     tl.store(sums_ptr + n, value)
     tl.store(sums_ptr + N + n, centre)
     tl.store(sums_ptr + 2 * N + n, other_centre)
