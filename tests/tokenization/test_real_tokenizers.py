@@ -9,6 +9,7 @@ from tests.conftest import SHARED_DATA
 from tests.tokenization.test_byteify import check_spells
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text, load_tokenizer
 from tokenkit.tokenization.chat import document_from_row, encode_documents
+from tokenkit.tokenization.template_check import explain_template
 
 NAMES = sorted(
     str(path.parent.relative_to(SHARED_DATA))
@@ -144,3 +145,12 @@ def test_sentencepiece_templates_are_cut_as_the_rendered_text_is(spec):
     hugging_face = tokenizer.to_huggingface()
     assert isinstance(hugging_face, PreTrainedTokenizerFast)
     assert tokens.ids.tolist() == hugging_face.apply_chat_template(rows, tokenize=True, return_dict=False)
+
+
+def test_marks_that_join_a_line_break_of_the_template_are_said():
+    own, family = (
+        explain_template(load(f"tokenizers/qwen2.5{target}")) or "" for target in ("", ":target=GPT2")
+    )
+    assert "what a tool says" in own
+    assert "messages that end in a mark" not in own
+    assert "messages that end in a mark" in family

@@ -25,9 +25,13 @@ SAMPLES: dict[str, list[dict[str, str]]] = {
         {"role": "user", "content": " one\n"},
         {"role": "assistant", "content": "\n two "},
     ],
+    "messages that end in a mark": [
+        {"role": "user", "content": "one two?"},
+        {"role": "assistant", "content": "three four."},
+    ],
     "an answer that thinks": [_Q, _THINKS],
     "an earlier answer that thinks": [_Q, _THINKS, _Q, _A],
-    "what a tool says": [_Q, _A, {"role": "tool", "content": "eight"}, _A],
+    "what a tool says": [_Q, _A, {"role": "tool", "content": '{"eight": 8}'}, _A],
     "two questions in a row": [_Q, _Q, _A],
 }
 _DATE = re.compile(r"strftime_now|date_string")
