@@ -1,7 +1,7 @@
 """Time, memory and error of sorted_distance against eager and compiled PyTorch, which sort.
 
     python bench/sorted_distance.py                          the default case of this device
-    python bench/sorted_distance.py --grid --save DIR        lengths and vocabularies of kernels.md (GPU)
+    python bench/sorted_distance.py --grid --save DIR        lengths and vocabularies of kernels.md
     pytest bench/sorted_distance.py --benchmark-only
 
 The student's vocabulary is 1.18 times the teacher's, as 151936 is of 128256. One row per contender: forward
@@ -55,7 +55,10 @@ TINY_CASE = Case(tokens=64, vocab=1000, hidden=32)
 
 
 def grid() -> Iterator[Case]:
-    """Lengths at one head, vocabularies, and a smaller width."""
+    """Lengths at one head, vocabularies, and a smaller width; on a CPU two vocabularies."""
+    if DEVICE == "cpu":
+        yield from (CPU_CASE, Case(tokens=256, hidden=256))
+        return
     for tokens in (1024, 2048, 4096, 8192):
         yield Case(tokens=tokens)
     for vocab in (32_000, 128_256, 256_000):
@@ -91,12 +94,12 @@ class Contender:
     gemms: int
     weighted: bool = False
     train_head: bool = True
-    exact: bool = False
+    options: tuple[tuple[str, Any], ...] = (("exact", False),)
 
     def loss(self, problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
         """Return the mean over the rows of `hidden`."""
         N = len(hidden)
-        options: dict[str, Any] = {"exact": True} if self.exact else {}
+        options = dict(self.options)
         if self.weighted:
             options["row_weight_N"] = torch.full((N,), 1 / N, device=hidden.device)
         teacher, teacher_weight = problem.teacher[:N], problem.teacher_weight
@@ -112,11 +115,11 @@ def contenders(device: str) -> dict[str, Contender]:
         "weighted": Contender(sorted_distance, 4, weighted=True),
         "tables": Contender(sorted_distance, 5),
         "frozen": Contender(sorted_distance, 3, train_head=False),
-        "exact": Contender(sorted_distance, 4, weighted=True, exact=True),
-        "eager": Contender(reference, 4),
+        "exact": Contender(sorted_distance, 4, weighted=True, options=(("exact", True),)),
+        "eager": Contender(reference, 4, options=()),
     }
     if device != "cpu":
-        found["compiled"] = Contender(torch.compile(reference, dynamic=False), 4)
+        found["compiled"] = Contender(torch.compile(reference, dynamic=False), 4, options=())
     return found
 
 
@@ -145,7 +148,7 @@ def error_of(problem: Problem, contender: Contender) -> dict[str, float]:
     """Return the errors of the first rows against sorting in float64."""
     results = []
     for function, dtype, options in (
-        (contender.function, problem.dtype, {"exact": True} if contender.exact else {}),
+        (contender.function, problem.dtype, dict(contender.options)),
         (reference, torch.float64, {}),
     ):
         hidden = problem.hidden[:CHECKED_ROWS].detach().to(dtype).requires_grad_()

@@ -35,7 +35,8 @@ from tokenkit.kernels import sorted_tile as tile
 from tokenkit.kernels.divergence_checks import check_sides
 from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.row_chunks import chunks
-from tokenkit.kernels.sorted_rows import Gradients, Side, sort_rows
+from tokenkit.kernels.sorted_exact import compare_sorted, sort_memory, sorts
+from tokenkit.kernels.sorted_rows import Gradients, Side
 from tokenkit.kernels.vocabulary_parallel import vocab_size
 from tokenkit.structs import Head
 
@@ -63,8 +64,8 @@ class Measure(NamedTuple):
     unmatched_weight: float = 1.0
     """γ."""
     beta: float = 0.5
-    exact: bool = True
-    """Sort, instead of adding up histograms."""
+    exact: bool | None = True
+    """Sort, instead of adding up histograms; None: as `sorted_distance` does."""
     temperature: float = 1.0
     teacher_temperature: float = 1.0
     """T', not a multiple of T."""
@@ -128,8 +129,9 @@ def _ranked(
     """Return Σ |P_(r) − Q_(r)| of each row and P times its sign of each column; z_NW may be overwritten."""
     if exact:
         value_N = torch.empty_like(softmax.max_N)
-        p_NV, sign_NV = sort_rows(z_NV, softmax, z_NW, teacher_softmax, value_N)
-        return value_N, p_NV.mul_(sign_NV)
+        pull_NV = torch.empty_like(z_NV)
+        compare_sorted((z_NV, z_NW), (softmax, teacher_softmax), value_N, pull_NV)
+        return value_N, pull_NV
     foot_N = tile.foot(torch.maximum(softmax.inverse_N, teacher_softmax.inverse_N).clamp_min(LEAST))
     own = tile.histogram(z_NV, softmax, foot_N)
     difference = tile.histogram(z_NW, teacher_softmax, foot_N).neg_().add_(own)
@@ -150,7 +152,7 @@ def _compare(
 ) -> tuple[Tensor, Tensor]:
     """Return value_N and P G of each column. z_NV is kept, z_NW may be overwritten."""
     if pairs is None:
-        value_N, pull_NV = _ranked(z_NV, softmax, z_NW, teacher_softmax, measure.exact)
+        value_N, pull_NV = _ranked(z_NV, softmax, z_NW, teacher_softmax, bool(measure.exact))
         return measure.unmatched_weight * value_N, pull_NV.mul_(measure.unmatched_weight)
     value_N, pull_NV = torch.zeros_like(softmax.max_N), torch.zeros_like(z_NV)
     if len(pairs.student_P):
@@ -165,7 +167,7 @@ def _compare(
             softmax,
             z_NW.index_select(1, pairs.teacher_rest),
             teacher_softmax,
-            measure.exact,
+            bool(measure.exact),
         )
         value_N += measure.unmatched_weight * ranked_N
         pull_NV.index_copy_(1, pairs.student_rest, pull_NU.mul_(measure.unmatched_weight))
@@ -198,8 +200,9 @@ def _run(
     log_scale_N, teacher_log_scale_N, weight_N = (x.to(dtype) for x in rows_N)
     dlog_scale_N = torch.zeros_like(weight_N)
     gradients = Gradients(student, needs)
-    row_bytes = _row_bytes(student, teacher, measure.exact)
-    for rows in chunks(len(weight_N), row_bytes, measure.workspace_bytes - gradients.extra_bytes()):
+    row_bytes, fixed_bytes = _row_bytes(student, teacher, bool(measure.exact))
+    workspace_bytes = measure.workspace_bytes - gradients.extra_bytes() - fixed_bytes
+    for rows in chunks(len(weight_N), row_bytes, workspace_bytes):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
         softmax = _scaled(student.softmax(z_NV, "student_ND", rows), log_scale_N[rows])
         teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
@@ -221,10 +224,13 @@ def _run(
     return [total, dlog_scale_N, *gradients.results()]
 
 
-def _row_bytes(student: Side, teacher: Side, exact: bool) -> int:
-    """Return what one row of a chunk takes: z, P, P G and copies of both, and the int64 order of a sort."""
+def _row_bytes(student: Side, teacher: Side, exact: bool) -> tuple[int, int]:
+    """Return what one row of a chunk takes: z, P, P G and copies of both; and what all take together."""
     both_bytes = student.row_bytes() + teacher.row_bytes()
-    return 4 * both_bytes + student.row_bytes() + (6 * both_bytes if exact else 3 * 8 * tile.BINS)
+    order_bytes, fixed_bytes = 3 * 8 * tile.BINS, 0
+    if exact:
+        order_bytes, fixed_bytes = sort_memory(student.hidden_ND.device, student.V, teacher.V)
+    return 4 * both_bytes + student.row_bytes() + order_bytes, fixed_bytes
 
 
 @torch.library.custom_op(
@@ -280,7 +286,7 @@ def _pack(
     teacher_head = heads[1]
     constants = [*rows_N[1:], teacher_NE, teacher_head.weight_VD, *(pairs or ())]
     constants += [] if teacher_head.bias_V is None else [teacher_head.bias_V]
-    numbers: list[float] = [*map(float, measure), float(pairs is not None)]
+    numbers: list[float] = [*(float(x or 0) for x in measure), float(pairs is not None)]
     for head in heads:
         numbers += [head.softcap or 0.0, head.scale, vocab_size(head)]
     return [x.detach() for x in constants], [float(x) for x in numbers]
@@ -342,6 +348,7 @@ def hybrid_distance(
     needs = ""
     if torch.is_grad_enabled():
         needs = "".join(name for name, x in parameters if x is not None and x.requires_grad)
+    measure = measure._replace(exact=sorts(measure.exact, (head, teacher_head), False))
     packed = _pack(teacher_NE, (head, teacher_head), rows_N, pairs, measure)
     return _operation(student_ND, head.weight_VD, head.bias_V, log_scale_N, *packed, needs)[0]
 

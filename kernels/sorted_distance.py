@@ -11,7 +11,8 @@ the bin, w its width, and f how far into the bin its p's reach, summed, less the
     ∂value / ∂p_v = sign of (D + f) in the bin of p_v = G_v,    ∂value / ∂z_v = p_v (G_v − Σ_u p_u G_u)
 
 Only a bin in which the two counts cross is not exact: the value is a lower bound, `error_bound` says by how
-much at most, and the gradient is that of the value. Bins: `sorted_tile.py`. `exact=True` sorts instead.
+much at most, and the gradient is that of the value. Bins: `sorted_tile.py`. `exact` sorts instead:
+`sorted_exact.py`.
 
 Both models' logits exist for a few rows at a time, in float32. Modes, in GEMMs of 2·N·V·D (both models
 counted alike) and memory above `workspace_bytes` and O(N·D):
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from tokenkit.kernels import sorted_tile as tile
 from tokenkit.kernels.launch import refuse_forward_mode
+from tokenkit.kernels.sorted_exact import sorts
 from tokenkit.kernels.sorted_rows import Options, Side, run, run_backward, run_bounds
 from tokenkit.kernels.vocabulary_parallel import check_head, shard_of, shard_words, vocab_size
 from tokenkit.structs import Head
@@ -50,7 +52,7 @@ class Keywords(TypedDict, total=False):
     """Keyword arguments of `sorted_distance`; it says what they mean."""
 
     temperature: float
-    exact: bool
+    exact: bool | None
     row_weight_N: Tensor | None
     workspace_bytes: int
 
@@ -230,7 +232,8 @@ def sorted_distance(
         teacher_head: the teacher's head; may be sharded as well.
         **keywords:
             temperature: divides the logits of both, after the softcap; > 0; 1.
-            exact: sort, instead of counting in bins; False. Needs whole heads.
+            exact: sort (True, needs whole heads) or count in bins (False); None: sort where both heads are
+                whole and hold 8192 ids at most, on a CPU also larger ones, unless that takes a second dW.
             row_weight_N: number of each row, no gradient to it: the result is Σ_n row_weight[n] value[n],
                 and its gradients are formed in the forward where a second dW fits `workspace_bytes`.
             workspace_bytes: bound on what is allocated beside results and O(N·D), one row at least; 1 GiB.
@@ -242,14 +245,15 @@ def sorted_distance(
         ValueError: if shapes, dtypes, devices or numbers do not fit together, or (on a CPU) if a logit is
             NaN or infinite.
 
-    Precision: logits, sums and hidden gradients are float32. Without `exact` the value is at most
-    `error_bound` too small: in rows of 152k against 128k ids mostly 1e-6, but 1e-4 where a few ids hold
-    most of the mass and cross inside a bin. Bitwise repeatable: the atomics add integers. Ranks that share
-    a head add up 24 KB per row (they could not merge sorts).
+    Precision: logits, sums and hidden gradients are float32. In bins the value is at most `error_bound` too
+    small: in rows of 152k against 128k ids mostly 1e-6, but 1e-4 where a few ids hold most of the mass and
+    cross inside a bin, and 1e-3 in flat rows, whose gradient is far off (docs/kernels.md, "Errors").
+    Bitwise repeatable: the atomics add integers. Ranks that share a head add up 24 KB per row (they could
+    not merge sorts).
     """
     if unknown := keywords.keys() - Keywords.__annotations__.keys():
         raise TypeError(f"sorted_distance has no argument {min(unknown)!r}")
-    temperature, exact = keywords.get("temperature", 1.0), keywords.get("exact", False)
+    temperature, exact = keywords.get("temperature", 1.0), keywords.get("exact")
     row_weight_N = keywords.get("row_weight_N")
     workspace_bytes = keywords.get("workspace_bytes", DEFAULT_WORKSPACE_BYTES)
     heads = (student_head, teacher_head)
@@ -261,7 +265,9 @@ def sorted_distance(
             "(ranks add up histograms)"
         )
     needs = _needs(student_ND, student_head)
-    mode = _mode(needs, exact, row_weight_N is not None, student_head.weight_VD, workspace_bytes)
+    how = row_weight_N is not None, student_head.weight_VD, workspace_bytes
+    exact = sorts(exact, heads, _mode(needs, False, *how) == "tables")
+    mode = _mode(needs, exact, *how)
     options = Options(mode, exact, needs, temperature, workspace_bytes)
     teacher = [teacher_NE.detach(), teacher_head.weight_VD.detach()]
     if teacher_head.bias_V is not None:

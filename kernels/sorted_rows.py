@@ -24,6 +24,7 @@ from tokenkit.kernels.row_chunks import (
     write_products,
     write_weight_gradient,
 )
+from tokenkit.kernels.sorted_exact import compare_sorted, sort_memory
 from tokenkit.kernels.vocabulary_parallel import check_cover, local_rows, reduce_max, reduce_sum
 from tokenkit.structs import Head
 
@@ -152,18 +153,25 @@ def run(student: Side, teacher: Side, row_weight_N: Tensor | None, options: Opti
         kept.append(torch.empty((N, tile.BINS), dtype=torch.int8, device=device))
     gradients = Gradients(student, options.needs if forms else "")
     factor_N = torch.ones_like(value_N) if row_weight_N is None else row_weight_N.to(student.dtype)
-    row_bytes = _row_bytes(student, teacher, gradients, options.exact)
     workspace_bytes = _workspace(student, options.workspace_bytes - gradients.extra_bytes())
+    row_bytes = _row_bytes(student, teacher, gradients)
+    if options.exact:
+        row_bytes, fixed_bytes = _sorting_bytes(student, teacher, forms)
+        workspace_bytes -= fixed_bytes
     for rows in chunks(N, row_bytes, workspace_bytes):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
         softmax = student.softmax(z_NV, "student_ND", rows)
         teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
         factor = factor_N[rows] * student.alpha
         if options.exact:
-            p_NV, sign_NV = sort_rows(z_NV, softmax, z_NW, teacher_softmax, value_N[rows])
-            if forms:
-                dz_NV = _dlogits_exact(z_NV, p_NV, sign_NV, factor, student.cap)
-                gradients.add(dz_NV.to(gradients.low), rows)
+            pull_NV = None if not forms else z_NV if student.cap is None else torch.empty_like(z_NV)
+            both = (softmax, teacher_softmax)
+            compare_sorted((z_NV, z_NW), both, value_N[rows], pull_NV, centred=True)
+            if pull_NV is not None:
+                pull_NV.mul_(factor[:, None])
+                if student.cap is not None:
+                    pull_NV.mul_(z_NV.div_(student.cap).square_().neg_().add_(1))
+                gradients.add(pull_NV.to(gradients.low), rows)
             continue
         foot_N = tile.foot(torch.maximum(softmax.inverse_N, teacher_softmax.inverse_N))
         own = tile.histogram(z_NV, softmax, foot_N)
@@ -186,7 +194,7 @@ def run(student: Side, teacher: Side, row_weight_N: Tensor | None, options: Opti
 def run_bounds(student: Side, teacher: Side, workspace_bytes: int) -> Tensor:
     """Return how much of each row's distance the bins may hide."""
     bound_N = torch.empty(len(student.hidden_ND), dtype=student.dtype, device=student.hidden_ND.device)
-    row_bytes = _row_bytes(student, teacher, Gradients(student, ""), False)
+    row_bytes = _row_bytes(student, teacher, Gradients(student, ""))
     for rows in chunks(len(bound_N), row_bytes, _workspace(student, workspace_bytes)):
         z_NV, z_NW = student.logits(rows), teacher.logits(rows)
         softmax = student.softmax(z_NV, "student_ND", rows)
@@ -202,39 +210,18 @@ def _workspace(student: Side, workspace_bytes: int) -> int:
     return workspace_bytes if student.hidden_ND.is_cuda else min(workspace_bytes, CPU_CHUNK_BYTES)
 
 
-def _row_bytes(student: Side, teacher: Side, gradients: Gradients, exact: bool) -> int:
-    """Return what one row of a chunk takes."""
+def _sorting_bytes(student: Side, teacher: Side, forms: bool) -> tuple[int, int]:
+    """Return what a row of a chunk takes that is sorted, and what all take together."""
+    row_bytes, fixed_bytes = sort_memory(student.hidden_ND.device, student.V, teacher.V)
+    slope_bytes = student.row_bytes() if forms and student.cap is not None else 0
+    return student.row_bytes() + teacher.row_bytes() + slope_bytes + row_bytes, fixed_bytes
+
+
+def _row_bytes(student: Side, teacher: Side, gradients: Gradients) -> int:
+    """Return what one row of a chunk takes that is counted in bins."""
     z_bytes, both_bytes = student.row_bytes(), student.row_bytes() + teacher.row_bytes()
-    if exact:  # values and int64 indices of a sort, which copies both, signs and dz
-        return both_bytes + 6 * both_bytes + 2 * z_bytes
     low_bytes = 0 if gradients.low == student.dtype else z_bytes * gradients.low.itemsize // 4
     return both_bytes + HISTOGRAM_BYTES + low_bytes
-
-
-def sort_rows(
-    z_NV: Tensor, softmax: tile.Softmax, z_NW: Tensor, teacher_softmax: tile.Softmax, value_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Write the distance of each row; return p and ∂value / ∂p. Equal ranks pull nothing."""
-    p_NV = (z_NV - softmax.max_N[:, None]).exp_().mul_(softmax.inverse_N[:, None])
-    q_NW = z_NW.sub_(teacher_softmax.max_N[:, None]).exp_().mul_(teacher_softmax.inverse_N[:, None])
-    sorted_NV, order_NV = p_NV.sort(stable=True, dim=1, descending=True)
-    q_NW = q_NW.sort(dim=1, descending=True).values
-    V, W = p_NV.shape[1], q_NW.shape[1]
-    shared = min(V, W)
-    sorted_NV[:, :shared] -= q_NW[:, :shared]
-    torch.sum(sorted_NV.abs(), 1, out=value_N)
-    if W > V:
-        value_N += q_NW[:, V:].sum(1)
-    return p_NV, torch.empty_like(p_NV).scatter_(1, order_NV, sorted_NV.sign_())
-
-
-def _dlogits_exact(
-    z_NV: Tensor, p_NV: Tensor, sign_NV: Tensor, factor_N: Tensor, cap: float | None
-) -> Tensor:
-    """Return p (sign − Σ p sign) factor (1 − (z / cap)²), over p."""
-    mean_N = (p_NV * sign_NV).sum(1, keepdim=True)
-    dz_NV = p_NV.mul_(sign_NV.sub_(mean_N)).mul_(factor_N[:, None])
-    return dz_NV if cap is None else dz_NV.mul_(1 - z_NV.div_(cap).square_())
 
 
 def run_backward(student: Side, factor_N: Tensor, tables: list[Tensor], options: Options) -> list[Tensor]:

@@ -72,7 +72,7 @@ def check_sorted_distances_repeat_bit_for_bit(sizes: Sizes) -> None:
     """The atomics add integers: which program comes first moves nothing."""
     inputs = _inputs(sizes, torch.bfloat16)
     for mode in MODES:
-        first, second = (_run(sorted_distance, inputs, torch.bfloat16, mode) for _ in range(2))
+        first, second = (_run(sorted_distance, inputs, torch.bfloat16, mode, exact=False) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first), mode
 
 
@@ -82,11 +82,11 @@ def check_sorted_distances_do_not_wait_for_the_device(sizes: Sizes) -> None:
         return
     inputs = _inputs(replace(sizes, tokens=64), torch.bfloat16)
     for mode in MODES:
-        _run(sorted_distance, inputs, torch.bfloat16, mode)  # kernels compile here
+        _run(sorted_distance, inputs, torch.bfloat16, mode, exact=False)  # kernels compile here
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            _run(sorted_distance, inputs, torch.bfloat16, mode)
+            _run(sorted_distance, inputs, torch.bfloat16, mode, exact=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

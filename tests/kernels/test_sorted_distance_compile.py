@@ -55,7 +55,7 @@ def test_a_compiled_loss_equals_eager_for_any_number_of_rows(mode):
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_inductor_compiles_it():
     def distance(student, weight, bias, teacher, teacher_weight):
-        return sorted_distance(student, Head(weight, bias), teacher, Head(teacher_weight))
+        return sorted_distance(student, Head(weight, bias), teacher, Head(teacher_weight), exact=False)
 
     torch._dynamo.reset()
     tensors = inputs()[:5]

@@ -58,6 +58,7 @@ def call(case, cuts=None, teacher_cuts=None, rank=0):
         teacher,
         Head(teacher_weight, teacher_bias, 5.0, 0.8, W, other),
         temperature=0.9,
+        exact=False,  # as ranks do
         workspace_bytes=3 * sorted_rows.HISTOGRAM_BYTES + 2000,  # several chunks
         row_weight_N=upstream if mode == "formed" else None,
     )

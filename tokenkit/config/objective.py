@@ -161,8 +161,8 @@ class Baseline:
     """Mass left to the tail in `akl`, in [0, 1]."""
 
     exact_sort: bool | None = None
-    """Compare by rank with a sort (true) or with histograms (false: several times faster, and off by a known
-    bound). None: baseline_gold sorts, baseline_uld and baseline_gold_js do not."""
+    """Compare by rank with a sort (true) or with histograms (false: faster on a GPU, off by a known bound).
+    None: baseline_gold sorts; baseline_uld and baseline_gold_js sort small vocabularies, and all on a CPU."""
 
     uld_extended: bool = False
     """baseline_uld: compare groups of tokens that end at the same byte, not token i with token i."""

@@ -112,8 +112,8 @@ class GoldOptions:
     """int64 [P]: student ids that are compared one by one, none twice; with `uld_use_hybrid_loss`."""
     teacher_index: Tensor | None = None
     """int64 [P]: their partners, none twice; `tokenkit.pairing.matching.published_pairs` finds them."""
-    exact: bool = True
-    """Sort; False adds up histograms, several times faster. See `tokenkit.kernels.sorted_distance`."""
+    exact: bool | None = True
+    """Sort; False adds up histograms, on a GPU faster; None as `tokenkit.kernels.sorted_distance` chooses."""
     chunks: ChunkKind = "unconstrained"
     """Which of the batch's chunks are the groups; others than the smallest are not published."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
@@ -144,7 +144,7 @@ class GoldKeywords(TypedDict, total=False):
     uld_skip_student_eos: bool
     uld_skip_teacher_eos: bool
     beta: float
-    exact: bool
+    exact: bool | None
     chunks: ChunkKind
     workspace_bytes: int
 

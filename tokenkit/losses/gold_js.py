@@ -58,8 +58,9 @@ class GoldJsOptions:
     """T: divides the logits of both models."""
     teacher_temperature: float = 1.0
     """Multiplies T for the teacher, in the matched part."""
-    exact: bool = False
-    """Sort the unmatched part, instead of adding up histograms; see `tokenkit.kernels.sorted_distance`."""
+    exact: bool | None = None
+    """Sort the unmatched part, or add up histograms (False); None: sort where it is cheap. See
+    `tokenkit.kernels.sorted_distance`."""
     chunks: ChunkKind = "unconstrained"
     """Which of the batch's chunks."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
@@ -82,7 +83,7 @@ class GoldJsKeywords(TypedDict, total=False):
     matched_weight: float | None
     temperature: float
     teacher_temperature: float
-    exact: bool
+    exact: bool | None
     chunks: ChunkKind
     workspace_bytes: int
 

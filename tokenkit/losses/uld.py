@@ -41,8 +41,9 @@ class UldOptions:
 
     temperature: float = 1.0
     """Divides the logits of both models."""
-    exact: bool = False
-    """Sort, instead of adding up histograms; see `tokenkit.kernels.sorted_distance`."""
+    exact: bool | None = None
+    """Sort, or add up histograms (False); None: sort where it is cheap. See
+    `tokenkit.kernels.sorted_distance`."""
     extended: bool = False
     """Compare groups of tokens that end at the same byte, instead of token i with token i."""
     chunks: ChunkKind = "unconstrained"
@@ -59,7 +60,7 @@ class UldKeywords(TypedDict, total=False):
     """The fields of `UldOptions`."""
 
     temperature: float
-    exact: bool
+    exact: bool | None
     extended: bool
     chunks: ChunkKind
     workspace_bytes: int

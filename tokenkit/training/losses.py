@@ -267,7 +267,7 @@ def _uld(source: _Source, loss: Loss) -> UldOptions:
     baseline = source.config.objective.baseline
     return UldOptions(
         temperature=baseline.kd_temp,
-        exact=bool(baseline.exact_sort),
+        exact=baseline.exact_sort,
         extended=baseline.uld_extended,
         **source.workspace,
     )
@@ -284,7 +284,7 @@ def _gold(source: _Source, loss: Loss) -> GoldOptions:
 
 
 def _gold_js(source: _Source, loss: Loss) -> GoldJsOptions:
-    exact = bool(source.config.objective.baseline.exact_sort)
+    exact = source.config.objective.baseline.exact_sort
     return GoldJsOptions(**source.pairs(), exact=exact, **source.temperatures, **source.workspace)
 
 
