@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from tokenkit.structs import Head
 
 SORTED_VOCAB = 8192  # of the larger model: with few ids the bins are at their worst, and a sort is cheap
 PIECE_BYTES = 32  # of a number in a piece: key and what torch makes on the way
+_HAS_NUMPY = find_spec("numpy") is not None  # torch does without
 _HIGH = int(sys.byteorder == "little")  # which half of an int64 decides its order
 
 
@@ -98,32 +99,32 @@ def _distance(p_NV: Tensor, q_NW: Tensor, value_N: Tensor) -> Tensor:
 
 def _sorted(p_NV: Tensor) -> Tensor:
     """Return the rows ascending; p may be overwritten."""
-    if p_NV.device.type != "cpu":
+    if p_NV.device.type != "cpu" or not _HAS_NUMPY:
         return p_NV.sort(dim=1).values
-    _sort_here(p_NV.numpy())
+    _sort_here(p_NV)
     return p_NV
 
 
 def _sorted_with_ids(p_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows ascending, and the ids; of equal ones the lowest id is last: the first rank."""
     last = p_NV.shape[1] - 1
-    if p_NV.device.type != "cpu" or p_NV.dtype != torch.float32:
+    if p_NV.device.type != "cpu" or p_NV.dtype != torch.float32 or not _HAS_NUMPY:
         p_NV, order_NV = p_NV.flip(1).sort(dim=1, stable=True)
         return p_NV, order_NV.neg_().add_(last)
     key_NV = torch.empty(p_NV.shape, dtype=torch.int64)
     half_NVH = key_NV.view(torch.int32).view(*p_NV.shape, 2)
     half_NVH[..., _HIGH] = p_NV.view(torch.int32)
     half_NVH[..., 1 - _HIGH] = torch.arange(last, -1, -1, dtype=torch.int32)
-    _sort_here(key_NV.numpy())
+    _sort_here(key_NV)
     p_NV.view(torch.int32).copy_(half_NVH[..., _HIGH])
     return p_NV, key_NV.bitwise_and_((1 << 32) - 1).neg_().add_(last)
 
 
-def _sort_here(array: np.ndarray) -> None:
+def _sort_here(rows_NV: Tensor) -> None:
     """Sort each row in place, on as many threads as torch may use."""
-    threads = min(torch.get_num_threads(), len(array))
+    threads = min(torch.get_num_threads(), len(rows_NV))
     if threads <= 1:
-        array.sort(axis=1)
+        rows_NV.numpy().sort(axis=1)
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: part.sort(axis=1), np.array_split(array, threads)))
+        list(pool.map(lambda part: part.numpy().sort(axis=1), rows_NV.tensor_split(threads)))

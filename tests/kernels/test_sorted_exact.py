@@ -99,6 +99,14 @@ def test_pieces_and_threads_move_no_bit(threads, monkeypatch):
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
+def test_torch_sorts_where_numpy_is_absent(monkeypatch):
+    inputs = make(7, 33, 49, 6, "cpu")
+    first = run(sorted_distance.sorted_distance, torch.float32, inputs, "formed", exact=True)
+    monkeypatch.setattr(sorted_exact, "_HAS_NUMPY", False)
+    second = run(sorted_distance.sorted_distance, torch.float32, inputs, "formed", exact=True)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
 def test_no_ids_are_sorted_along_where_no_gradient_is_wanted(monkeypatch):
     def refuse(p_NV):
         raise AssertionError("ids were sorted")
