@@ -171,6 +171,13 @@ def test_secrets_of_the_environment_and_well_known_keys_are_hidden(monkeypatch):
     assert redact(text) == f"{HIDDEN} sometimes true {HIDDEN} tokens_to_add"
 
 
+def test_a_name_with_hyphens_is_no_key():
+    for name in ("multi-task-tokenizer-transfer-of-llama", "sk-documents-of-the-web-in-slovak"):
+        assert redact(name) == name
+    for key in ("sk-proj-Ab3dEf6hIj9lMn2pQr5t", "sk-ant-api03-Zx_8cV7bN6mQ5wE4rT3yU2-iO1p"):
+        assert redact(f"with {key} inside") == f"with {HIDDEN} inside"
+
+
 def test_fields_named_like_secrets_are_hidden_and_tokenizers_are_not():
     config = {
         "target_tokenizer_name": "gpt2",

@@ -17,7 +17,8 @@ _SECRET_WORD = re.compile(
     r"|credentials?|creds?|auth|authorization|bearer|jwt|cookie|webhook|private"
 )
 _SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}\b|\bsk-[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"\bhf_[A-Za-z0-9]{20,}\b|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\bsk-(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}"  # words with hyphens (multi-task-..., sk-...) are none
     r"|\bgh[pousr]_[A-Za-z0-9]{30,}\b|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}"
     r"|\bAIza[\w-]{35}|\bey[JK][\w-]{10,}\.[\w-]{10,}\.[\w-]*|\bnpm_\w{30,}|\bpypi-[\w-]{30,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"

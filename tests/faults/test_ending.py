@@ -191,6 +191,22 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(make_config, tmp_path, m
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
 
 
+def test_a_signal_that_came_to_another_rank_first_breaks_off_no_save(
+    make_config, tmp_path, monkeypatch, capfd
+):
+    save = loop._save
+
+    def be_told_late(session):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(session)
+
+    monkeypatch.setattr(loop, "_any_rank", lambda flag, session: session.parts.run.step == 1)
+    monkeypatch.setattr(loop, "_save", be_told_late)
+    assert loop.train(make_config(losses=["clm"])) == 75
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+    assert "stopped by SIGTERM after step 1: go on with --resume" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_each_signal_waits_for_the_step_and_ends_what_is_no_step(number):
     with StopRequest() as stop:

@@ -186,17 +186,17 @@ def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
 
 def _train(session: Session) -> tuple[ExitCode, str]:
     run, reports, stop_request = session.parts.run, session.reports, session.stop
-    with reports:
-        with stop_request.waiting_for_step("all steps are taken and saved, --resume exports"):
-            _before_steps(session)
-            while run.step < session.config.schedule.steps and not _is_asked_to_stop(session):
-                _one_step(session)
-            asked = _any_rank(stop_request.asked is not None, session)
-        if asked:
+    with reports, stop_request.waiting_for_step("all steps are taken and saved, --resume exports"):
+        _before_steps(session)
+        while run.step < session.config.schedule.steps and not _is_asked_to_stop(session):
+            _one_step(session)
+        if _any_rank(stop_request.asked is not None, session):
             session.ending.at("saving")
-            _save(session)
+            _save(session)  # in this block: the signal of another rank may reach this one only now
             name = stop_request.asked or "a signal to another rank"
-            return ExitCode.PREEMPTED, f"stopped by {name} after step {run.step}: go on with --resume"
+            words = f"stopped by {name} after step {run.step}: go on with --resume"
+            _say(session.world, words)
+            return ExitCode.PREEMPTED, words
     _say_left_out(session)
     if (summary := reports.summary()) is not None:
         _say(session.world, summary)
