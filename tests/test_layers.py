@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tokenkit"
 
 LAYERS = [
-    {"structs"},
+    {"structs", "file_locks"},
     {"kernels"},
     {"tokenization"},
     {"pairing"},

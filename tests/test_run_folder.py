@@ -11,7 +11,8 @@ import time
 import pytest
 
 from tokenkit import run_folder
-from tokenkit.run_folder import RunLock, free_bytes, prepare_output, write_durably
+from tokenkit.file_locks import free_bytes
+from tokenkit.run_folder import RunLock, prepare_output, write_durably
 
 
 def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path):

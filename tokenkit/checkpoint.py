@@ -30,11 +30,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tokenkit.file_locks import free_bytes, fsync_folder
 from tokenkit.parallel import OtherRankError, World, broadcast_json, gather_json, together
 from tokenkit.run_folder import (
     DiskError,
-    free_bytes,
-    fsync_folder,
     is_disk_trouble,
     trouble_of_disk,
     write_durably,

@@ -33,6 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenkit.file_locks import NO_LINK
 from tokenkit.redaction import redact, shortened
 from tokenkit.run_folder import OUTCOME_NAME, DiskError, blaming_disk, write_durably
 
@@ -141,7 +142,7 @@ class MetricsFile:
         if is_main:
             truncate_metrics(self.path, step)
             # unbuffered: a line that the disk would not take must not come again, as an error, when it closes
-            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o640)
             self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tokenkit.file_locks import NO_LINK, free_bytes, fsync_folder, lock, opened
 from tokenkit.redaction import complain
 
 LOCK_NAME = ".lock"
@@ -139,21 +139,6 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def free_bytes(folder: Path) -> int:
-    """Return how many bytes this user may still write on the disk of `folder`."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def staging_folder(final: Path) -> Iterator[Path]:
     """Make a folder beside `final`, which gets that name when the block ends; an error removes it.
@@ -186,11 +171,8 @@ def staging_folder(final: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool | None]:
     """Hold the kernel's lock on a folder; gives what `_lock` returns."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(folder) as handle:
         yield _lock(handle)
-    finally:
-        os.close(handle)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -213,13 +195,10 @@ def write_durably(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep processes apart while they read and write the same file. It ends with the process."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(folder) as handle:
         with contextlib.suppress(OSError):  # some network disks have no such locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True)
         yield
-    finally:
-        os.close(handle)
 
 
 class RunLock:
@@ -269,7 +248,7 @@ class RunLock:
 
     def _take(self) -> int:
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o640)
         except OSError as error:
             raise FileExistsError(
                 f"{self.path} cannot be opened ({error.strerror}): it must be a plain file; remove it"
@@ -319,10 +298,10 @@ class RunLock:
                     os.utime(self.path, (time.time(), time.time()), follow_symlinks=False)
 
 
-def _lock(file: int) -> bool | None:
+def _lock(file: int | None) -> bool | None:
     """True: locked; None: somebody else has it; False: this disk has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError:
         return None
     except OSError:

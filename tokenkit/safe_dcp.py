@@ -26,6 +26,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from tokenkit.file_locks import NO_LINK
+
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
 FORMAT = 1
@@ -141,7 +143,7 @@ def _natural(value: Any) -> int:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a regular file; a link is an OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY | NO_LINK)
     with os.fdopen(handle, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

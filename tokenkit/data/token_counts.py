@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tokenkit.data.fingerprints import file_digest
 from tokenkit.data.mix import local_files, open_data
 from tokenkit.data.options import DataOptions, HeldoutOptions
+from tokenkit.file_locks import fsync_folder
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.documents import Document
 
@@ -212,8 +213,4 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_folder(path.parent)

@@ -11,7 +11,6 @@ rank holds the kernel's lock on it, so that one that is gone is told from one th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenkit.config.errors import SilenceError, exit_code
+from tokenkit.file_locks import NO_LINK, lock
 from tokenkit.metrics import RUNNING, ExitCode, Outcome, read_outcome, write_outcome
 from tokenkit.parallel import OtherRankError, World
 from tokenkit.redaction import complain
@@ -154,11 +154,11 @@ class _Beats:
         self.state = state
         self.every = min(10.0, state.seconds / 8)
         self.path = self._path(state.world.rank)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o640)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o640)
         self._me = identity()
         self._done = threading.Event()
         with suppress(OSError):  # some disks have no locks
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         self.beat()
         self._thread = threading.Thread(target=self._watch, name="tokenkit-ranks", daemon=True)
         self._thread.start()
@@ -195,7 +195,7 @@ class _Beats:
     def _look(self, rank: int) -> tuple[dict[str, Any], str]:
         """Return what a rank says of itself, and what is wrong with it; "" where nothing is."""
         try:
-            file = os.open(self._path(rank), os.O_RDWR | os.O_NOFOLLOW)
+            file = os.open(self._path(rank), os.O_RDWR | NO_LINK)
         except OSError:
             return {}, ""  # not begun, or ended
         try:
@@ -251,7 +251,7 @@ def _name(rank: int, about: dict[str, Any]) -> str:
 def _is_free(file: int) -> bool:
     """Whether nobody holds the kernel's lock on a file: its owner is gone. Where there are no locks, no."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except OSError:
         return False
     return True

@@ -17,7 +17,8 @@ from typing import Any
 
 from tokenkit.config.errors import StoppedError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has two
 SAME_SECONDS = 1.0  # a terminal and torchrun both pass one Ctrl-C on: what comes so soon is the same
 
 
