@@ -13,10 +13,16 @@ try:
     import triton.language as tl
 except ImportError:
 
+    class _Constant:
+        """A number that a kernel is compiled with; torch's lines read its value."""
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
     class _Language:
         """What a kernel's file reads while it is imported: its annotations and constants."""
 
-        constexpr = staticmethod(lambda value: value)
+        constexpr = _Constant
 
     class _Triton:
         """What the files read besides: the decorator, and arithmetic of launchers."""

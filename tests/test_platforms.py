@@ -12,7 +12,7 @@ from tests.tiny import byte_level_bpe, tiny_folder
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import os, signal, sys
-for name in ("triton", "triton.language", "fcntl", "resource"):
+for name in ("triton", "triton.language", "fcntl"):
     sys.modules[name] = None
 for module, name in ((os, "O_DIRECTORY"), (os, "O_NOFOLLOW"), (signal, "SIGHUP"), (signal, "SIGUSR1")):
     delattr(module, name)
