@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from tokenkit.metrics import read_metrics
-from tokenkit.models.causal_lm import quiet_off_terminal
+from tokenkit.models.reading import quiet_off_terminal
 
 TEACHER_VOCABULARY = 1_000
 TARGET_VOCABULARY = 3_000

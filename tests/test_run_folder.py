@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tokenkit import run_folder
+from tokenkit import file_locks, run_folder
 from tokenkit.file_locks import free_bytes
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
 
@@ -133,7 +133,7 @@ def test_on_a_disk_without_locks_the_heartbeat_decides(tmp_path, monkeypatch):
     def refuse(handle, how):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
     with RunLock(tmp_path):
         with pytest.raises(BlockingIOError, match="in use by another run"):
             RunLock(tmp_path).__enter__()

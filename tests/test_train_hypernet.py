@@ -244,7 +244,7 @@ def test_it_is_compared_with_the_others(root):
         ("spelled", "first", "the hypernetwork was trained on another old tokenizer"),
         ("model", "model", "holds no hypernetwork"),
         ("model", "damaged", "no hypernetwork can be read from"),
-        ("model", "absent", "absent holds no hypernetwork"),
+        ("model", "absent", "absent does not exist"),
     ],
 )
 def test_the_door_of_zett_refuses_another_one(root, capsys, model, folder, message):

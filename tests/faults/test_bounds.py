@@ -25,7 +25,7 @@ from tokenkit.pair_stats import PairStatsConfig
 from tokenkit.redaction import is_secret_name
 from tokenkit.run_folder import staging_folder
 from tokenkit.training.finished import go_on
-from tokenkit.training.reports import Reports, _last_measured
+from tokenkit.training.reports import _measurements
 from tokenkit.zett import ZettConfig
 
 BASE = {"student.pretrained_model_name_or_path": "m", "data.dataset_name": "d", "losses": "clm"}
@@ -349,12 +349,12 @@ def test_a_folder_of_which_nobody_knows_whether_it_is_in_use_is_named(tmp_path, 
 
 
 def test_the_card_of_a_resumed_run_says_the_bits_per_byte_that_were_measured(tmp_path):
-    assert _last_measured(tmp_path) is None
+    assert _measurements(tmp_path) == {}
     lines = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "bits_per_byte/student": 2.5, "bits_per_byte/teacher": 2.25, "heldout_bytes": 100},
         {"step": 3, "loss": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert _last_measured(tmp_path) == (found := Reports.__dataclass_fields__ and _last_measured(tmp_path))
+    found = _measurements(tmp_path)[2]
     assert (found.student, found.teacher, found.num_bytes) == (2.5, 2.25, 100)

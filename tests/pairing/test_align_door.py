@@ -57,7 +57,7 @@ def test_templates_can_be_shown(capsys, monkeypatch):
     ("options", "code", "message"),
     [
         (PAIR, EXIT_CONFIG, "give --text or --file"),
-        ([*PAIR, "--text", "a", "--file", "b"], EXIT_CONFIG, "give --text or --file"),
+        ([*PAIR, "--text", "a", "--file", __file__], EXIT_CONFIG, "give --text or --file"),
         ([*PAIR, "--text", "  "], EXIT_CONFIG, "empty document"),
         ([*PAIR, "--file", "/nowhere.txt"], EXIT_DATA, "/nowhere.txt does not exist"),
         ([*PAIR, "--text", "a", "--limit", "0"], EXIT_CONFIG, "limit must be at least 1"),

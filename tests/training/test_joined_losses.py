@@ -125,7 +125,7 @@ def test_every_way_lowers_a_loss_and_says_what_each_loss_weighs(config_of, way):
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(make_config, changes, message):
-    wrong = {"student.pretrained_model_name_or_path": "./nowhere", **changes}
+    wrong = {"student.pretrained_model_name_or_path": "nobody/nothing", **changes}
     with pytest.raises(ValueError, match=message):
         build(make_config(**wrong), SINGLE)
 

@@ -268,9 +268,10 @@ def _evaluate(session: Session) -> None:
         measured = bits_per_byte(parts.run.model, parts.heldout, session.world, parts.run.step)
         session.reports.evaluation(parts.run.step, measured)
         if not math.isfinite(measured.student):
+            cause = "the update of that step spoiled it" if parts.run.step else "before any update"
             raise NonFiniteError(
-                f"the student's bits per byte are not finite after step {parts.run.step}: the update of that "
-                "step spoiled it; lower the learning rate or use dtype float32, in a new output_dir"
+                f"the student's bits per byte are not finite after step {parts.run.step}: {cause}; "
+                "lower the learning rate or use dtype float32, in a new output_dir"
             )
 
 
