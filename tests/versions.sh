@@ -12,9 +12,9 @@ cd "$root"
 fast=()
 if [ "${1:-}" = --fast ]; then
   shift
-  fast=(tests/data tests/losses tests/models tests/pairing tests/tokenization tests/kernels/test_aot.py
-    tests/test_checkpoint.py tests/test_cli.py tests/test_config.py tests/test_metrics.py tests/test_platforms.py
-    tests/test_run_folder.py --deselect tests/losses/test_compile.py)
+  fast=(tests/data/test_collate.py tests/losses/test_vectors.py tests/losses/test_dropin.py tests/test_checkpoint.py
+    tests/test_config.py tests/test_metrics.py tests/test_platforms.py tests/test_run_folder.py
+    tests/tokenization/test_byteify.py)
 fi
 wanted=("$@")
 [ "${#wanted[@]}" -gt 0 ] || wanted=(3.11 3.12 3.13 3.13:newest)
@@ -37,7 +37,7 @@ for name in "${wanted[@]}"; do
     echo "versions: no Python ${name%%:*} here: $name did not run" >&2
     continue
   fi
-  export TOKENKIT_VENV="$root/.venvs/$name" TOKENKIT_CONSTRAINTS="$root/constraints.txt"
+  export TOKENKIT_VENV="$root/.venvs/${name/:/-}" TOKENKIT_CONSTRAINTS="$root/constraints.txt"
   if [ "$name" != "${name%:newest}" ]; then
     TOKENKIT_CONSTRAINTS="$root/.venvs/newest.txt"
     grep -vE '^(torch|triton)==' constraints.txt >"$TOKENKIT_CONSTRAINTS"
