@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from quickstart import make_model, train_tokenizer, write_documents
+from quickstart import docstrings, make_model, pieces, train_tokenizer, write
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +56,7 @@ def distill(student: Path, teacher: Path, rows: list[Any], steps: int, micro_bat
 
 def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
     """Make two tiny models with different tokenizers, and text."""
-    write_documents(folder / "text.jsonl")
+    write(folder / "text.jsonl", islice(pieces(docstrings()), 1_500))
     for name, vocab_size, split_digits in (("student", 1200, True), ("teacher", 800, False)):
         train_tokenizer(folder / "text.jsonl", folder / name, vocab_size, split_digits=split_digits)
         make_model(folder / name, vocab_size)
