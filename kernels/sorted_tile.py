@@ -387,7 +387,9 @@ class _Work:
 
     def codes(self, p_NV: Tensor, foot_N: Tensor) -> Tensor:
         """Write bin · 2^FRACTION + fraction to `code_NV`, int32; `spare_NV` is overwritten."""
-        torch.add(p_NV, foot_N[:, None], out=self.code_NV.view(torch.float32))
+        above_NV = torch.add(p_NV, foot_N[:, None], out=self.code_NV.view(torch.float32))
+        if p_NV.dtype == torch.float64:  # rounded up it could pass an edge that it does not reach
+            self.code_NV.sub_((above_NV > p_NV + foot_N[:, None]).int())
         self.code_NV.sub_(foot_N.view(torch.int32)[:, None])
         fine_NV = torch.sub(self.code_NV, COARSE_OCTAVES << OCTAVE, out=self.spare_NV).clamp_min_(0)
         self.code_NV.add_(fine_NV, alpha=3)

@@ -226,6 +226,20 @@ def test_a_probability_on_an_edge_has_its_sign(dtype, executor, device):
     torch.testing.assert_close(value_N, torch.full_like(value_N, 0.15), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("edge", [0.25, 0.125, 2.0**-9])
+def test_a_probability_that_float32_would_round_up_to_an_edge_stays_below_it(edge, device):
+    """float64: in the bin above the edge it would count twice what it lacks, and the value be no bound."""
+    foot_N = torch.tensor([2.0**-25], device=device)
+    largest_N = torch.tensor([0.0, edge - 2.0**-25 - edge * 1e-8], device=device, dtype=torch.float64)
+    assert (largest_N[1] + foot_N.double()).float() == edge
+    none_NV = torch.zeros(1, 1, device=device, dtype=torch.float64)
+    softmax = sorted_tile.Softmax(*largest_N[:, None])
+    bins = sorted_tile.histogram(none_NV, softmax, foot_N)
+    value_N, _, mean_N = sorted_tile.merge(bins, bins, foot_N, torch.float64)
+    torch.testing.assert_close(value_N, largest_N[1:], rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean_N, largest_N[1:], rtol=1e-12, atol=0)
+
+
 def test_real_vocabularies_are_within_3e_5(monkeypatch, device):
     """Normal logits of 151936 against 128256 ids; the flattest and the most peaked rows of the four."""
     monkeypatch.undo()
