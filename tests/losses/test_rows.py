@@ -126,10 +126,11 @@ def test_pairs_that_are_none_are_named(student, teacher, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["clm", "alm_unconstrained", "baseline_dskd", "baseline_uld", "baseline_mined"]
+    "name",
+    ["clm", "alm_unconstrained", "baseline_dskd", "baseline_uld", "baseline_gold", "baseline_mined"],
 )
 def test_a_label_in_place_of_an_id_is_refused_where_it_is_trained(name):
-    """-100 at a trained position would count as a token that is certain."""
+    """-100 at a trained position would count as a token that is certain, or as a place in an answer."""
     batch = make_batch()
     states = make_states(batch)
     ids = batch.student.ids_BT.clone()

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Spans
 from tokenkit.losses.rows import RowPairs, aligned_chunks
+from tokenkit.losses.score import check_ids
 from tokenkit.structs import Batch, ChunkKind, Side
 
 Strategy = Literal["observed", "bayesian"]
@@ -72,6 +73,7 @@ def answer_tokens(batch: Batch, kind: ChunkKind) -> tuple[Tensor, Tensor]:
         if chunk_BL is not None:
             has_begun_BL = (chunk_BL >= 0).cummax(1).values
             mask_BL = mask_BL & (has_begun_BL | ~has_begun_BL[:, -1:])
+        check_ids(side, mask_BL)
         masks.append(mask_BL)
     return masks[0], masks[1]
 

@@ -44,11 +44,11 @@ def scored_tokens(side: Side) -> Tensor:
     T = side.ids_BT.shape[1]
     position_T = torch.arange(T, device=side.ids_BT.device)
     scored_BT = side.trained_BT & (position_T >= 1) & (position_T < side.length_B[:, None])
-    _check_ids(side, scored_BT)
+    check_ids(side, scored_BT)
     return scored_BT
 
 
-def _check_ids(side: Side, scored_BT: Tensor) -> None:
+def check_ids(side: Side, scored_BT: Tensor) -> None:
     """Raise ValueError where a label to be ignored stands in place of an id: it would count as certain."""
     is_wrong_BT = scored_BT & (side.ids_BT < 0)
     words = "ids_BT must hold ids of tokens where trained_BT asks for them"
