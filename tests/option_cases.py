@@ -143,7 +143,7 @@ NOISY = {"data.bad_rows.quota": 0.5, "batch_size": 32}
 LORA = {"train_model_mode": "lora", "model_lora_rank": 4}
 GRADNORM = {**LORA, "multitask_aggregation_fn": "gradnorm"}
 ACTS = {
-    "baseline.exact_sort": (True, ULD), "baseline.uld_extended": (True, ULD),
+    "baseline.exact_sort": (False, ULD), "baseline.uld_extended": (True, ULD),
     "baseline.gold.use_extended_uld": (False, GOLD),
     "baseline.gold.uld_token_merge_strategy": ("bayesian", GOLD),
     "baseline.gold.uld_use_hybrid_loss": (True, GOLD),

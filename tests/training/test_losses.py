@@ -156,7 +156,10 @@ def test_kd_rate_weighs_baselines_against_clm(config_of):
     config = config_of(losses=["clm", "baseline_uld", "alm_space"], baseline__kd_rate=0.75)
     assert config.objective.static_weights == {"clm": 0.25, "baseline_uld": 0.75, "alm_space": 1.0}
     with pytest.raises(ConfigError, match="keep the one that is meant"):
-        config_of(losses=["clm"], loss_weights=[1], baseline__kd_rate=0.5)
+        config_of(losses=["clm", "baseline_uld"], loss_weights=[1, 1], baseline__kd_rate=0.5)
+    for losses in (["clm"], ["sft", "alm_space"]):
+        with pytest.raises(ConfigError, match="losses names no baseline"):
+            config_of(losses=losses, baseline__kd_rate=0.5)
 
 
 @pytest.mark.parametrize(
