@@ -62,6 +62,14 @@ def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("step", "kept"), [(None, ""), (0, '{"step": 0, "eval": 3}\n')])
+def test_what_was_measured_before_the_first_step_stays_with_a_checkpoint_alone(tmp_path, step, kept):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "eval": 3}\n{"step": 1}\n')
+    MetricsFile(tmp_path, step=step, is_main=True).close()
+    assert path.read_text() == kept
+
+
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', "", "\x00\x00"])
 def test_a_torn_last_line_is_dropped(torn, tmp_path):
     path = tmp_path / "metrics.jsonl"

@@ -116,10 +116,10 @@ def _plain(value: Value) -> float | int | str:
     return value
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run will write again, and a torn last one."""
+def truncate_metrics(path: Path, step: int | None) -> None:
+    """Drop the lines after `step`, which a resumed run will write again, and a torn last one; None: all."""
     if path.exists():
-        kept = [values for values in read_metrics(path) if values["step"] <= step]
+        kept = [values for values in read_metrics(path) if step is not None and values["step"] <= step]
         write_durably(path, "".join(_line(values) for values in kept))
 
 
@@ -132,11 +132,12 @@ class MetricsFile:
 
     Args:
         folder: `output_dir`.
-        step: steps that are done: 0, or those of the checkpoint that the run resumes from.
+        step: of the checkpoint that the run resumes from; 0 keeps what was written before its first step.
+            None where there is no checkpoint: the run begins anew, and so does the file.
         is_main: whether this rank writes.
     """
 
-    def __init__(self, folder: Path, *, step: int, is_main: bool):
+    def __init__(self, folder: Path, *, step: int | None, is_main: bool):
         self.path = folder / METRICS_NAME
         self._file = None
         if is_main:

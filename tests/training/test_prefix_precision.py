@@ -76,9 +76,9 @@ def test_the_layers_of_the_prefix_are_recomputed_and_no_others(make_config):
         layer.mlp.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     (batch,) = next(parts.batches)
     parts.run.model.train()
-    prepared = parts.run.model(batch, "prefix_teacher")
+    measured = parts.run.model(batch, "prefix_teacher")
     teacher_calls = calls[0]
-    parts.run.model(batch, "prefix", prepared).total.backward()
+    parts.run.model(batch, "prefix", (measured, measured.sum_K)).total.backward()
     assert calls == [teacher_calls + 2, 0]
 
 

@@ -250,14 +250,26 @@ def counted(parts):
     return calls
 
 
-@pytest.mark.parametrize(("losses", "expected"), [(["clm", "alm_unconstrained"], 2), (["baseline_dskd"], 4)])
+@pytest.mark.parametrize(
+    ("losses", "expected", "compared"),
+    [
+        (["clm", "alm_unconstrained"], 2, 1),
+        (["clm", "alm_latents"], 2, 1),
+        (["baseline_dskd"], 4, 0),
+        (["clm", "baseline_dskd"], 4, 1),
+    ],
+)
 def test_it_runs_once_for_each_micro_batch_but_where_the_teacher_s_half_reads_rows(
-    make_config, losses, expected
+    make_config, losses, expected, compared
 ):
+    """Once more for the first micro-batch of a run, in which the gradients of several losses are compared."""
     parts = build(make_config(**NETWORK, losses=losses, gradient_accumulation_steps=2), SINGLE)
     calls = counted(parts)
-    train_step(parts.run, next(parts.batches))
-    assert len(calls) == expected
+    for more in (compared, 0):
+        calls.clear()
+        train_step(parts.run, next(parts.batches))
+        parts.run.step += 1
+        assert len(calls) == expected + more
 
 
 def test_an_evaluation_runs_it_once_and_measures_what_the_model_uses(make_config):

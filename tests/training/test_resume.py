@@ -60,6 +60,22 @@ def test_a_killed_run_resumes_to_the_same_bits(make_config, tmp_path, world_size
         assert torch.equal(tensor, weights[1][name]), name
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_curve_again(
+    make_config, tmp_path, monkeypatch
+):
+    def die(*_, **__):
+        raise ArithmeticError("the run dies here")
+
+    loop.train(make_config(output_dir=tmp_path / "whole", steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save", die)
+        with pytest.raises(ArithmeticError, match="dies here"):
+            loop.train(make_config(output_dir=tmp_path / "broken", steps=2))
+    assert {line["step"] for line in curve(tmp_path / "broken")} == {0, 1, 2}
+    loop.train(make_config(output_dir=tmp_path / "broken", steps=2, resume="true"))
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_left_out_are_counted_through_a_resume(make_config, workspace, tmp_path, world_size):
     lines = (workspace / "data.jsonl").read_text().splitlines()[:30]
@@ -77,7 +93,7 @@ def test_rows_left_out_are_counted_through_a_resume(make_config, workspace, tmp_
     assert 0 < counts[-1] <= 15
 
 
-def test_a_resume_from_step_zero_evaluates_it_once(make_config, tmp_path):
+def test_a_resume_from_step_zero_evaluates_it_once(make_config, tmp_path, capfd):
     changes = {"eval_at_step_zero": "true", "save_at_step_zero": "true", "steps": 2}
     whole, broken = (make_config(**changes, output_dir=tmp_path / name) for name in ("whole", "broken"))
     assert run_ranks(run_in_rank, 1, whole, None) == [ExitCode.DONE]
@@ -85,7 +101,10 @@ def test_a_resume_from_step_zero_evaluates_it_once(make_config, tmp_path):
     resumed = make_config(**changes, output_dir=tmp_path / "broken", resume="true")
     assert run_ranks(run_in_rank, 1, resumed, None) == [ExitCode.DONE]
     assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
-    assert [line["step"] for line in curve(tmp_path / "broken") if "heldout_bytes" in line] == [0, 2]
+    first, last = [line for line in curve(tmp_path / "broken") if "heldout_bytes" in line]
+    assert (first["step"], last["step"]) == (0, 2)
+    measured = [f"{line['bits_per_byte/student']:.4f}" for line in (first, last)]
+    assert capfd.readouterr().err.count(f"student {' -> '.join(measured)}") == 2, "said by both runs"
 
 
 def stop_after_two(world, config):

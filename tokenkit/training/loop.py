@@ -168,7 +168,8 @@ def _begin(
     if world.is_main and not (folder / "config.yaml").exists():
         write_durably(folder / "config.yaml", to_yaml(config))
     around[1].step = run.step
-    reports = Reports.open(folder, config, run.step, is_main=world.is_main)
+    resumed_at = None if found is None else run.step
+    reports = Reports.open(folder, config, resumed_at, is_main=world.is_main)
     return Session(config, world, folder, parts, state, identity, reports, found is not None, *around)
 
 

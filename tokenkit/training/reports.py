@@ -39,12 +39,15 @@ class Reports:
     since: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(cls, folder: Path, config: TrainConfig, step: int, *, is_main: bool) -> Reports:
-        """Open all reports of the run in `folder`, of which `step` steps are done."""
-        metrics = MetricsFile(folder, step=step, is_main=is_main)
+    def open(cls, folder: Path, config: TrainConfig, resumed_at: int | None, *, is_main: bool) -> Reports:
+        """Open all reports of the run in `folder`, which goes on from a checkpoint of step `resumed_at`.
+
+        None: it begins, and measures step 0 again where a run died before its first checkpoint.
+        """
+        metrics = MetricsFile(folder, step=resumed_at, is_main=is_main)
         trackers = Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main)
-        reports = cls(metrics, trackers, Progress(config.schedule.steps, step, is_main=is_main))
-        measured = _measurements(folder) if is_main and step else {}
+        reports = cls(metrics, trackers, Progress(config.schedule.steps, resumed_at or 0, is_main=is_main))
+        measured = _measurements(folder) if is_main else {}
         reports.first_bits_per_byte = measured.get(0)
         reports.bits_per_byte = measured[max(measured)] if measured else None
         return reports
