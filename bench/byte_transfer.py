@@ -122,7 +122,7 @@ def transfer(arguments: argparse.Namespace, model: str, way: str) -> dict[str, A
         raise SystemExit(f"{model}, {way} failed:\n{said[-2000:]}")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "bits_per_byte/student" in line]
     return {
-        "teacher": lines[0]["bits_per_byte/teacher"],
+        "teacher": lines[0].get("bits_per_byte/teacher"),
         "curve": [[line["step"], line["bits_per_byte/student"]] for line in lines],
         "heldout_bytes": lines[0]["heldout_bytes"],
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),

@@ -99,7 +99,7 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
         raise SystemExit(f"{' '.join(command)} failed:\n{words[-2000:]}")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "bits_per_byte/student" in line]
     return {
-        "teacher": lines[0]["bits_per_byte/teacher"],
+        "teacher": lines[0].get("bits_per_byte/teacher"),
         "fvt": lines[0]["bits_per_byte/student"],
         "student": lines[-1]["bits_per_byte/student"],
         "heldout_bytes": lines[0]["heldout_bytes"],

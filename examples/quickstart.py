@@ -242,7 +242,7 @@ def train(title: str, settings: Settings) -> None:
 def report(folder: Path, seconds: float) -> None:
     """Print the table and the samples, and draw the picture."""
     curves = {loss: bits_per_byte(folder / loss) for loss in RATES}
-    first = curves["clm"][0]
+    first = curves["alm_unconstrained"][0]  # a run by CLM alone has no teacher
     teacher, start = first["bits_per_byte/teacher"], first["bits_per_byte/student"]
     rows = {
         "teacher (its own tokenizer)": (teacher, folder / "teacher" / "export"),
