@@ -269,3 +269,12 @@ class LossTerm(NamedTuple):
     """float32, nats, differentiable: a scalar, or [K] where the loss is the mean of K such quotients."""
     count: Tensor  # type: ignore[assignment]  # hides tuple.count; FSDP2 finds tensors in tuples only
     """How many things `total` sums over, of its shape."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`total / count`, float32 scalar: the loss of this batch alone. 0 where nothing was compared.
+
+        Over micro-batches and ranks, add up totals and counts and divide once: means of means are another
+        objective.
+        """
+        return (self.total / self.count.clamp_min(1)).mean()

@@ -1,6 +1,6 @@
 """Hidden states and head of a model that another trainer has wrapped.
 
-    states = hidden_states(model, batch.student.ids_BT)     # model: plain, DDP, compiled, FSDP2, PEFT, ...
+    states = hidden_states(model, batch.student)     # model: plain, DDP, compiled, FSDP2, PEFT, ...
 
 The model is called as its trainer calls it, so that autocast, compilation, gradient hooks and adapters act,
 and asked for its hidden states and for the logits of one position, by which the head is checked once.
@@ -9,7 +9,7 @@ and asked for its hidden states and for the logits of one position, by which the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, effective_weight, head_bias
 from tokenkit.models.check import ROWS, HeadForm, settle
 from tokenkit.models.collect import collecting
-from tokenkit.structs import Head, HiddenStates, StateKind
+from tokenkit.structs import Head, HiddenStates, Side, StateKind
 
 WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -39,10 +39,10 @@ _FORMS: WeakKeyDictionary[nn.Module, HeadForm] = WeakKeyDictionary()
 
 def hidden_states(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | Side,
     *,
     vocab_size: int | None = None,
-    collect: frozenset[StateKind] = frozenset(),
+    collect: Iterable[StateKind] = (),
     **inputs: Any,
 ) -> HiddenStates:
     """Run a Hugging Face model, whatever wraps it, up to its head.
@@ -53,18 +53,40 @@ def hidden_states(
     Args:
         model: a `...ForCausalLM`, plain or inside `torch.compile`, DDP, FSDP2, PEFT, Accelerate or DeepSpeed
             up to stage 2.
-        input_ids: int64 [B, T], padded on the right.
+        input_ids: int64 [B, T], padded on the right; or one side of a `Batch`, whose tokenizer then says
+            `vocab_size`.
         vocab_size: number of the tokenizer's ids, where the head has more rows: those take no probability.
-        collect: what to return beside the last hidden states.
+            None: every row of the head is a token.
+        collect: what to return beside the last hidden states: "embedded", "layers", "qkv".
         inputs: more for the model's forward, such as `attention_mask` where padding is on the left.
 
+    Returns:
+        hidden_BTD [B, T, D] in the model's dtype, as the head multiplies it, and that head with its bias,
+        scale and softcap. For a teacher call it under `torch.no_grad()`.
+
     Raises:
-        ValueError: a head or a way of dividing it that is not known.
+        TypeError: `model` is no causal language model, or `input_ids` neither a tensor nor a `Side`.
+        ValueError: a head or a way of dividing it that is not known, or ids that the model has no rows for.
     """
     inner = unwrapped(model)
-    if vocab_size is None:
-        vocab_size = inner.get_input_embeddings().weight.shape[0]
-    return Wrapped(model, vocab_size)(input_ids, None, collect, **inputs)
+    rows = inner.get_input_embeddings().weight.shape[0]
+    if isinstance(input_ids, Side):
+        if vocab_size is None and input_ids.space_V is not None:
+            vocab_size = len(input_ids.space_V)
+        input_ids = input_ids.ids_BT
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        what = (
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
+        raise TypeError(
+            "input_ids must be an int64 tensor [B, T] or one side of a Batch (batch.student, batch.teacher): "
+            f"got {what}"
+        )
+    return Wrapped(model, rows if vocab_size is None else vocab_size)(
+        input_ids, None, frozenset(collect), **inputs
+    )
 
 
 def unwrapped(model: nn.Module) -> Any:

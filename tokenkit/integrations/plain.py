@@ -1,0 +1,160 @@
+"""What users ask for of a plain Hugging Face model, put together of several rooms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tokenkit.embeddings import transfer
+from tokenkit.evaluation.bits_per_byte import HeldoutOptions, heldout_batches
+from tokenkit.export.card import CardFacts
+from tokenkit.export.huggingface import ExportRequest
+from tokenkit.export.huggingface import export_huggingface as write_folder
+from tokenkit.integrations.forward import hidden_states, unwrapped
+from tokenkit.losses.fused import linear_cross_entropy
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.check import settle
+from tokenkit.structs import NO_LABEL
+from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.documents import Document, document_from_row
+
+if TYPE_CHECKING:
+    from tokenkit.embeddings.methods import InitOptions
+    from tokenkit.embeddings.transfer import OutputEmbeddings
+
+
+def transfer_vocabulary(
+    model: nn.Module,
+    old_tokenizer: Any,
+    new_tokenizer: Any,
+    *,
+    method: str = "fvt",
+    pad_to_multiple_of: int = 1,
+    output_embeddings: OutputEmbeddings = "preserve",
+    options: InitOptions | None = None,
+) -> dict[str, int]:
+    """Give a model embeddings for another tokenizer, in place, without training.
+
+    Fast vocabulary transfer (Gee et al., 2022) copies the rows of tokens that both tokenizers have, and gives
+    every other token the mean of the rows of the pieces that the old tokenizer writes it with.
+
+    Args:
+        model: a Hugging Face `...ForCausalLM`, or a `CausalLM`.
+        old_tokenizer: the one that it was trained with: a Hugging Face tokenizer, a folder, a hub name or a
+            spec (docs/tokenizer_specs.md).
+        new_tokenizer: the one that it gets.
+        method: "fvt", "mean", "overlap", "random_normal", "omp", "focus" or "hypernet" (docs/zett.md).
+        pad_to_multiple_of: the number of rows is rounded up to this; the rows beyond are padding.
+        output_embeddings: "preserve", "untie", "tie" or "combine"; see `embeddings.transfer`.
+        options: what the method may be told.
+
+    Returns:
+        How many rows were made of what.
+
+    Raises:
+        ValueError: the old tokenizer is not the model's, or shares nothing with the new one.
+    """
+    old, new = load_tokenizer(old_tokenizer), load_tokenizer(new_tokenizer)
+    return transfer.transfer_vocabulary(
+        _causal_lm(model, old.vocab_size),
+        old,
+        new,
+        method=method,
+        pad_to_multiple_of=pad_to_multiple_of,
+        output_embeddings=output_embeddings,
+        options=options,
+    )
+
+
+def export_huggingface(
+    model: nn.Module, tokenizer: Any, folder: str | Path, *, dtype: torch.dtype | None = None, **facts: Any
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, and load it back to compare.
+
+    Args:
+        model: a Hugging Face `...ForCausalLM`, with or without PEFT adapters (merged in a copy), or a
+            `CausalLM`.
+        tokenizer: its tokenizer now, as for `transfer_vocabulary`.
+        folder: must not exist, or be empty.
+        dtype: of the weights that are written; None: the model's.
+        facts: what the model card says; see `export.card.CardFacts` (base, teacher, losses, title, ...).
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ExportError: loaded back, the folder gives other logits or other ids.
+    """
+    ours = load_tokenizer(tokenizer)
+    student = _causal_lm(model, ours.vocab_size)
+    dtype = student.causal_lm.dtype if dtype is None else dtype
+    request = ExportRequest(folder=Path(folder).expanduser(), dtype=dtype, facts=CardFacts(**facts))
+    return write_folder(student, None, ours, request)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str | Mapping[str, Any]],
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> float:
+    """Return the bits that a model needs for a byte of text: comparable between tokenizers.
+
+    Args:
+        model: a Hugging Face `...ForCausalLM`; put in evaluation mode meanwhile.
+        tokenizer: its own, as for `transfer_vocabulary`.
+        texts: strings, or rows as data sets have them (docs/data.md).
+        max_length: tokens of a document; what is behind them is not scored, nor counted.
+        batch_size: documents in one forward.
+
+    Returns:
+        −Σ log2 p(token) / Σ bytes, over the tokens of text that have something before them.
+
+    Raises:
+        ValueError: no text, or none that the tokenizer can write.
+    """
+    if isinstance(texts, str | Mapping):
+        raise TypeError(f"texts must be several documents: got one {type(texts).__name__}; put it in a list")
+    ours = load_tokenizer(tokenizer)
+    documents = [Document(text=text) if isinstance(text, str) else document_from_row(text) for text in texts]
+    if not documents:
+        raise ValueError("texts is empty: give at least one document")
+    options = HeldoutOptions(
+        max_length_student=max_length, max_length_teacher=max_length, batch_size=batch_size
+    )
+    batches = heldout_batches(documents, ours, ours, options)
+    device = unwrapped(model).get_input_embeddings().weight.device
+    was_training, nats = model.training, 0.0
+    model.eval()
+    try:
+        for heldout in batches:
+            side = heldout.batch.student.map(lambda tensor: tensor.to(device))
+            states = hidden_states(model, side.ids_BT, vocab_size=ours.vocab_size)
+            targets_BT = side.ids_BT.where(side.trained_BT, NO_LABEL)
+            nats += float(
+                linear_cross_entropy(states.hidden_BTD, states.head, targets_BT, shift=True, reduction="sum")
+            )
+    finally:
+        model.train(was_training)
+    return nats / math.log(2) / sum(heldout.num_bytes for heldout in batches)
+
+
+def _causal_lm(model: nn.Module, vocab_size: int) -> CausalLM:
+    """Return the model as the rooms take it, compared with itself once."""
+    if isinstance(model, CausalLM):
+        return model
+    inner = unwrapped(model)
+    ours = CausalLM(inner, vocab_size)
+    was_training = inner.training
+    inner.eval()
+    try:
+        settle(ours, type(ours.causal_lm).__name__)
+    finally:
+        inner.train(was_training)
+    return ours
