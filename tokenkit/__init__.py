@@ -22,8 +22,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tokenkit.data.collate import AlignedCollator
-    from tokenkit.integrations.plain import bits_per_byte, export_huggingface, transfer_vocabulary
     from tokenkit.integrations import DistillationTrainer, Distiller, hidden_states
+    from tokenkit.integrations.plain import bits_per_byte, export_huggingface, transfer_vocabulary
     from tokenkit.kernels.linear_divergence import linear_divergence
     from tokenkit.kernels.linear_logprob import linear_logprob
     from tokenkit.kernels.projected_divergence import projected_divergence
