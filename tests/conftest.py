@@ -8,10 +8,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.process_state import restored_process
 
 settings.register_profile("busy", deadline=None)  # machines are shared: time says nothing about the code
 settings.load_profile("busy")
@@ -22,6 +25,12 @@ SHARED_DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def process() -> Iterator[None]:
+    with restored_process():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tests.process_state import forget_accelerate
 from tokenkit import parallel
 
 KILLED = -signal.SIGKILL
@@ -109,6 +110,7 @@ def _child(rank: int, world_size: int, port: int, folder: Path, job: tuple[Any, 
         errors = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
         os.dup2(errors, 1)
         os.dup2(errors, 2)
+        forget_accelerate()  # of the parent, whose Trainers may have had another precision and one rank
         torch.set_num_threads(1)  # before any parallel region: a forked OpenMP pool hangs
         os.environ.update(
             WORLD_SIZE=str(world_size),

@@ -6,6 +6,9 @@ import torch
 from tests import bf16_shim
 from tokenkit.kernels import launch
 
+if not torch.cuda.is_available():
+    bf16_shim.install()  # for all, not from the first test on that asks for Triton
+
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +27,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> str:
     """Which epilogues run: torch's on a CPU tensor, or Triton's (on a GPU, or interpreted)."""
     if request.param == "triton" and device == "cpu":
-        bf16_shim.install()
         monkeypatch.setattr(launch, "INTERPRET", True)
     if request.param == "torch" and device == "cuda":
         pytest.skip("on a GPU the epilogues are Triton's")

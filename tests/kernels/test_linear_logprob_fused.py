@@ -10,7 +10,6 @@ the gradient at the target without its upstream factor; dW without its last chun
 import pytest
 import torch
 
-from tests import bf16_shim
 from tests.kernels.test_linear_logprob import assert_like_eager, make, run
 from tests.kernels.test_linear_logprob import reference as definition
 from tokenkit.kernels import launch, logprob_modes, logprob_plan
@@ -33,7 +32,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def triton_runs(monkeypatch, device):
     """torch has the loop alone."""
     if device == "cpu":
-        bf16_shim.install()
         monkeypatch.setattr(launch, "INTERPRET", True)
 
 
