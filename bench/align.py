@@ -3,11 +3,11 @@
     pytest bench/align.py --benchmark-only
     python bench/align.py llama3 qwen2.5 stories 2   # one case: student, teacher, rows, tokenizer threads
 
-Real tokenizers and text come from `TOKENKIT_DATA` (default `../shared/data`). Ratios are taken between the
-fastest of interleaved runs in one process: the machine's mood cancels out. Times are CPU seconds of all
-threads, so that others on the machine do not count; with more than one tokenizer thread, where that would
-hide what waits for Python, they are wall time and want a quiet machine. Tokenizing alone is the tokenizers
-library as it comes, both sides, ids out.
+Real tokenizers and text come from the folder that the variable `TOKENKIT_DATA` names. Ratios are taken
+between the fastest of interleaved runs in one process: the machine's mood cancels out. Times are CPU seconds
+of all threads, so that others on the machine do not count; with more than one tokenizer thread, where that
+would hide what waits for Python, they are wall time and want a quiet machine. Tokenizing alone is the
+tokenizers library as it comes, both sides, ids out.
 """
 
 import json

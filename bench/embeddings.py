@@ -2,7 +2,7 @@
 
     pytest bench/embeddings.py --benchmark-only
 
-Real tokenizers come from `TOKENKIT_DATA` (default `../shared/data`). Loading them is not counted.
+Real tokenizers come from the folder that the variable `TOKENKIT_DATA` names. Loading them is not counted.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A hypernetwork against fast vocabulary transfer: bits per byte on tokenizers that it has not seen.
 
     tokenkit train-hypernet --model.pretrained-model-name-or-path stories260K ... --output hypernet
-    python bench/hypernet.py --data ../shared/data --hypernet hypernet --save bench/results/cpu/hypernet.json
+    python bench/hypernet.py --data $TOKENKIT_DATA --hypernet hypernet --save bench/results/cpu/hypernet.json
 
 Each target is scored on the same held-out stories, at the start and after nothing else: no weight of the
 body moves. `old` is the model under its own tokenizer, over the same bytes.

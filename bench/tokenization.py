@@ -2,8 +2,8 @@
 
     pytest bench/tokenization.py --benchmark-only
 
-Real tokenizers and text come from `TOKENKIT_DATA` (default `../shared/data`). Ratios are taken between
-the fastest of interleaved runs in one process: the machine's mood cancels out.
+Real tokenizers and text come from the folder that the variable `TOKENKIT_DATA` names. Ratios are taken
+between the fastest of interleaved runs in one process: the machine's mood cancels out.
 """
 
 import json

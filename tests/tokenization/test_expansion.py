@@ -123,7 +123,7 @@ def test_a_window_of_the_longest_token_is_enough(raw, new):
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2.5"])
 def test_real_vocabularies(name):
     if not (DATA / "tokenizers" / name).exists():
-        pytest.skip("no real tokenizers: ../shared/data is absent")
+        pytest.skip("no real tokenizers: set TOKENKIT_DATA")
     tokenizer = load_tokenizer(str(DATA / "tokenizers" / name))
     by_bytes = ids_by_bytes(tokenizer)
     tables = expansion_tables(by_bytes)
