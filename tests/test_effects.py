@@ -52,6 +52,14 @@ def test_what_nothing_reads_is_said_or_refused(schema, name):
     assert text.startswith("refused") or f"{name}" in text.partition("without effect here: ")[2], text
 
 
+@pytest.mark.parametrize("losses", [["baseline_gold"], ["clm", "baseline_gold"]])
+@pytest.mark.parametrize("name", ["kd_temp", "teacher_temperature"])
+def test_temperatures_of_other_baselines_are_said_beside_gold(name, losses):
+    text = said(TrainConfig, losses=losses, **{f"baseline.{name}": 2.0})
+    assert f"without effect here: baseline.{name} (read by every baseline but" in text
+    assert said(TrainConfig, losses=["baseline_gold", "baseline_gold_js"], **{f"baseline.{name}": 2.0}) == ""
+
+
 def test_nothing_is_said_of_defaults_of_what_acts_or_of_a_configuration_that_is_read_back():
     assert said(TrainConfig, losses=["clm"], **{"baseline.kd_temp": 1.0, "model_lora_rank": 64}) == ""
     assert said(TrainConfig, **{"losses": ["clm", "baseline_uld"], "baseline.kd_temp": 2.0}) == ""
