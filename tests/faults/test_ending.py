@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from tests.faults.registry import fault
 from tests.ranks import KILLED, start_ranks, wait_ranks
@@ -15,7 +16,7 @@ from tokenkit.data.mix import Mix
 from tokenkit.metrics import ExitCode, Outcome, read_outcome, write_outcome
 from tokenkit.parallel import OtherRankError
 from tokenkit.training import loop
-from tokenkit.training.ending import begin_outcome, ending
+from tokenkit.training.ending import Ending, _Beats, _first_line, _record, begin_outcome, ending
 from tokenkit.training.reports import Reports
 from tokenkit.training.signals import StopRequest
 
@@ -295,3 +296,56 @@ def test_a_fault_of_the_code_is_in_the_outcome(make_config, tmp_path, monkeypatc
         "fault",
         "KeyError: 'no such thing'",
     )
+
+
+def test_files_opened_to_watch_the_ranks_are_linear_in_them(tmp_path, monkeypatch):
+    begin_outcome(tmp_path)
+    worlds = [parallel.World(rank, 40, torch.device("cpu"), None) for rank in range(40)]
+    monkeypatch.setattr(_Beats, "_watch", lambda beats: None)  # no clock: each round is called here
+    beats = [_Beats(Ending(tmp_path, world, 5.0)) for world in worlds]
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *args: opened.append(path) or real(path, *args))
+    try:
+        assert [one._stopped() for one in beats] == [[]] * 40
+        assert len(opened) <= 2 * 40
+        os.utime(beats[7].path, (0, 0))
+        (words,) = beats[6]._stopped()
+        assert words.startswith("rank 7 (host ")
+        assert beats[20]._stopped() == []  # rank 7 is not its own to watch
+        state = beats[6].state
+        _record(state, SilenceError(f"{words}: this rank waited at step 3; start again with --resume"))
+        assert beats[20]._stopped() == [words]
+    finally:
+        for one in beats:
+            one.stop()
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "[/src/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:4",
+            "Connection closed",
+        ),
+        ("[/src/gloo/unbound_buffer.cc:81] Timed out waiting 500ms for recv", "Timed out waiting 500ms"),
+        ("NCCL error: " + "x" * 400 + "\nmore", "NCCL error: xxx"),
+    ],
+)
+def test_what_gloo_says_is_told_in_a_short_line(said, line):
+    words = _first_line(RuntimeError(said))
+    assert words.startswith(line)
+    assert len(words) <= 120
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_on_the_end_is_not_lost(make_config, monkeypatch):
+    agree = loop._any_rank
+
+    def be_told_last(flag, session):
+        found = agree(flag, session)
+        if session.parts.run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(loop, "_any_rank", be_told_last)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM: all steps are taken and saved"):
+        loop.train(make_config(steps=1, losses=["clm"], eval_interval=10, save_interval=10))

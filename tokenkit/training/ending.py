@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ from tokenkit.redaction import complain
 from tokenkit.run_folder import LOCK_NAME, identity, one_at_a_time
 
 GONE = "is gone"
+_SILENT = "has been silent for"
 _WORDS_SECONDS = 3.0  # the rank that failed writes its words before it leaves: they come at once
+_SOURCE = re.compile(r"^\[[^\]\s]*:\d+\]\s*")
 _COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -125,7 +128,9 @@ def _cause(error: BaseException, state: Ending, beats: _Beats) -> BaseException:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+    """Return what a library of communication says, without the place in its source that says it."""
+    line = _SOURCE.sub("", str(error).strip().partition("\n")[0])
+    return line if len(line) <= 120 else f"{line[:117].rstrip()}..."
 
 
 def _record(state: Ending, error: BaseException) -> None:
@@ -205,7 +210,7 @@ class _Beats:
                 return about, f"{GONE}: it was killed, ran out of memory or crashed"
             return (
                 about,
-                f"has been silent for {age:.0f} s (hang_timeout)" if age > self.state.seconds else "",
+                f"{_SILENT} {age:.0f} s (hang_timeout)" if age > self.state.seconds else "",
             )
         except (OSError, ValueError, KeyError, TypeError):
             return {}, ""
@@ -215,11 +220,25 @@ class _Beats:
     def _watch(self) -> None:
         while not self._done.wait(self.every):
             self.beat()
-            stopped = [words for words in self.silent() if "has been silent" in words]
-            state = self.state
+            stopped, state = self._stopped(), self.state
             is_stuck = state.doing.startswith("step") and time.monotonic() - state.since > 1.5 * state.seconds
             if (stopped or is_stuck) and not self._done.is_set():
                 self._leave(stopped)
+
+    def _stopped(self) -> list[str]:
+        """Name the ranks that are silent.
+
+        Each rank looks at the next one, and at what others found: files opened are linear in the ranks.
+        """
+        world = self.state.world
+        if _SILENT in self._look((world.rank + 1) % world.world_size)[1]:
+            return [words for words in self.silent() if _SILENT in words]
+        said = read_outcome(self.state.folder)
+        kind, _, words = str(said.get("reason")).partition(": ")
+        is_theirs = kind == SilenceError.__name__ and said.get("rank") is None
+        if not is_theirs or self.state.doing.startswith("left"):
+            return []
+        return [words.partition(": this rank waited")[0].removesuffix("; start again with --resume")]
 
     def _leave(self, stopped: list[str]) -> NoReturn:
         """End this process: its main thread hangs, or waits in a collective, where no error reaches it."""

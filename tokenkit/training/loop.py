@@ -198,6 +198,7 @@ def _train(session: Session) -> tuple[ExitCode, str]:
             words = f"stopped by {name} after step {run.step}: go on with --resume"
             _say(session.world, words)
             return ExitCode.PREEMPTED, words
+    stop_request.raise_if_asked()  # heard by no rank in the block: it came while they asked each other
     _say_left_out(session)
     if (summary := reports.summary()) is not None:
         _say(session.world, summary)
@@ -272,7 +273,8 @@ def _evaluate(session: Session) -> None:
             cause = "the update of that step spoiled it" if parts.run.step else "before any update"
             raise NonFiniteError(
                 f"the student's bits per byte are not finite after step {parts.run.step}: {cause}; "
-                "lower the learning rate or use dtype float32, in a new output_dir"
+                f"lower the learning rate{'' if parts.run.is_float32 else ' or use dtype float32'}, in a new "
+                "output_dir"
             )
 
 

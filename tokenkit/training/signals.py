@@ -64,6 +64,15 @@ class StopRequest:
         finally:
             self._lost = after
 
+    def raise_if_asked(self) -> None:
+        """Say behind the block what came in it, after it was last looked at.
+
+        Raises:
+            StoppedError: a signal did.
+        """
+        if self.asked is not None:
+            raise StoppedError(f"stopped by {self.asked}: {self._lost}")
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if self.asked is None:
