@@ -142,8 +142,8 @@ def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world
             free = free_bytes(root)
             if free < needed:
                 raise DiskError(
-                    f"a checkpoint needs {needed} bytes and {root} has {free} free: make room, "
-                    "save less often, or choose another output_dir"
+                    f"a checkpoint needs {needed} bytes and {root} has {free} free: make room and go on with "
+                    "--resume, or choose another output_dir"
                 )
             temporary.mkdir(mode=0o750)
 

@@ -12,7 +12,7 @@ from tokenkit.config.errors import exit_code
 from tokenkit.training import loop
 from tokenkit.training.build import build
 from tokenkit.training.prefix_stage import take_step
-from tokenkit.training.step import NonFiniteError, train_step
+from tokenkit.training.step import NonFiniteError, train_step, whether_skipped
 
 SINGLE = parallel.World(0, 1, torch.device("cpu"), None)
 
@@ -42,9 +42,11 @@ def spoil_states(parts, value, *, of="student"):
 def test_states_that_are_not_finite_end_the_step(make_config, value, of, losses):
     mode = "full" if of == "teacher" else "lora"
     parts = build(make_config(losses=losses, train_model_mode=mode), SINGLE)
+    assert parts.run.is_float32  # so no other dtype is advised
+    way_out = "(use another teacher|lower the learning rate)"
     before = [p.detach().clone() for p in parts.run.model.parameters()]
     spoil_states(parts, value, of=of)
-    with pytest.raises(NonFiniteError, match=r"at step 0.*nothing was updated.*float32") as caught:
+    with pytest.raises(NonFiniteError, match=f"at step 0.*nothing was updated.*{way_out}$") as caught:
         train_step(parts.run, next(parts.batches))
     assert exit_code(caught.value) == 70
     assert all(map(torch.equal, before, parts.run.model.parameters()))
@@ -169,3 +171,13 @@ def test_the_prefix_stage_ends_or_skips_its_step_too(make_config, dtype):
         return
     with pytest.raises(NonFiniteError, match="loss prefix is not finite at step 0"):
         take_step(parts.run, parts.prefix, next(parts.batches))
+
+
+@pytest.mark.parametrize(("dtype", "advises"), [("bfloat16", True), ("float32", False)])
+def test_float32_is_advised_where_it_is_not_in_use(make_config, dtype, advises):
+    run = build(make_config(losses=["clm"], dtype=dtype), SINGLE).run
+    for losses, norm in (({"clm": torch.nan}, 1.0), ({"clm": 1.0}, torch.inf)):
+        with pytest.raises(NonFiniteError) as caught:
+            whether_skipped(run, losses, norm, trained=3)
+        assert ("use dtype float32" in str(caught.value)) == advises
+        assert "lower the learning rate" in str(caught.value)

@@ -154,7 +154,15 @@ class Distiller:
         return terms
 
     def evaluate(self, batches: Sequence[Mapping[str, LossTerm]]) -> dict[str, float]:
-        """Return each loss over all batches of all processes, divided once, and "loss", their sum."""
+        """Return each loss over all batches of all processes, divided once, and "loss", their sum.
+
+        Raises:
+            ValueError: no batches.
+        """
+        if not batches:
+            raise ValueError(
+                "there is nothing to evaluate: batches must hold what `sums` returned for at least one batch"
+            )
         packed = []
         for name in self.weights:
             totals = [batch[name].total.double().reshape(-1) for batch in batches]

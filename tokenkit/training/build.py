@@ -140,6 +140,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         learning_rate=LearningRate(options, main_steps, config.schedule.warmup_steps),
         world=world,
         max_grad_norm=config.optimizer.max_grad_norm or None,
+        is_float32=config.training.dtype == "float32",
         loss_scale=LossScale(enabled=config.training.dtype == "float16"),
         first_step=prefix_steps,
     )

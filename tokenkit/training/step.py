@@ -75,6 +75,8 @@ class Run:
     learning_rate: LearningRate
     world: World
     max_grad_norm: float | None
+    is_float32: bool
+    """Computed in float32: no other type would help where numbers are not finite."""
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
     step: int = 0
     """Optimizer steps done, of all stages."""
@@ -133,9 +135,9 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     try:
         prepared = prepare(run, batches)
     except NotFiniteError as error:
+        way_out = "use another teacher" if run.is_float32 else "use dtype float32, or another teacher"
         raise NonFiniteError(
-            f"the teacher cannot be scored at step {run.step}: {error}; nothing was updated; use dtype "
-            "float32, or another teacher"
+            f"the teacher cannot be scored at step {run.step}: {error}; nothing was updated; {way_out}"
         ) from error
     counts = global_counts(prepared, run)
     passes = Passes(
@@ -285,10 +287,10 @@ def _check_finite(run: Run, losses: dict[str, float], grad_norm: float) -> None:
     if bad and not run.loss_scale.enabled:
         raise NonFiniteError(
             f"loss {', '.join(bad)} is not finite at step {run.step}: nothing was updated; look at the "
-            "data of this step, lower the learning rate, or use dtype float32"
+            f"data of this step{'' if run.is_float32 else ', use dtype float32'}, or lower the learning rate"
         )
     if not math.isfinite(grad_norm) and not run.loss_scale.enabled:
         raise NonFiniteError(
             f"the gradient norm is not finite at step {run.step} although every loss is: nothing was "
-            "updated; lower the learning rate or use dtype float32"
+            f"updated; lower the learning rate{'' if run.is_float32 else ' or use dtype float32'}"
         )
