@@ -43,7 +43,7 @@ EXTRAS = {
 }
 
 setup(
-    name="tokenkit",
+    name="tokenkit-torch",  # the index has another project called tokenkit
     version="0.1.0",
     description="Move language models across tokenizers: fused distillation in PyTorch and Triton",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
@@ -51,6 +51,31 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    keywords=[
+        "tokenizer transfer",
+        "cross-tokenizer distillation",
+        "fused linear cross-entropy",
+        "knowledge distillation",
+        "language models",
+        "triton",
+    ],
+    project_urls={
+        "Approximate likelihood matching (paper)": "https://arxiv.org/abs/2503.20083",
+        "Zero-shot tokenizer transfer (paper)": "https://arxiv.org/abs/2405.07883",
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Linguistic",
+        "Typing :: Typed",
+    ],
     packages=find_namespace_packages(include=["tokenkit*"]),
     package_data={"tokenkit": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],

@@ -19,7 +19,17 @@ from tests.process_state import restored_process
 settings.register_profile("busy", deadline=None)  # machines are shared: time says nothing about the code
 settings.load_profile("busy")
 
+OWN_DATA = Path(__file__).parent / "data"  # of the repository; tests/data/README.md says what is there
+VECTORS = OWN_DATA / "vectors" / "losses.npz"
 SHARED_DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Return the folder of a tokenizer: of the repository or of the data beside it; skip where absent."""
+    for root in (OWN_DATA, SHARED_DATA):
+        if (root / "tokenizers" / name).is_dir():
+            return root / "tokenizers" / name
+    pytest.skip(f"the tokenizer {name} is absent: set TOKENKIT_DATA ({SHARED_DATA} does not hold it)")
 
 
 @pytest.fixture

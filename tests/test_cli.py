@@ -157,9 +157,13 @@ def raising(error):
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
             EXIT_CONFIG,
-            "pip install 'tokenkit[train]'",
+            "pip install 'tokenkit-torch[train]'",
         ),
-        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), EXIT_CONFIG, "'tokenkit[track]'"),
+        (
+            ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+            EXIT_CONFIG,
+            "'tokenkit-torch[track]'",
+        ),
         (FloatingPointError("loss clm is not finite"), EXIT_NUMERICS, "loss clm is not finite"),
     ],
 )
@@ -181,7 +185,7 @@ def test_without_the_train_extra_the_commands_say_what_to_install(missing):
     )
     assert result.returncode != 0
     assert result.stderr.count("\n") == 1
-    assert "pip install 'tokenkit[train]'" in result.stderr
+    assert "pip install 'tokenkit-torch[train]'" in result.stderr
 
 
 def test_debug_shows_the_traceback_too(capsys):

@@ -22,7 +22,7 @@ try:
     )
 except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
     raise SystemExit(
-        f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit[train]'"
+        f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit-torch[train]'"
     ) from missing
 
 DOORS = {
@@ -141,7 +141,7 @@ def one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
-        text += f": pip install 'tokenkit[{EXTRAS.get(package, 'train')}]'"
+        text += f": pip install 'tokenkit-torch[{EXTRAS.get(package, 'train')}]'"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     names_rank = world_size > 1 and not _is_on_every_rank(error)
     return f"rank {os.environ.get('RANK', '0')}: {text}" if names_rank else text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import SHARED_DATA
+from tests.conftest import OWN_DATA, SHARED_DATA, tokenizer_folder
 from tests.tokenization import tiny
 from tokenkit.data.beginning import beginning
 from tokenkit.data.collate import AlignedCollator
@@ -74,10 +74,13 @@ def test_runs_without_an_end_are_read_as_far_as_they_decide(kinds, text):
         assert read < 5000
 
 
-@pytest.mark.usefixtures("shared_data")
-@pytest.mark.parametrize("name", ["llama2", "t5-small", "qwen2.5-sub8000"])
+@pytest.mark.parametrize("name", ["bytelevel2k", "spm1k", "llama2", "t5-small", "qwen2.5-sub8000"])
 def test_real_tokenizers_on_real_text(name):
-    tokenizer = load_tokenizer(str(SHARED_DATA / "tokenizers" / name))
+    tokenizer = load_tokenizer(str(tokenizer_folder(name)))
+    if (OWN_DATA / "tokenizers" / name).is_dir():
+        own = (OWN_DATA / "text" / "scripts.txt").read_text(encoding="utf-8")
+        check(Document(text=own * 8), (tokenizer,), (64,))
+        return
     wikitext = (SHARED_DATA / "text/wikitext2.valid.txt").read_text()[:60_000]
     scripts = "".join(path.read_text()[:2000] for path in sorted((SHARED_DATA / "text/udhr").glob("*.txt")))
     for text in (wikitext, scripts):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from tests.tiny import tiny_model
+from tests.conftest import tokenizer_folder
+from tests.tiny import byte_level_bpe, tiny_model
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
@@ -31,6 +32,8 @@ CASES = {  # spec: architecture of the exported model
     "tinystories10k:target=Gemma2": "gpt2",
     "gpt2:target=Llama3": "llama",
     "llama2:conversion=byte:target=Qwen2": "llama",
+    "bytelevel2k:target=Gemma2": "gemma2",
+    "spm1k:source=Llama2:target=Qwen2": "llama",
 }
 ADDED = ["<|tool|>", "<think>"]
 
@@ -48,12 +51,13 @@ class Force(LogitsProcessor):
 
 
 @pytest.fixture(scope="module")
-def exported(shared_data, tmp_path_factory):
-    old = load_tokenizer(str(shared_data / "models" / "stories260K"))
+def exported(tmp_path_factory):
+    old = load_tokenizer(str(byte_level_bpe(tmp_path_factory.mktemp("old"))))
 
     @cache
     def export(spec):
-        new = load_tokenizer(f"{shared_data}/tokenizers/{spec}", tokens_to_add=ADDED)
+        name, colon, options = spec.partition(":")
+        new = load_tokenizer(f"{tokenizer_folder(name)}{colon}{options}", tokens_to_add=ADDED)
         width = {"n_embd": 8} if CASES[spec] == "gpt2" else {"hidden_size": 16, "intermediate_size": 8}
         student = CausalLM(tiny_model(CASES[spec], vocab_size=old.vocab_size, **width), old.vocab_size)
         transfer_vocabulary(student, old, new, pad_to_multiple_of=64)

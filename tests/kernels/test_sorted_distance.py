@@ -15,15 +15,13 @@ not summed; signs not put back in the order before the sort; the second chunk's 
 dW of the last chunk alone; dbias not written; NaN let through; the bound's teacher forgotten.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import VECTORS
 from tests.kernels.sorted_cases import (
     EXACT,
     EXECUTED,
@@ -47,9 +45,6 @@ SHAPES = [
     (5, 33, 49, 6),  # odd everywhere; the teacher's vocabulary is the larger
     (6, 48, 32, 8),  # exact multiples; the student's is the larger
 ]
-VECTORS = Path(
-    os.environ.get("TOKENKIT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors" / "losses.npz")
-)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +83,6 @@ def test_head_options_reach_values_and_gradients(exact, mode, heads, executor, d
     assert_like_eager(torch.float32, inputs, mode, exact=exact, heads=heads, temperature=0.5)
 
 
-@pytest.mark.skipif(not VECTORS.is_file(), reason="reference values are absent: set TOKENKIT_VECTORS")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @MODES
 @EXACT

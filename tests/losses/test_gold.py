@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tests.conftest import tokenizer_folder
 from tests.losses import published
 from tests.losses.published import CASES, FROZEN, inputs, name_of, pair_ids, summary
 from tokenkit.data.collate import AlignedCollator
@@ -65,11 +66,11 @@ ANSWERS = [
 
 @pytest.mark.parametrize("names", [("gpt2", "qwen2.5"), ("smollm2", "llama3")], ids="-".join)
 @pytest.mark.parametrize("strategy", ["observed", "bayesian"])
-def test_groups_of_real_tokenizers_are_those_of_trl(shared_data, names, strategy):
+def test_groups_of_real_tokenizers_are_those_of_trl(names, strategy):
     """The collator's chunks against TRL's offsets of bytes and its walk along them, token by token."""
     gold = pytest.importorskip("trl.experimental.gold.gold_trainer")
     utils = pytest.importorskip("trl.experimental.utils")
-    folders = [shared_data / "tokenizers" / name for name in names]
+    folders = [tokenizer_folder(name) for name in names]
     collate = AlignedCollator(*map(load_tokenizer, map(str, folders)))
     batch = collate([{"prompt": PROMPT, "completion": answer} for answer in ANSWERS])
     ends = [without_last(mask) for mask in answer_tokens(batch, "unconstrained")]
@@ -118,10 +119,9 @@ def test_pairs_of_byte_level_vocabularies_are_those_of_equal_strings(shared_data
     assert len(pairs.student_P) > 4000
 
 
-def test_pairs_of_other_vocabularies_are_those_of_equal_bytes(shared_data):
-    tokenizers = [
-        load_tokenizer(str(shared_data / "tokenizers" / name)) for name in ("tinystories-spm", "gpt2")
-    ]
+@pytest.mark.parametrize("names", [("tinystories-spm", "gpt2"), ("spm1k", "bytelevel2k")], ids="-".join)
+def test_pairs_of_other_vocabularies_are_those_of_equal_bytes(names):
+    tokenizers = [load_tokenizer(str(tokenizer_folder(name))) for name in names]
     for one, other in zip(published_pairs(*tokenizers), matching_tokens(*tokenizers), strict=True):
         assert (one == other).all()
 

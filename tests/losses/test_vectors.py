@@ -4,26 +4,18 @@ Errors are relative to the largest entry.
 """
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import VECTORS
 from tokenkit.losses import alm_loss, clm_loss, dskd_loss, latents_loss, uld_loss
 from tokenkit.losses.dskd import Projections
 from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side, Widths
 
-PATH = Path(
-    os.environ.get("TOKENKIT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors" / "losses.npz")
-)
-pytestmark = pytest.mark.skipif(
-    not PATH.is_file(), reason="reference values are absent: set TOKENKIT_VECTORS"
-)
-
-VALUES = dict(np.load(PATH)) if PATH.is_file() else {"cases": np.array("[]")}
+VALUES = dict(np.load(VECTORS))
 CASES = json.loads(str(VALUES["cases"]))
 ALM = [case for case in CASES if "diff" in case]
 CLM = [case for case in CASES if case.get("name") == "clm"]

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import settings
 
+from tests.conftest import tokenizer_folder
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 
 settings.register_profile("tokenkit", deadline=None)  # machines that test are often busy
@@ -13,11 +14,12 @@ settings.load_profile("tokenkit")
 
 
 @pytest.fixture(scope="session")
-def load_real(shared_data) -> Callable[[str], Tokenizer]:
-    """Loads a spec whose name is a folder below the real data, such as `tokenizers/gpt2:target=Qwen2`."""
+def load_real() -> Callable[[str], Tokenizer]:
+    """Loads a spec by the name of its tokenizer, such as `gpt2:target=Qwen2`; skips where that is absent."""
 
     @cache
     def load(spec: str) -> Tokenizer:
-        return load_tokenizer(f"{shared_data}/{spec}")
+        name, colon, options = spec.partition(":")
+        return load_tokenizer(f"{tokenizer_folder(name)}{colon}{options}")
 
     return load

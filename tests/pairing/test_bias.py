@@ -76,9 +76,9 @@ def test_covers_hold_for_any_merges(document):
         assert cover(tokenizer, covers, token_id) == cover_by_definition(tokenizer, token_id), text
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-sub8000", "tinystories-spm", "llama2"])
-def test_covers_of_real_tokenizers_on_a_sample(shared_data, name):
-    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+@pytest.mark.parametrize("name", ["bytelevel2k", "spm1k", "qwen2.5-sub8000", "tinystories-spm", "llama2"])
+def test_covers_of_real_tokenizers_on_a_sample(load_real, name):
+    tokenizer = load_real(name)
     covers = find_covers(tokenizer)
     chosen = np.random.default_rng(0).choice(tokenizer.vocab_size, 12, replace=False)
     for token_id in chosen.tolist():

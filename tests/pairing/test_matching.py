@@ -101,7 +101,7 @@ def test_tokens_without_a_partner_go_to_the_pieces_that_write_them(pair):
 
 
 def test_real_tokenizers_share_most_of_what_is_short(load_real):
-    student, teacher = load_real("tokenizers/smollm2"), load_real("tokenizers/gpt2")
+    student, teacher = load_real("smollm2"), load_real("gpt2")
     pairs = matching_tokens(student, teacher)
     assert len(pairs.student_P) > 30_000
     entries = projection_entries(student, teacher)

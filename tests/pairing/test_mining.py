@@ -156,9 +156,11 @@ def test_a_pair_without_shared_bytes_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_real_pair_is_mapped_as_by_the_definition_on_a_sample(shared_data):
-    student = load_tokenizer(str(shared_data / "tokenizers" / "tinystories-spm"))
-    teacher = load_tokenizer(str(shared_data / "tokenizers" / "qwen2.5-sub8000"))
+@pytest.mark.parametrize(
+    "names", [("spm1k", "bytelevel2k"), ("tinystories-spm", "qwen2.5-sub8000")], ids="-".join
+)
+def test_a_real_pair_is_mapped_as_by_the_definition_on_a_sample(load_real, names):
+    student, teacher = map(load_real, names)
     mapping = mine_mapping(student, teacher, workers=1)
     candidates = np.flatnonzero(~teacher.is_special_V).tolist()
     sample = np.random.default_rng(0).choice(np.flatnonzero(~student.is_special_V), 6, replace=False)

@@ -24,7 +24,20 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def tokenizers(load_real):
-    return {name: load_real(f"tokenizers/{spec}") for name, spec in SPECS.items()}
+    return {name: load_real(spec) for name, spec in SPECS.items()}
+
+
+OWN_SPECS = ["bytelevel2k", "bytelevel2k:target=Llama3", "spm1k:source=Llama2"]
+OWN_CONVERSATIONS = [
+    [
+        ("user", "Wer bist du?"),
+        ("assistant", "Ein naïver 🦊.\n\n    def f():"),
+        ("user", "12345?"),
+        ("assistant", "東京"),
+    ],
+    [("system", "Be terse."), ("user", "What is 15 + 27?"), ("assistant", "42")],
+    [("user", "أين النافذة؟"), ("assistant", "It is there, isn't it?\n- one\n- two")],
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,18 @@ def text_of_chunks(tokenizer, side: FlatTokens, chunk_N):
 
 @pytest.mark.parametrize("names", list(permutations(SPECS, 2)), ids=" / ".join)
 def test_conversations_align(tokenizers, conversations, names):
-    pair = [tokenizers[name] for name in names]
+    check_alignment(conversations, [tokenizers[name] for name in names])
+
+
+@pytest.mark.parametrize("specs", list(permutations(OWN_SPECS, 2)), ids=" / ".join)
+def test_conversations_align_under_the_tokenizers_of_the_repository(load_real, specs):
+    rows = [[{"role": role, "content": text} for role, text in talk] for talk in OWN_CONVERSATIONS]
+    check_alignment(
+        [document_from_row({"messages": row}) for row in rows], [load_real(spec) for spec in specs]
+    )
+
+
+def check_alignment(conversations, pair):
     student, teacher = encode_flat(conversations, pair)
     rules = [SideRules(t.space_mask("space+tab+newline"), t.unk_id, t.pad_id) for t in pair]
     kinds = align_kinds(student, teacher, ["unconstrained", "space"], *rules)

@@ -1,22 +1,22 @@
-"""Every tokenizer of the shared data against the tokenizers library on text in many scripts."""
+"""Every tokenizer of tests/data and of the data beside the repository against the tokenizers library."""
 
 import functools
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
-from tests.conftest import SHARED_DATA
+from tests.conftest import OWN_DATA, SHARED_DATA, tokenizer_folder
 from tests.tokenization.test_byteify import check_spells
 from tokenkit.tokenization.byteify import Tokenizer, canonical_text, load_tokenizer
 from tokenkit.tokenization.chat import document_from_row, encode_documents
 from tokenkit.tokenization.template_check import explain_template
 
-NAMES = sorted(
-    str(path.parent.relative_to(SHARED_DATA))
+FOLDERS = {
+    str(path.parent.relative_to(root)): path.parent
+    for root in (OWN_DATA, SHARED_DATA)
     for room in ("tokenizers", "models")
-    for path in SHARED_DATA.glob(f"{room}/*/tokenizer.json")
-)
-pytestmark = pytest.mark.usefixtures("shared_data")
+    for path in sorted(root.glob(f"{room}/*/tokenizer.json"))
+}
 ODD = [
     "👩‍👩‍👧‍👦 ZWJ, e\u0301 and \u212b, ﬁ",
     "a\r\nb\r\n\r\n\tdef f(x):\n\t\treturn x  # 12345\n",
@@ -27,21 +27,30 @@ ODD = [
 
 
 @functools.cache
-def load(name: str) -> Tokenizer:
-    return load_tokenizer(str(SHARED_DATA / name))
+def load(spec: str) -> Tokenizer:
+    name, colon, options = spec.partition(":")
+    return load_tokenizer(f"{tokenizer_folder(name)}{colon}{options}")
+
+
+@functools.cache
+def load_found(name: str) -> Tokenizer:
+    return load_tokenizer(str(FOLDERS[name]))
 
 
 @functools.cache
 def texts() -> list[str]:
+    own = (OWN_DATA / "text/scripts.txt").read_text(encoding="utf-8").splitlines()
+    if not SHARED_DATA.is_dir():
+        return [*own, *ODD]
     scripts = [path.read_text()[1000:1900] for path in sorted((SHARED_DATA / "text/udhr").glob("*.txt"))]
     wikitext = (SHARED_DATA / "text/wikitext2.valid.txt").read_text()
-    return [*scripts, *(wikitext[at : at + 900] for at in range(0, 27_000, 900)), *ODD]
+    return [*scripts, *(wikitext[at : at + 900] for at in range(0, 27_000, 900)), *own, *ODD]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_ids_are_the_originals_and_their_bytes_spell_the_text(name):
-    tokenizer = load(name)
-    original = RustTokenizer.from_file(str(SHARED_DATA / name / "tokenizer.json"))
+    tokenizer = load_found(name)
+    original = RustTokenizer.from_file(str(FOLDERS[name] / "tokenizer.json"))
     original.no_truncation()
     compared = 0
     for text in texts():
@@ -56,9 +65,9 @@ def test_ids_are_the_originals_and_their_bytes_spell_the_text(name):
     assert compared > 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_every_id_has_bytes(name):
-    tokenizer = load(name)
+    tokenizer = load_found(name)
     assert all(tokenizer.token_bytes)
     pairs = zip(tokenizer.token_bytes, tokenizer.is_special_V, strict=True)
     ordinary = [raw for raw, is_special in pairs if not is_special]
@@ -87,6 +96,7 @@ THOUGHT = [
     TALK[3],
     {"role": "assistant", "content": "<think>Well</think>1"},
 ]
+OWN = ["bytelevel2k", "bytelevel2k:target=Qwen2", "spm1k:target=Llama3"]
 CONVERSATIONS = {
     "with a system text": {"messages": TALK},
     "without one": {"messages": TALK[1:]},
@@ -99,11 +109,11 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize(
-    "name", ["llama3", "qwen2.5", "qwen2.5-sub8000", "phi-3-mini", "smollm2", "smollm2:target=Qwen2"]
+    "name", ["llama3", "qwen2.5", "qwen2.5-sub8000", "phi-3-mini", "smollm2", "smollm2:target=Qwen2", *OWN]
 )
 def test_conversations_are_written_as_the_exported_template_does(name, kind):
     row = CONVERSATIONS[kind]
-    tokenizer = load(f"tokenizers/{name}")
+    tokenizer = load(name)
     document = document_from_row(row)
     writes_calls = "qwen" in name or "target" in name
     if kind in ("calls", "tools", "tools, system") and not writes_calls:
@@ -128,17 +138,18 @@ def hugging_face(name: str):
     from transformers import AutoTokenizer
 
     if ":" in name:
-        return load(f"tokenizers/{name}").to_huggingface()
-    return AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / name)
+        return load(name).to_huggingface()
+    return AutoTokenizer.from_pretrained(tokenizer_folder(name))
 
 
 @pytest.mark.parametrize(
-    "spec", ["llama2:source=Llama2", "mistral-v0.1:source=Mistral", "llama2:source=TinyLlama"]
+    "spec",
+    ["llama2:source=Llama2", "mistral-v0.1:source=Mistral", "llama2:source=TinyLlama", "spm1k:source=Llama2"],
 )
 def test_sentencepiece_templates_are_cut_as_the_rendered_text_is(spec):
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = load_tokenizer(f"{SHARED_DATA}/tokenizers/{spec}")
+    tokenizer = load(spec)
     messages = [("user", "Hi there"), ("assistant", "Hello you"), ("user", "4 + 4?"), ("assistant", "8")]
     rows = [{"role": role, "content": content} for role, content in messages]
     ((tokens,),) = encode_documents([document_from_row({"messages": rows})], [tokenizer])
@@ -148,9 +159,7 @@ def test_sentencepiece_templates_are_cut_as_the_rendered_text_is(spec):
 
 
 def test_marks_that_join_a_line_break_of_the_template_are_said():
-    own, family = (
-        explain_template(load(f"tokenizers/qwen2.5{target}")) or "" for target in ("", ":target=GPT2")
-    )
+    own, family = (explain_template(load(f"qwen2.5{target}")) or "" for target in ("", ":target=GPT2"))
     assert "what a tool says" in own
     assert "messages that end in a mark" not in own
     assert "messages that end in a mark" in family

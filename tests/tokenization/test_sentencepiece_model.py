@@ -4,7 +4,7 @@ import json
 import pytest
 import sentencepiece
 
-from tests.conftest import SHARED_DATA
+from tests.conftest import OWN_DATA, SHARED_DATA
 from tests.tokenization.tiny import CORPUS
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.sentencepiece_model import Piece, merges, sentencepiece_document
@@ -64,6 +64,14 @@ def test_real_models_give_the_tokenizer_json_beside_them(shared_data, name):
     assert document["model"]["merges"] == merges
     assert document["model"]["vocab"] == beside["model"]["vocab"]
     assert document["normalizer"] == beside["normalizer"]
+
+
+def test_the_model_of_the_repository_gives_the_ids_of_sentencepiece():
+    folder = OWN_DATA / "tokenizers" / "spm1k"
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = load_tokenizer(str(folder))
+    for line in (OWN_DATA / "text" / "scripts.txt").read_text(encoding="utf-8").splitlines():
+        assert tokenizer.encode(tokenizer.normalize(line)).ids.tolist() == reference.encode(line), line
 
 
 def test_merges_are_ordered_by_score_and_not_by_place():

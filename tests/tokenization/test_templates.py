@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.conftest import SHARED_DATA
+from tests.conftest import tokenizer_folder
 from tests.tokenization.tiny import CHATML, byte_level, sentencepiece_bpe, write
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.chat import document_from_row, encode_documents
@@ -266,10 +266,12 @@ def test_named_templates_are_known_by_the_default(make):
     assert make(named).chat_template == CHATML
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama3", "phi-3-mini", "qwen2.5-sub8000", "smollm2", *TEMPLATES])
-def test_the_process_renders_what_transformers_does(shared_data, name):
+@pytest.mark.parametrize(
+    "name", ["gemma3", "llama3", "phi-3-mini", "qwen2.5-sub8000", "smollm2", "bytelevel2k", *TEMPLATES]
+)
+def test_the_process_renders_what_transformers_does(name):
     template = TEMPLATES.get(name) or json.loads(
-        (SHARED_DATA / "tokenizers" / name / "tokenizer_config.json").read_text()
+        (tokenizer_folder(name) / "tokenizer_config.json").read_text()
     )["chat_template"].replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     template = template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     names = {"bos_token": "<s>", "eos_token": "</s>"}
