@@ -96,3 +96,8 @@ def test_truncated_weights_are_refused(tmp_path):
 def test_a_missing_folder_is_named():
     with pytest.raises(FileNotFoundError, match="no/such/folder does not exist"):
         load_causal_lm("./no/such/folder", 10, LoadOptions())
+
+
+def test_a_tokenizers_option_behind_a_folder_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'target=Qwen2' is an option of a tokenizer"):
+        load_causal_lm(f"{tmp_path}:target=Qwen2", 10, LoadOptions())

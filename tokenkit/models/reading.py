@@ -94,7 +94,11 @@ def check_path(name_or_path: str) -> None:
     path = Path(name_or_path)
     if not path.is_dir():
         if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-            raise FileNotFoundError(f"model folder {name_or_path} does not exist")
+            model, _, options = name_or_path.rpartition(":")
+            meant = f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
+            raise FileNotFoundError(
+                f"model folder {name_or_path} does not exist{meant if model and Path(model).is_dir() else ''}"
+            )
         return
     if (path / "adapter_config.json").is_file():
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
