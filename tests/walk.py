@@ -4,8 +4,8 @@
     python -m tests.walk --list     and each call, in the order of its first time
 
 A call is a pair of functions (caller, callee) in two modules of tokenkit, counted once however often it
-happens. A return is a call into a module that the way has been in before: a reader goes back there. The run is three
-steps of CLM and ALM on a tiny model with adapters, with a checkpoint, held-out text and the export.
+happens. A return is a call into a module that the way has been in before: a reader goes back there. The run
+is three steps of CLM and ALM on a tiny model with adapters, with a checkpoint, held-out text and the export.
 """
 
 from __future__ import annotations
