@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenkit.kernels import divergence_tile as tile
 from tokenkit.kernels.adaptive_weight import Pair, adaptive_weight
-from tokenkit.kernels.divergence_terms import MIRROR, gradients, kappa, terms
+from tokenkit.kernels.divergence_terms import MIRROR, MIXED, gradients, kappa, terms
 from tokenkit.kernels.row_chunks import Rows
 from tokenkit.kernels.vocabulary_parallel import reduce_max, reduce_sum
 from tokenkit.structs import Head
@@ -85,7 +85,7 @@ class RowState(NamedTuple):
     centre_N: Tensor
     teacher_centre_N: Tensor
     weight_N: Tensor
-    """w of akl."""
+    """w of akl; the form of the student's skl, and 1 less that of the teacher's."""
     rest_lse_N: Tensor
     teacher_rest_lse_N: Tensor
     rest_factor_N: Tensor
@@ -146,7 +146,7 @@ def row_state(problem: Problem, logits: Logits, *, train_teacher: bool) -> tuple
             (teacher_rest_lse_N - teacher_lse_N).clamp_min(tile.LOWEST.value),
         )
     z_NP, other_NP = (z_NV[:, :pairs] for z_NV in logits[:2])
-    weight_N = torch.zeros_like(lse_N)
+    weight_N = torch.full_like(lse_N, problem.kind == "skl")  # the sums are in the form for near rows
     if problem.kind == "akl":
         pair = Pair(z_NP, other_NP, *alphas, top_N, teacher_top_N, lse_N, teacher_lse_N)
         weight_N = adaptive_weight(pair, rest, problem.tail_mass, *_reducers(head))
@@ -169,18 +169,25 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
     masses = [found.p_N, found.q_N]
     mirror = MIRROR.get(problem.kind, problem.kind)
     pulls: list[Any] = [0.0, 0.0]
+    shared_N: Any = 0.0  # of the rest
     if rest is not None:
-        addend_N, pulls[0] = terms(rest[0], rest[1], problem.kind, problem.skew, state.weight_N)
-        pulls[1], _ = gradients(rest[1], rest[0], mirror, problem.skew, 1 - state.weight_N)
+        d_N = rest[1] - rest[0]
+        addend_N, pulls[0], shared_N = terms(
+            rest[0], rest[1], d_N, problem.kind, problem.skew, state.weight_N
+        )
+        pulls[1], _ = gradients(rest[1], rest[0], -d_N, mirror, problem.skew, 1 - state.weight_N)
         value_N = value_N + addend_N
         centres = [centre_N + pull_N for centre_N, pull_N in zip(centres, pulls, strict=True)]
         masses = [mass_N + log_N.exp() for mass_N, log_N in zip(masses, rest, strict=True)]
+    if problem.shares:
+        drift_N = masses[0] - masses[1]
+        value_N = value_N + kappa(problem.kind, problem.skew, state.weight_N) * drift_N
+    if problem.kind in MIXED:
+        state = _with_form(problem, state, found.shared_N, shared_N, centres, pulls)
     kappas = (
         kappa(problem.kind, problem.skew, state.weight_N),
         kappa(mirror, problem.skew, 1 - state.weight_N),
     )
-    if problem.shares:
-        value_N = value_N + kappas[0] * (masses[0] - masses[1])
     factors = []
     for i, side in enumerate((problem.student, problem.teacher)):
         if side.share_P is not None:
@@ -198,6 +205,19 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
         rest_factor_N=factors[0],
         teacher_rest_factor_N=factors[1],
     )
+
+
+def _with_form(
+    problem: Problem, state: RowState, shared_N: Tensor, rest_N: Tensor | float, centres: Any, pulls: Any
+) -> RowState:
+    """Choose skl's form of each row, and bring that model's `centres` and `pulls` into it."""
+    i = MIXED.index(problem.kind)  # skl is the student's, or of srkl the teacher's
+    whole_N, slope = shared_N + rest_N, problem.skew - 1
+    near_N = whole_N >= 0.5
+    centres[i] = torch.where(near_N, centres[i], slope * whole_N)
+    pulls[i] = torch.where(near_N, pulls[i], slope * rest_N)
+    form_N = near_N.to(whole_N.dtype)
+    return state._replace(weight_N=1 - form_N if i else form_N)
 
 
 def _log_sums(

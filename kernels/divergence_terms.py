@@ -17,7 +17,11 @@ difference of nearly equal numbers. Of a value Σ a log(a/b) each outcome adds a
 e^x − 1 − x, never negative and of second order: Σ (b − a) is 0, or `κ (Σ p − Σ q)` is added where it is not.
 A rounding error of a log-sum-exp hence moves a value of 1e-6 by 1e-13, not by 1e-6.
 
-`p − q` and `(p − q)/m` come from w = e^−|d| − 1; with c = 1 − λ where d ≥ 0 else λ, and U = 1 + c w,
+skl has a second form, κ = 0 and e = −(1 − λ) p q/m, for rows where p and q are far apart: there the first is
+the difference of nearly equal numbers. A row takes it, as weight 0, where Σ p q/m < 1/2.
+
+`logs` gives `d` beside log p and log q, whose difference is rounded at their size. `p − q` and `(p − q)/m`
+come from w = e^−|d| − 1; with c = 1 − λ where d ≥ 0 else λ, and U = 1 + c w,
 m/max(p, q) = U for m = λ q + (1 − λ) p.
 """
 
@@ -29,56 +33,74 @@ from torch import Tensor
 from tokenkit.kernels.language import tl, triton
 
 KINDS = ("kl", "rkl", "skl", "srkl", "js", "akl", "abs", "log_abs")
+MIXED = ("skl", "srkl")  # of these one model's gradient is that of skl
 MIRROR = {"kl": "rkl", "rkl": "kl", "skl": "srkl", "srkl": "skl"}
 """The kind that each becomes when student and teacher change places; others stay."""
 
+LOWEST = tl.constexpr(-1e36)  # log of a probability of 0: finite, so that 0 · log 0 is 0
 SMALL = tl.constexpr(0.5)  # |x| below which φ is a polynomial: to x⁹, 2e-8 of it
 
 
+def logs(
+    z: Tensor, other: Tensor, lse: tuple[Tensor, Tensor], other_lse: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p, log q and d, of logits and each row's maximum and log Σ exp(z − maximum).
+
+    The maximum goes first, because a log-sum-exp of the logits is rounded at their size.
+    """
+    log_p = (z - lse[0]).clamp_min_(LOWEST.value)
+    log_q = (other - other_lse[0]).clamp_min_(LOWEST.value)
+    d = (log_q - log_p).sub_(other_lse[1] - lse[1])
+    return log_p.sub_(lse[1]), log_q.sub_(other_lse[1]), d
+
+
 def kappa(kind: str, skew: float, weight: Tensor | float) -> Tensor | float:
-    """Return κ of the table; `weight` is w of akl, of each row."""
-    table = {"kl": -1.0, "rkl": 1.0, "skl": skew - 1, "srkl": 1 - skew}
+    """Return κ of the table; `weight` is w of akl and the form of skl, of each row."""
+    table = {"kl": -1.0, "rkl": 1.0, "skl": (skew - 1) * weight, "srkl": 1 - skew}
     return 1 - 2 * weight if kind == "akl" else table.get(kind, 0.0)
 
 
 def terms(
-    log_p: Tensor, log_q: Tensor, kind: str, skew: float, weight: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """Return each outcome's addend of D, and e. Shapes broadcast; log 0 may be any number below -1e3."""
-    d = log_q - log_p
+    log_p: Tensor, log_q: Tensor, d: Tensor, kind: str, skew: float, weight: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each outcome's addend of D, e, and p q/m of skl and srkl, else p.
+
+    Shapes broadcast; log 0 may be any number below -1e3. `d` is log q − log p.
+    """
+    p = log_p.exp()
     if kind == "log_abs":
-        return d.abs(), -d.sign()
-    p, q = log_p.exp(), log_q.exp()
-    if kind in ("skl", "srkl"):
-        return _mixed_terms(d, p, q, kind, skew)
+        return d.abs(), -d.sign(), p
+    q = log_q.exp()
+    if kind in MIXED:
+        return _mixed_terms(d, p, q, kind, skew, weight)
     if kind == "js":
         # r = (p − q)/(p + q), and p = m (1 + r); a probability below 1e-7 of the other is lost in m anyway
         limit = 1 - torch.finfo(d.dtype).eps
-        r = d.mul_(-0.5).tanh_().clamp_(-limit, limit)
+        r = (d * -0.5).tanh_().clamp_(-limit, limit)
         e = torch.log1p(r).mul_(p).mul_(0.5)
-        return r.neg_().log1p_().mul_(q).mul_(0.5).add_(e), e
+        return r.neg_().log1p_().mul_(q).mul_(0.5).add_(e), e, p
     if kind == "abs":
         gap = torch.where(d >= 0, q, p) * torch.expm1(-d.abs())
-        return gap.abs(), p * -d.sign()
+        return gap.abs(), p * -d.sign(), p
     gap = p - q  # read where d is large, and as e
     if kind == "kl":
-        return _forward_term(d, q, gap), gap
+        return _forward_term(d, q, gap), gap, p
     if kind == "rkl":
-        return _forward_term(-d, p, -gap), -p * d
+        return _forward_term(-d, p, -gap), -p * d, p
     value = weight * _forward_term(d, q, gap) + (1 - weight) * _forward_term(-d, p, -gap)
-    return value, weight * gap - (1 - weight) * p * d
+    return value, weight * gap - (1 - weight) * p * d, p
 
 
 def gradients(
-    log_p: Tensor, log_q: Tensor, kind: str, skew: float, weight: Tensor | float
+    log_p: Tensor, log_q: Tensor, d: Tensor, kind: str, skew: float, weight: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return e and p."""
     p = log_p.exp()
     if kind == "kl":
         return p - log_q.exp(), p
     if kind == "rkl":
-        return (log_p - log_q).mul_(p), p
-    return terms(log_p, log_q, kind, skew, weight)[1], p
+        return (p * d).neg_(), p
+    return terms(log_p, log_q, d, kind, skew, weight)[1], p
 
 
 def _forward_term(x: Tensor, a: Tensor, difference: Tensor) -> Tensor:
@@ -88,21 +110,26 @@ def _forward_term(x: Tensor, a: Tensor, difference: Tensor) -> Tensor:
     return torch.where(is_near, (-near).expm1_().add_(near).mul_(a), (a * x).add_(difference))
 
 
-def _mixed_terms(d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float) -> tuple[Tensor, Tensor]:
+def _mixed_terms(
+    d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float, weight: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
     rise = torch.expm1(-d.abs())
     ahead = d >= 0 if kind != "srkl" else d <= 0  # the distribution that m is measured from is the larger
     below = torch.where(ahead, rise * (1 - skew), rise * skew)  # U − 1
-    ratio = (-d.abs()).exp()
-    u = torch.where(ahead, ratio * (1 - skew) + skew, ratio * skew + (1 - skew))
+    smaller = (-d.abs()).exp()  # of the two, over the larger
+    u = torch.where(ahead, smaller * (1 - skew) + skew, smaller * skew + (1 - skew))
     u = u.clamp_min(torch.finfo(d.dtype).tiny)
     log_u = torch.where(below > -SMALL.value, torch.log1p(below), u.log())
     gap = torch.where(d >= 0, q * rise, -p * rise)
     ratio = torch.where(d >= 0, rise, -rise) / u  # (p − q)/m
+    shared = torch.where(d >= 0, p, q) / u
     if kind == "skl":
         x = log_u + (-d).clamp_min(0)  # log m/q
-        return _forward_term(-x, q, (1 - skew) * gap), (1 - skew) ** 2 * p * ratio
+        near, far = (1 - skew) ** 2 * p * ratio, (skew - 1) * shared
+        e = weight * near + (1 - weight) * far
+        return _forward_term(-x, q, (1 - skew) * gap), e, shared
     x = log_u + d.clamp_min(0)  # log m/p
-    return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio)
+    return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio), shared
 
 
 @triton.jit
@@ -130,10 +157,10 @@ def _forward_term_triton(x, a, difference):
 
 
 @triton.jit
-def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr):
-    """What `terms` returns, of one block."""
-    d = log_q - log_p
+def terms_triton(log_p, log_q, d, skew, weight, KIND: tl.constexpr):
+    """What `terms` returns, of one block, and p q/m of skl and srkl, else p."""
     p = tl.exp(log_p)
+    shared = p
     if KIND == "log_abs":
         value = tl.abs(d)
         e = tl.where(d > 0, -1.0, tl.where(d < 0, 1.0, 0.0))
@@ -165,10 +192,12 @@ def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr):
             u = tl.maximum(u, 1.2e-38)
             log_u = tl.where(below > -SMALL, _log1p_below(tl.maximum(below, -SMALL)), tl.log(u))
             ratio = tl.where(d >= 0, rise, -rise) / u
+            shared = tl.where(d >= 0, p, q) / u
             if KIND == "skl":
                 x = log_u + tl.maximum(-d, 0.0)
                 value = _forward_term_triton(-x, q, (1.0 - skew) * gap)
                 e = (1.0 - skew) * (1.0 - skew) * p * ratio
+                e = tl.where(weight > 0.5, e, (skew - 1.0) * shared)
             else:
                 x = log_u + tl.maximum(d, 0.0)
                 if KIND == "srkl":
@@ -179,4 +208,4 @@ def terms_triton(log_p, log_q, skew, weight, KIND: tl.constexpr):
                     value = _forward_term_triton(-x, p, gap * -0.5)
                     value = 0.5 * (value + _forward_term_triton(-other, q, gap * 0.5))
                     e = -0.5 * p * x
-    return value, e
+    return value, e, shared

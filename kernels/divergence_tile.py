@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.divergence_terms import gradients, terms, terms_triton
+from tokenkit.kernels.divergence_terms import LOWEST, MIXED, gradients, logs, terms, terms_triton
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
 BLOCK_V = 2048  # columns of a row that one program holds
-LOWEST = tl.constexpr(-1e36)  # log of a probability of 0: finite, so that 0 · log 0 is 0
 SUM_WARPS = 8  # of a program of _divergence_sums_kernel: 8 columns in each thread
 GROUP_BYTES = 2**20  # of one operand of torch's lines: its temporaries stay in the cache
 
@@ -50,6 +49,8 @@ class RowSums(NamedTuple):
     """Σ e with student and teacher in each other's place; 0 where nobody asked for it."""
     p_N: Tensor
     q_N: Tensor
+    shared_N: Tensor
+    """Σ p q/m of skl and srkl."""
 
 
 class GradientRows(NamedTuple):
@@ -60,7 +61,7 @@ class GradientRows(NamedTuple):
     centre_N: Tensor
     """Σ e; with shares, plus κ Σ p."""
     weight_N: Tensor
-    """w of akl."""
+    """w of akl; the form of skl."""
     factor_N: Tensor
     """Upstream gradient times scale over temperature."""
     kappa_N: Tensor
@@ -105,12 +106,13 @@ def _row_sums_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         mask = offs_v < V
         z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
-        if HAS_SHARE:
-            z += tl.load(share_ptr + offs_v, mask=mask, other=0.0)
         z = tl.where(mask, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        s = s * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=0)
+        z -= base
+        if HAS_SHARE:
+            z += tl.load(share_ptr + offs_v, mask=mask, other=0.0)
+        s = s * tl.exp(m - base) + tl.sum(tl.exp(z), axis=0)
         m = m_new
     tl.store(max_ptr + n, m)
     tl.store(sum_ptr + n, s)
@@ -135,26 +137,31 @@ def _divergence_sums_kernel(
     other_centre = 0.0
     mass = 0.0
     other_mass = 0.0
+    overlap = 0.0
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask = offs_v < V
-        log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - top - lse
-        log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha
-        log_q = log_q - other_top - other_lse
+        log_p = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha - top
+        log_q = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0) * other_alpha - other_top
         log_p, log_q = tl.maximum(log_p, LOWEST), tl.maximum(log_q, LOWEST)
+        d = log_q - log_p - (other_lse - lse)
+        log_p, log_q = log_p - lse, log_q - other_lse
         mass += tl.sum(tl.where(mask, tl.exp(log_p), 0.0), axis=0)
         other_mass += tl.sum(tl.where(mask, tl.exp(log_q), 0.0), axis=0)
-        term, e = terms_triton(log_p, log_q, skew, weight, KIND)
+        term, e, shared = terms_triton(log_p, log_q, d, skew, weight, KIND)
         value += tl.sum(tl.where(mask, term, 0.0), axis=0)
         centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
+        if KIND == "skl" or KIND == "srkl":
+            overlap += tl.sum(tl.where(mask, shared, 0.0), axis=0)
         if MIRROR is not None:
-            _, e = terms_triton(log_q, log_p, skew, 1.0 - weight, MIRROR)
+            _, e, _ = terms_triton(log_q, log_p, -d, skew, 1.0 - weight, MIRROR)
             other_centre += tl.sum(tl.where(mask, e, 0.0), axis=0)
     tl.store(sums_ptr + n, value)
     tl.store(sums_ptr + N + n, centre)
     tl.store(sums_ptr + 2 * N + n, other_centre)
     tl.store(sums_ptr + 3 * N + n, mass)
     tl.store(sums_ptr + 4 * N + n, other_mass)
+    tl.store(sums_ptr + 5 * N + n, overlap)
 
 
 @triton.jit
@@ -171,11 +178,13 @@ def _gradient_kernel(
     mask = offs_v < V
     z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
     other = tl.load(other_ptr + n * other_stride + offs_v, mask=mask, other=0.0)
-    log_p = z * alpha - tl.load(rows_ptr + 6 * N + n) - tl.load(rows_ptr + n)
-    log_q = other * other_alpha - tl.load(rows_ptr + 7 * N + n) - tl.load(rows_ptr + N + n)
-    log_p, log_q = tl.maximum(log_p, LOWEST), tl.maximum(log_q, LOWEST)
+    log_p = tl.maximum(z * alpha - tl.load(rows_ptr + 6 * N + n), LOWEST)
+    log_q = tl.maximum(other * other_alpha - tl.load(rows_ptr + 7 * N + n), LOWEST)
+    lse, other_lse = tl.load(rows_ptr + n), tl.load(rows_ptr + N + n)
+    d = log_q - log_p - (other_lse - lse)
+    log_p, log_q = log_p - lse, log_q - other_lse
     centre = tl.load(rows_ptr + 2 * N + n)
-    _, e = terms_triton(log_p, log_q, skew, tl.load(rows_ptr + 3 * N + n), KIND)
+    _, e, _ = terms_triton(log_p, log_q, d, skew, tl.load(rows_ptr + 3 * N + n), KIND)
     if HAS_SHARE:
         share = tl.exp(tl.load(share_ptr + offs_v, mask=mask, other=0.0))
         e -= tl.exp(log_p) * (centre * share - tl.load(rows_ptr + 5 * N + n))
@@ -240,12 +249,12 @@ def finish(z_NV: Tensor, bias_V: Tensor | None, alpha: float, cap: float | None)
 
 
 def row_sums(z_NV: Tensor, alpha: float, share_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the maximum of each row (−inf of no columns) and Σ exp(z − max).
+    """Return the maximum of each row (−inf of no columns) and Σ share · exp(z − max).
 
     Args:
         z_NV: logits, up to `alpha`.
         alpha: the factor.
-        share_V: added to the logits: log of the part that this column has of an id that stands in several.
+        share_V: log of the part that this column has of an id that stands in several.
     """
     N, V = z_NV.shape
     max_N, sum_N = (torch.full_like(z_NV[:, 0], x) if V else z_NV.new_full((N,), x) for x in (-torch.inf, 0))
@@ -259,10 +268,10 @@ def row_sums(z_NV: Tensor, alpha: float, share_V: Tensor | None = None) -> tuple
             )  # fmt: skip
         return max_N, sum_N
     for rows in _groups(z_NV):
-        z = z_NV[rows] if share_V is None else z_NV[rows] + share_V
-        max_N[rows] = z.amax(1)
+        max_N[rows] = z_NV[rows].amax(1)
         base_N1 = max_N[rows, None].masked_fill(max_N[rows, None] == -torch.inf, 0)
-        sum_N[rows] = (z - base_N1).exp_().sum(1)
+        z = z_NV[rows] - base_N1
+        sum_N[rows] = (z if share_V is None else z.add_(share_V)).exp_().sum(1)
     return max_N, sum_N
 
 
@@ -285,27 +294,30 @@ def divergence_sums(
         mirror: the kind as the teacher sees it, if its gradient is wanted.
     """
     N, V = z_NV.shape
-    sums_5N = z_NV.new_zeros((5, N))
+    sums_6N = z_NV.new_zeros((6, N))
     if not (N and V):
-        return RowSums(*sums_5N.unbind())
+        return RowSums(*sums_6N.unbind())
     if runs_triton(z_NV):
         with on_device(z_NV):
             _divergence_sums_kernel[(N,)](
-                z_NV, other_NV, lse[0], lse[1], weight_N, sums_5N,
+                z_NV, other_NV, lse[0], lse[1], weight_N, sums_6N,
                 z_NV.stride(0), other_NV.stride(0), N, V,
                 measure.alpha, measure.other_alpha, measure.skew,
                 KIND=measure.kind, MIRROR=mirror, BLOCK_V=BLOCK_V, num_warps=SUM_WARPS,
             )  # fmt: skip
-        return RowSums(*sums_5N.unbind())
+        return RowSums(*sums_6N.unbind())
     for rows in _groups(z_NV):
-        log_p, log_q = _log(z_NV[rows], lse[0][rows]), _log(other_NV[rows], lse[1][rows])
+        own, others = (x_N2[rows].split(1, 1) for x_N2 in lse)
+        log_p, log_q, d = logs(z_NV[rows], other_NV[rows], own, others)
         weight_N1 = weight_N[rows, None]
-        value, e = terms(log_p, log_q, measure.kind, measure.skew, weight_N1)
-        sums_5N[0, rows], sums_5N[1, rows] = value.sum(1), e.sum(1)
+        value, e, shared = terms(log_p, log_q, d, measure.kind, measure.skew, weight_N1)
+        sums_6N[0, rows], sums_6N[1, rows] = value.sum(1), e.sum(1)
         if mirror is not None:
-            sums_5N[2, rows] = gradients(log_q, log_p, mirror, measure.skew, 1 - weight_N1)[0].sum(1)
-        sums_5N[3, rows], sums_5N[4, rows] = log_p.exp_().sum(1), log_q.exp_().sum(1)
-    return RowSums(*sums_5N.unbind())
+            sums_6N[2, rows] = gradients(log_q, log_p, -d, mirror, measure.skew, 1 - weight_N1)[0].sum(1)
+        if measure.kind in MIXED:
+            sums_6N[5, rows] = shared.sum(1)
+        sums_6N[3, rows], sums_6N[4, rows] = log_p.exp_().sum(1), log_q.exp_().sum(1)
+    return RowSums(*sums_6N.unbind())
 
 
 def gradient(
@@ -344,9 +356,8 @@ def gradient(
     for rows in _groups(z_NV):
         z, column = z_NV[rows], [x[rows, None] for x in rows_N]
         some = GradientRows(*column)
-        log_p = (z - some.top_N).sub_(some.lse_N).clamp_min_(LOWEST.value)
-        log_q = (other_NV[rows] - some.other_top_N).sub_(some.other_lse_N).clamp_min_(LOWEST.value)
-        e, p = gradients(log_p, log_q, measure.kind, measure.skew, some.weight_N)
+        lse = (some.top_N, some.lse_N), (some.other_top_N, some.other_lse_N)
+        e, p = gradients(*logs(z, other_NV[rows], *lse), measure.kind, measure.skew, some.weight_N)
         if share_V is not None:
             e = e - p * (some.centre_N * share_V - some.kappa_N)
         else:
@@ -372,15 +383,11 @@ def rest_gradient(
         return
     for rows in _groups(z_NV):
         z = z_NV[rows]
-        dz = _log(z, lse_N2[rows]).exp_().mul_(factor_N[rows, None])
+        top_N1, lse_N1 = lse_N2[rows].split(1, 1)
+        dz = (z - top_N1).sub_(lse_N1).exp_().mul_(factor_N[rows, None])
         if cap is not None:
             dz.mul_(1 - (z / cap).square_())
         dz_NV[rows] = dz
-
-
-def _log(z_NV: Tensor, lse_N2: Tensor) -> Tensor:
-    """Return log-probabilities: the maximum goes first, because lse alone is rounded at the size of z."""
-    return (z_NV - lse_N2[:, :1]).sub_(lse_N2[:, 1:]).clamp_min_(LOWEST.value)
 
 
 def _groups(z_NV: Tensor) -> Iterator[slice]:
