@@ -77,7 +77,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_namespace_packages(include=["tokenkit*"]),
-    package_data={"tokenkit": ["py.typed"]},
+    package_data={"tokenkit": ["py.typed"], "": ["*.yaml"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["tokenkit=tokenkit.cli:main"]},

@@ -22,7 +22,8 @@ from tokenkit.config.schema import flatten, leaves
 from tokenkit.config.yaml_files import parse_yaml, read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+OF_OTHER_DOORS = ("zett", "compute_tokenizer_info", "compute_mined_mapping")
+FILES_OF_TRAIN = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem not in OF_OTHER_DOORS)
 
 NEEDED = {
     "student.pretrained_model_name_or_path": "student",
@@ -219,7 +220,7 @@ def test_aliases_work_as_flags(capsys):
 def test_every_alias_stands_for_something_that_exists():
     names = {leaf.name for leaf in leaves(TrainConfig)} | {"student"}
     assert set(ALIASES.values()) <= names
-    assert not set(ALIASES) & names
+    assert set(ALIASES) & names == {"data.batch_size"}  # a field of the data, which other commands have
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,6 @@ def test_a_wrong_field_is_named_with_what_it_wants(field, value, message):
         ({"train_model_mode": "none", "train_embeddings": False}, "nothing would be trained"),
         ({"use_flash_attention": True, "attn_implementation": "eager"}, "contradicts attn_implementation"),
         ({"model_lora_targets": ["a"], "model_lora_target_regex": "b"}, "both set"),
-        ({"data.batch_size": 3}, "contradicts batch_size (16)"),
         (
             {"optimizer.schedule": "cosine", "optimizer.lr_scheduler_type": "linear"},
             "keep the one that is meant",
@@ -356,7 +356,7 @@ def test_a_field_that_looks_like_a_secret_is_refused_without_repeating_it(name):
     assert "hunter2" not in message
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+@pytest.mark.parametrize("file", FILES_OF_TRAIN, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_file_of_configs_is_valid_alone_and_behind_the_main_one(file):
     needed = {
         name: value for name, value in NEEDED.items() if "data" not in read_yaml(file) or "data" not in name

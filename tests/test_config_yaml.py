@@ -71,9 +71,3 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"name: \xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_yaml(tmp_path / "a.yaml")
-
-
-def test_a_missing_file_lists_those_that_exist(tmp_path):
-    write(tmp_path, "here.yaml", "")
-    with pytest.raises(ConfigError, match=r"none\.yaml does not exist.*here\.yaml"):
-        read_yaml(tmp_path / "none.yaml")

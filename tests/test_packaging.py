@@ -64,7 +64,8 @@ def test_wheels_from_tree_and_archive_hold_every_module_and_nothing_else(built):
     for wheel in built[1:]:
         with zipfile.ZipFile(wheel) as archive:
             names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert names == sources_of_the_package() | {"tokenkit/py.typed"}
+        configs = {f"tokenkit/{name}" for name in tracked() if name.startswith("configs/")}
+        assert names == sources_of_the_package() | configs | {"tokenkit/py.typed"}
 
 
 def test_kernels_are_real_files_in_wheel_and_archive(built):
@@ -111,6 +112,10 @@ def test_the_command_of_the_wheel_answers(installed, tmp_path):
     result = elsewhere(installed, tmp_path, "-m", "tokenkit.cli", "train", "--help")
     assert result.returncode == 0, result.stderr
     assert "--losses" in result.stdout
+    shipped = ("--config", "cross_tokenizer_distill", "data/text_file", "--print-config")
+    result = elsewhere(installed, tmp_path, "-m", "tokenkit.cli", "train", *shipped)
+    assert result.returncode == 0, result.stderr
+    assert "name: cross_tokenizer_distill" in result.stdout
 
 
 def test_the_version_is_said_once():

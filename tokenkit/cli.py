@@ -38,8 +38,28 @@ DOORS = {
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
-ALIASES = {"compute_tokenizer_info": "pair-stats"}
-"""Names that scripts of others know a command by."""
+SCRIPTS = {
+    "cross_tokenizer_distill": "train",
+    "compute_tokenizer_info": "pair-stats",
+    "compute_mined_mapping": "mined-mapping",
+}
+"""Commands by the names of other programs' scripts. Each begins with the shipped file of that name."""
+
+_EXPORT = "`tokenkit train` writes its model in Hugging Face layout at its end; export_to names the folder"
+ABSENT = {
+    "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
+    "eval_lockstep": "evaluation of several models at once is not here yet",
+    "export_model": _EXPORT,
+    "export_checkpoint": _EXPORT,
+    "merge_lora": "what `tokenkit train` exports has its adapters merged",
+    "optimize_for_inference": "quantized models are not here yet",
+    "export_to_onnx": "models in ONNX are not here yet",
+    "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
+    "run_ablations": "`tokenkit sweep` runs all combinations of several values",
+}
+"""Scripts of other programs that have no command here, and why."""
+
+_FILES = ("--config", "--config-name")
 
 STDOUT = 1
 LONGEST_LINE = 2000  # characters of an error; a value may have millions
@@ -70,14 +90,27 @@ def _open(argv: Sequence[str] | None) -> int:
 
         print(f"tokenkit {__version__}")
         return 0
-    name, *rest = arguments
-    name = ALIASES.get(name, name)
+    name, rest = door(arguments)
     if name not in DOORS:
+        script = name.replace("-", "_")
         known = ", ".join(DOORS)
-        print(f"tokenkit: {name!r} is no command{nearest(name, DOORS)}; commands: {known}", file=sys.stderr)
+        why = ABSENT.get(script, "")
+        words = f"{name} is no command: {why}" if why else f"{name!r} is no command{nearest(name, DOORS)}"
+        print(f"tokenkit: {words}{'' if why else f'; commands: {known}'}", file=sys.stderr)
         return EXIT_CONFIG
     module, function = DOORS[name][0].split(":")
     return int(getattr(importlib.import_module(module), function)(rest) or 0)
+
+
+def door(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that the first word means, and the words behind it: scripts of others name theirs too."""
+    name, *rest = arguments
+    script = name.replace("-", "_")
+    if script in SCRIPTS:
+        name = SCRIPTS[script]
+        names_files = any(word.partition("=")[0].replace("_", "-") in _FILES for word in rest)
+        rest = rest if names_files else [*rest, "--config", script]
+    return name, rest
 
 
 def usage() -> str:

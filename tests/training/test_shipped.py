@@ -54,7 +54,10 @@ def test_the_teacher_is_heard_in_the_first_step(shares, stage):
 
 def test_weight_and_temperature_are_one_number():
     run = read_config(TrainConfig, [SHIPPED])
-    assert run.objective.loss_weights == (1.0, run.objective.alm.binarization_temp)
+    assert run.objective.loss_weights == {
+        "clm": 1.0,
+        "alm_unconstrained": run.objective.alm.binarization_temp,
+    }
 
 
 def test_the_learning_rate_is_the_same_wherever_it_is_written():

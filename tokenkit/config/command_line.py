@@ -15,16 +15,20 @@ from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from tokenkit.config.errors import ConfigError
+from tokenkit.config.forms import short_forms, sort_words, split_commas
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.paths import check_paths
 from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
-from tokenkit.config.schema import Leaf, as_group, inner_prefix, leaves, options
+from tokenkit.config.schema import Leaf, as_group, inner_prefix, leaves, main_field, options
 from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
 
 T = TypeVar("T")
 
 _NOT_GIVEN = ("",)
+
+WITH_COMMAS = ("tokens_to_add",)
+"""Lists whose items may hold a comma: on the command line only spaces part them."""
 
 
 def parse_command_line(
@@ -34,7 +38,7 @@ def parse_command_line(
     program: str,
     aliases: Mapping[str, str] | None = None,
 ) -> T:
-    """Read `--config FILE [FILE ...]` and flags into a configuration; flags win.
+    """Read `--config FILE [FILE ...]`, flags and `name=value` into a configuration; files give way.
 
     `--help` and `--print-config` print and end the process with 0.
 
@@ -43,16 +47,16 @@ def parse_command_line(
         FileNotFoundError: a path that leads nowhere.
     """
     aliases = output_aliases(schema) | dict(aliases or {})
-    rest = list(sys.argv[1:] if arguments is None else arguments)
-    rest, prints = [a for a in rest if a not in _PRINT], any(a in _PRINT for a in rest)
-    files, rest = take_config_files(rest)
+    shorts = short_forms(schema)
+    given = sys.argv[1:] if arguments is None else arguments
+    words = sort_words(given, schema, lambda name: shorts.get(name) or canonical(name, aliases))
     used: dict[str, str] = {}
-    rest = [_canonical_flag(schema, argument, aliases, used) for argument in rest]
-    overrides = _flags(schema, rest, program, _description(schema, aliases))
+    flags = [_canonical_flag(schema, flag, aliases, used) for flag in words.flags]
+    overrides = _flags(schema, flags, program, _description(schema, aliases)) | words.others
     for alias, name in used.items():
         _say(f"tokenkit: --{alias} is read as --{name}")
-    config = read_config(schema, files, overrides, aliases=aliases, say=_say)
-    if prints:
+    config = read_config(schema, words.files, overrides, aliases=aliases, folders=words.folders, say=_say)
+    if words.prints:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     check_paths(config)
@@ -65,42 +69,18 @@ def output_aliases(schema: type) -> dict[str, str]:
     return {"output_dir": "output"} if "output" in names and "output_dir" not in names else {}
 
 
-_PRINT = ("--print-config", "--print_config")
-
-
-def take_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `--config A B --steps 5` into (["A", "B"], ["--steps", "5"]).
-
-    Raises:
-        ConfigError: --config without a file.
-    """
-    files: list[str] = []
-    rest: list[str] = []
-    is_file = False
-    for index, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            is_file = argument == "--config"
-            files += [] if is_file else [argument.partition("=")[2]]
-            if is_file and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
-                raise ConfigError("--config needs at least one file: --config FILE [FILE ...]")
-        elif is_file and not argument.startswith("-"):
-            files.append(argument)
-        else:
-            is_file = False
-            rest.append(argument)
-    return files, rest
-
-
 def _canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], used: dict[str, str]) -> str:
-    """`--log_interval=5` as `--logging-interval=5`, `--no-x` as `--x=false`."""
+    """`--log_interval=5` as `--logging-interval=5`, `--no-x` as `--x=false`, `--lr` as its field."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument[2:].partition("=")
     name = flag.replace("-", "_")
-    known = canonical(name, aliases)
-    if known != name:
+    short = short_forms(schema).get(name)
+    known = short or canonical(name, aliases)
+    if known != name and short is None:
         used[flag] = known.replace("_", "-")
     types = {leaf.name: leaf.type for leaf in leaves(schema)}
+    known = known if known in types else main_field(schema, known) or known
     group, dot, last = known.rpartition(".")
     positive = group + dot + last.removeprefix("no_")
     if known not in types and last.startswith("no_") and bool in options(types.get(positive)) and not equals:
@@ -137,6 +117,8 @@ def _unknown_argument(schema: type, unknown: Sequence[str]) -> str:
     hint = (
         "pass configuration files with --config"
         if first.endswith((".yaml", ".yml"))
+        else "`tokenkit sweep` runs several values of a field"
+        if first in ("-m", "--multirun")
         else "flags begin with --"
     )
     return f"unexpected argument {first!r}: {hint}"
@@ -145,7 +127,8 @@ def _unknown_argument(schema: type, unknown: Sequence[str]) -> str:
 def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
     """The words after a flag as YAML would hold them.
 
-    A list is its words; a mapping is `key=value` words; either may be one word of YAML, `[a, b]` or `{a: 1}`.
+    A list is its words, cut at commas; a mapping is `key=value` words; either may be one word of YAML:
+    `[a, b]`, `{a: 1}`.
 
     Raises:
         ConfigError: no value or too many.
@@ -158,7 +141,11 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
         return load_yaml(words[0], flag)
     if len(words) == 1 and words[0] in ("null", "none", "None") and type(None) in wanted:
         return None
+    if len(words) == 1 and float in wanted:
+        return words[0]
     if _takes_many(hint):
+        if name not in WITH_COMMAS:
+            words = [part for word in words for part in (split_commas(word) if "," in word else [word])]
         pairs = [word.partition("=") for word in words]
         takes_mapping = any("Mapping" in str(option) for option in wanted)
         if takes_mapping and words and all(equals for _, equals, _ in pairs):
@@ -252,11 +239,17 @@ def _collect(schema: type, view: Any, prefix: str = "") -> list[tuple[str, Any]]
 
 def _description(schema: type, aliases: Mapping[str, str]) -> str:
     """What stands above the list of flags."""
+    shorts = ", ".join(
+        f"--{short.replace('_', '-')} for {name}" for short, name in short_forms(schema).items()
+    )
     others = ", ".join(f"{alias} for {name}" for alias, name in aliases.items())
     paragraphs = [
         (schema.__doc__ or "").strip(),
-        "--config FILE [FILE ...] reads YAML with the same names: a later file wins, flags win over all.",
-        "--print-config shows the resolved configuration and stops. --a-b and --a_b are the same flag.",
+        "--config FILE [FILE ...] reads YAML with the same names, from a path or by the name of a file that "
+        "`tokenkit configs` lists: a later file wins, flags win over all.",
+        "--print-config shows the resolved configuration and stops. --a-b and --a_b are the same flag; "
+        "--a.b c, --a.b=c and a.b=c say the same.",
+        *([f"Short: {shorts}."] if shorts else []),
         *([f"Other names: {others}."] if others else []),
     ]
     return "\n\n".join(paragraphs)

@@ -2,16 +2,19 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenkit.config.effects import without_effect
 from tokenkit.config.errors import ConfigError, nearest
-from tokenkit.config.schema import Leaf, build, flatten, group_prefixes, leaves
+from tokenkit.config.later import foreign
+from tokenkit.config.schema import Leaf, build, flatten, group_prefixes, leaves, main_field, options
+from tokenkit.config.shipped import Written, read_configs
+from tokenkit.config.translate import translate
 from tokenkit.config.values import coerce, plain
-from tokenkit.config.yaml_files import dump_yaml, read_yaml
+from tokenkit.config.yaml_files import dump_yaml
 from tokenkit.redaction import has_secret, is_secret_name
 
 T = TypeVar("T")
@@ -46,6 +49,7 @@ SYNONYMS = {
 }
 """What other programs call a field: the last part of its name here."""
 
+_VARIABLE = re.compile(r"\$\{\s*([A-Za-z_]\w*)\s*\}")
 _OPEN = r"(?<!\\)(?:\\\\)*\$\{\s*"  # a backslash in front makes it ordinary text
 _RESOLVER = re.compile(_OPEN + r"([\w.]+)\s*:")
 _ENVIRONMENT = re.compile(_OPEN + r"oc\.env\s*:\s*([^,}\s]+)")
@@ -57,48 +61,86 @@ def read_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     aliases: Mapping[str, str] | None = None,
+    folders: Sequence[Path] = (),
     say: Callable[[str], None] | None = None,
 ) -> T:
     """Read a configuration.
 
     Args:
         schema: a frozen dataclass, see `tokenkit.config.schema`.
-        files: YAML files; a later one wins, field by field.
+        files: YAML files, by path or by the name of one that comes with the package; a later one wins, field
+            by field.
         overrides: values by dotted name, such as flags; they win over files.
         aliases: other names of fields and groups.
+        folders: where else files are looked for by name.
         say: takes one line for each alias that was used, and one about options that nothing will read; None:
             standard error.
 
     Raises:
         ConfigError: one line that names the field, where it was set, and what to do.
     """
-    aliases = aliases or {}
-    used: dict[str, str] = {}
-    given: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    written = [(str(file), read_yaml(Path(file))) for file in files]
-    for source, content in [*written, ("", dict(overrides or {}))]:
-        for name, value in _names(schema, content, aliases, used, source):
-            if value is None and name.endswith("."):
-                given = {key: kept for key, kept in given.items() if not key.startswith(name)}
-                continue
-            given[name], origin[name] = value, source
-    for alias, name in used.items():
-        (say or _warn)(f"tokenkit: {alias} is read as {name}")
-    values = _interpolate(schema, given)
+    say = say or _warn
+    written = [*read_configs(files, folders), ("", dict(overrides or {}))]
+    given, origin, variables = _gather(schema, written, aliases or {}, say)
+    for note in translate(schema, given, {name for name, source in origin.items() if source}):
+        say(note)
+    values = _interpolate(schema, given, variables)
     types = {leaf.name: leaf.type for leaf in leaves(schema)}  # type: ignore[arg-type]
     typed = {}
     for name, value in values.items():
+        source = origin.get(name, "")
         try:
             typed[name] = coerce(types[name], value, name)
         except ConfigError as error:
-            source = origin[name]
             raise ConfigError(f"{error} ({source})" if source else str(error)) from error
-        _refuse_secrets(name, typed[name], origin[name])
+        _refuse_secrets(name, typed[name], source)
     config = build(schema, typed)
     if (idle := without_effect(config, typed)) is not None:
-        (say or _warn)(idle)
+        say(idle)
     return config
+
+
+def _gather(
+    schema: type, written: Written, aliases: Mapping[str, str], say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Values by canonical name, where each was set, and the variables that files refer to."""
+    given: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    variables: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    referenced = {
+        name for _, content in written for text in _texts(content) for name in _VARIABLE.findall(text)
+    }
+    types = {leaf.name: leaf.type for leaf in leaves(schema)}
+    for source, content in written:
+        here: dict[str, str] = {}  # field: the name that this source gave it
+        for name, value, key in _names(schema, content, aliases, source, referenced):
+            if name.startswith("$"):
+                variables[name[1:]] = value
+                continue
+            if value is None and name.endswith("."):
+                given = {kept: value for kept, value in given.items() if not kept.startswith(name)}
+                continue
+            if key != name:
+                if value is None and type(None) not in options(types[name]):
+                    continue  # another name of a field, not used
+                said.setdefault(*_differing(key, name))
+            if here.get(name, key) != key and given[name] != value:
+                other = here[name] if key == name else key
+                say(f"tokenkit: {other} gives way to {name}, and both are set ({source or 'command line'})")
+                if key != name:
+                    continue
+            here[name], given[name], origin[name] = key, value, source
+    for alias, name in said.items():
+        say(f"tokenkit: {alias} is read as {name}")
+    return given, origin, variables
+
+
+def _differing(key: str, name: str) -> tuple[str, str]:
+    """Two names of a field without the end that they share: `new.x`, `student.x` as new, student."""
+    while "." in key and "." in name and key.rpartition(".")[2] == name.rpartition(".")[2]:
+        key, name = key.rpartition(".")[0], name.rpartition(".")[0]
+    return key, name
 
 
 def _refuse_secrets(name: str, value: Any, source: str) -> None:
@@ -135,31 +177,44 @@ def _names(
     schema: type,
     content: Mapping[str, Any],
     aliases: Mapping[str, str],
-    used: dict[str, str],
     source: str,
-    prefix: str = "",
-) -> list[tuple[str, Any]]:
-    """Every setting in a file by its canonical dotted name; `group.` with None for a group set to null."""
+    variables: Collection[str],
+    prefixes: tuple[str, str] = ("", ""),
+) -> Iterator[tuple[str, Any, str]]:
+    """Every setting in a file: its canonical dotted name, its value, and its name as it was written.
+
+    A group set to null is `group.` with None; a variable of the file is `$name`.
+    """
+    prefix, shown = prefixes
     valid = {leaf.name for leaf in leaves(schema)}
     groups = group_prefixes(schema)
-    found: list[tuple[str, Any]] = []
     for key, value in content.items():
         name = canonical(prefix + str(key), aliases)
-        if name != prefix + str(key):
-            used[prefix + str(key)] = name
         if name in valid:
-            found.append((name, value))
+            yield name, value, shown + str(key)
         elif name + "." in groups and isinstance(value, Mapping):
-            found += _names(schema, value, aliases, used, source, name + ".")
+            inner = (f"{name}.", f"{shown}{key}.")
+            yield from _names(schema, value, aliases, source, variables, inner)
         elif name + "." in groups and value is None:
-            found.append((name + ".", None))
+            yield name + ".", None, shown + str(key)
+        elif isinstance(value, str) and (main := main_field(schema, name)) is not None:
+            yield main, value, main
         elif name + "." in groups:
             raise ConfigError(
                 f"{name}: expected a mapping, got {value!r}" + (f" ({source})" if source else "")
             )
+        elif not prefix and key in variables:
+            yield f"${key}", value, str(key)
         else:
-            raise ConfigError(unknown_field(schema, prefix + str(key), source))
-    return found
+            raise ConfigError(unknown_field(schema, prefix + _first_inside(str(key), value), source))
+
+
+def _first_inside(name: str, value: Any) -> str:
+    """The first setting inside an unknown group: its name here says more than that the group is unknown."""
+    while isinstance(value, Mapping) and value:
+        key, value = next(iter(value.items()))
+        name += f".{key}"
+    return name
 
 
 def canonical(name: str, aliases: Mapping[str, str]) -> str:
@@ -190,7 +245,12 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
     nested = [other for other in valid if other.rsplit(".", 1)[-1] in (last, SYNONYMS.get(last))]
     if nested:
         return f"unknown field {name}{where}: it is {' or '.join(nested)}"
-    hint = nearest(name, valid) or nearest(last, [other.rsplit(".", 1)[-1] for other in valid])
+    if (reason := foreign(name)) is not None:
+        return f"unknown field {name}{where}: {reason}"
+    hint = nearest(name, valid)
+    if not hint and (near := nearest(last, [other.rsplit(".", 1)[-1] for other in valid])):
+        ending = near.removeprefix(", did you mean ").removesuffix("?")
+        hint = f", did you mean {next(other for other in valid if other.rsplit('.', 1)[-1] == ending)}?"
     return f"unknown field {name}{where}{hint or '; --help lists all fields'}"
 
 
@@ -199,7 +259,7 @@ def looks_secret(name: str) -> bool:
     return is_secret_name(name)
 
 
-def _interpolate(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def _interpolate(schema: type, given: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve `${field}` and `${oc.env:VAR,default}`; fields that nobody set have their defaults."""
     texts = [text for value in given.values() for text in _texts(value)]
     if not any("${" in text for text in texts):
@@ -210,7 +270,7 @@ def _interpolate(schema: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
     defaults = {leaf.name: plain(leaf.default) for leaf in leaves(schema) if _is_shown(leaf, given)}
     try:
-        tree = OmegaConf.create(_nest(defaults | dict(given)))
+        tree = OmegaConf.create(_nest(defaults | dict(variables) | dict(given)))
         resolved: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]

@@ -102,6 +102,16 @@ def group_prefixes(schema: type, prefix: str = "") -> tuple[str, ...]:
     return tuple(found)
 
 
+MAIN = ("pretrained_model_name_or_path", "dataset_name")
+"""What is meant where a group is given as text: `student: PATH`, `--data FILE`."""
+
+
+def main_field(schema: type, group: str) -> str | None:
+    """The field that a group given as text sets; None: `group` is none, or has no such field."""
+    names = {leaf.name for leaf in leaves(schema)}
+    return next((f"{group}.{last}" for last in MAIN if f"{group}.{last}" in names), None)
+
+
 def build(schema: type[T], values: Mapping[str, Any]) -> T:
     """Make a configuration of values by dotted name; what is absent takes its default.
 

@@ -25,6 +25,8 @@ ALIASES = {
     "target_tokenizer": "target_tokenizer_name",
     "output": "output_dir",
     "optimizer.grad_acc_steps": "gradient_accumulation_steps",
+    "optimizer.warmup_steps": "warmup_steps",
+    "data.batch_size": "batch_size",
     "log_interval": "logging_interval",
     "max_teacher_length": "max_length_teacher",
     "max_student_length": "max_length_new",

@@ -1,6 +1,5 @@
 """YAML, read as data: no tags, no duplicate keys, a bounded size, numbers such as 5e-5 as numbers."""
 
-import os
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -51,13 +50,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read one configuration file.
 
     Raises:
-        ConfigError: missing (the files that exist are listed), too large, not YAML, not a mapping.
+        ConfigError: unreadable, too large, not YAML, not a mapping.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(_missing(path, error)) from error
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: that is no configuration")
     try:
@@ -118,15 +117,6 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
         inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_size(item, known) for item in inner)
     return known[id(node)]
-
-
-def _missing(path: Path, error: OSError) -> str:
-    if not isinstance(error, FileNotFoundError):
-        return f"cannot read the configuration file {path}: {error.strerror}"
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    existing = sorted(str(file) for file in folder.glob("*.y*ml")) if folder.is_dir() else []
-    listed = f"those in {folder} are {', '.join(existing)}" if existing else f"there are none in {folder}"
-    return f"the configuration file {path} does not exist (looked from {os.getcwd()}); {listed}"
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
