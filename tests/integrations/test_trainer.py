@@ -89,8 +89,19 @@ def _train_on_a_rank(world, models, make_collator, rows, folder, arguments):
         **arguments,
     )
     trainer.train()
-    evaluated = trainer.evaluate()
-    return kept.steps[0], trainer.state.log_history[0], evaluated["eval_clm"]
+    found = [trainer.evaluate()["eval_clm"]]
+    for some in (rows[:7], rows[:5], rows[:1], Stream(rows[:5])):  # no whole batch of both ranks
+        found.append(trainer.evaluate(some)["eval_clm"])
+    trainer.eval_dataset = {"part": rows[:5]}
+    found.append(trainer.evaluate()["eval_part_clm"])
+    found.append(trainer.predict(rows[:5]).metrics["test_clm"])
+    alone = [
+        trainer.distiller.evaluate(
+            [trainer.distiller.sums(trainer.model, trainer.data_collator.collator(part))]
+        )
+        for part in (rows, rows[:7], rows[:5], rows[:1])
+    ]
+    return kept.steps[0], trainer.state.log_history[0], found, [one["clm"] for one in alone]
 
 
 @pytest.mark.parametrize("losses", [LOSSES, {"clm": 1.0, "baseline_uld": 1.0}, {"clm": 1.0, **SCALED}])
@@ -99,10 +110,11 @@ def test_two_ranks_are_one_big_batch(losses, models, make_collator, rows, tmp_pa
     results = run_ranks(
         _train_on_a_rank, 2, models, make_collator, rows, tmp_path, {"losses": losses}, always_shard=False
     )
-    for gradient, logged, evaluated in results:
+    for gradient, logged, evaluated, alone in results:
         assert distance(gradient, wanted) < 1e-5
         assert logged["loss"] == pytest.approx(values["loss"], rel=1e-5)
-        assert evaluated == pytest.approx(results[0][2])
+        each_row_once = [*alone, alone[2], alone[2], alone[2]]
+        assert evaluated == pytest.approx(each_row_once, rel=1e-6)
 
 
 def test_evaluation_divides_once(models, make_collator, rows, tmp_path):
@@ -256,6 +268,12 @@ def test_every_loss_by_name(name, options, models, make_collator, rows, tmp_path
 def test_what_cannot_act_is_refused(change, message, models, make_collator, rows, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(models, make_collator(), rows, tmp_path, **change)
+
+
+def test_an_evaluation_of_nothing_is_refused(models, make_collator, rows, tmp_path):
+    trainer, _ = make_trainer(models, make_collator(), rows, tmp_path)
+    with pytest.raises(ValueError, match="there is nothing to evaluate"):
+        trainer.distiller.evaluate([])
 
 
 def test_wrong_material_is_refused(models, make_collator, rows, tmp_path):

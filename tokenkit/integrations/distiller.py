@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.forward import Wrapped, unwrapped
+from tokenkit.integrations.whole_batches import real_rows
 from tokenkit.kernels.projected_divergence import make_projection
 from tokenkit.losses import Loss, resolve
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
@@ -241,7 +242,7 @@ class FlatCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return `dict(batch)`; one micro-batch of many may well have nothing to train on."""
-        return dict(self.collator.collate(rows))
+        return dict(self.collator.collate(real_rows(rows)))
 
 
 def load_teacher(teacher: Any, vocab_size: int, device: torch.device) -> CausalLM:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.distiller import AUTOCAST, Counts, Distiller, FlatCollator
+from tokenkit.integrations.whole_batches import filled
 from tokenkit.structs import LossTerm
 
 PARTS_FILE = "distillation_parts.safetensors"
@@ -56,6 +57,7 @@ class Distills:
     accelerator: Any
     model: Any
     optimizer: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -158,6 +160,27 @@ class Distills:
         self._evaluated.append(terms)
         loss = self.distiller.weigh({n: (t.total / t.count.clamp_min(1)).mean() for n, t in terms.items()})
         return loss.float(), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation, in which no row is there twice; see `whole_batches`."""
+        own = self.eval_dataset
+        try:  # a name stays one: by it the Trainer keeps workers that persist
+            self.eval_dataset = {k: self._filled(v) for k, v in own.items()} if isinstance(own, dict) else own
+            if not isinstance(eval_dataset, str):
+                eval_dataset = self._filled(own if eval_dataset is None else eval_dataset)
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        finally:
+            self.eval_dataset = own
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of a prediction, as of an evaluation."""
+        return super().get_test_dataloader(self._filled(test_dataset))  # type: ignore[misc]
+
+    def _filled(self, rows: Any) -> Any:
+        sorts = getattr(self.args, "train_sampling_strategy", None) == "group_by_length"
+        if self.args.world_size == 1 or sorts:  # it looks for a column of lengths in the data set itself
+            return rows
+        return filled(rows, self.args.eval_batch_size * self.args.world_size)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate; losses are divided once, by the counts of all batches of all processes."""

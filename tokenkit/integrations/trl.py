@@ -20,6 +20,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.trainer import Distills
+from tokenkit.integrations.whole_batches import Filler, real_rows
 
 NO_EFFECT = {"packing": False, "padding_free": False, "loss_type": "nll", "assistant_only_loss": False}
 """Options of `SFTConfig` that act on what the collator replaces, and their defaults."""
@@ -112,9 +113,10 @@ class _WithRows:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         kept = [
             {name: row[name] for name in ("messages", "prompt", "completion") if row.get(name) is not None}
-            for row in examples
+            for row in real_rows(examples)
         ]
-        return {**self.inner(list(examples)), "rows": kept}
+        whole = [row.row if isinstance(row, Filler) else row for row in examples]
+        return {**self.inner(whole), "rows": kept}
 
 
 def _answered(row: Mapping[str, Any], text: str) -> dict[str, Any]:
