@@ -151,9 +151,9 @@ def _script(document: Document, tokenizers: tuple[Tokenizer, ...], mode: str, us
     else:
         turns, is_whole = written_turns(document, student)
     return Script(
-        Plan(tuple(turn.role for turn in turns), writes_bos=True, writes_eos=True, is_whole=is_whole),
+        Plan(tuple([turn.role for turn in turns]), writes_bos=True, writes_eos=True, is_whole=is_whole),
         [turn.content for turn in turns],
-        tuple(turn.is_trained for turn in turns),
+        tuple([turn.is_trained for turn in turns]),
     )
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tokenkit.tokenization.documents import Document, Message
 from tokenkit.tokenization.family_template import exported_template, has_own_template
 from tokenkit.tokenization.layout import around_turns
-from tokenkit.tokenization.markup import CONTINUES, special_in, special_pattern
+from tokenkit.tokenization.markup import CONTINUES, special_pattern
 from tokenkit.tokenization.rendering import TemplateError, render
 from tokenkit.tokenization.template import token_names
 
@@ -37,29 +37,35 @@ def written_turns(document: Document, student: Tokenizer) -> tuple[list[Message]
         ValueError: what the template does not write (the reason is short).
     """
     said = document.messages or ()
-    turns = by_role(said, frozenset(student.chat.turns), student.chat.joins_system)
-    spelled = {string for text in _texts(document) for string in special_in(text, student)}
+    turns = by_role(said, student.chat.turns, student.chat.joins_system)
     is_whole = False
-    extra = bool(document.tools) or any(message.calls or message.reasoning for message in said)
+    extra = bool(document.tools) or any([message.calls or message.reasoning for message in said])
+    texts = (*document.says, document.tools or "") if extra else [message.content for message in said]
+    pattern, inside = special_pattern(student)
+    spelled: set[str] = set()
+    if pattern is not None:
+        spelled.update(*map(pattern.findall, texts))
+        spelled -= inside
     if extra and spelled:
         raise ValueError("the string of a special token in a conversation with tools or reasoning")
     if extra or (has_own_template(student) and not spelled and any(map(_may_change, said))):
         turns, is_whole = _rendered(document, turns, student), True
     elif student.chat.trims_content:
-        turns = [replace(turn, content=turn.content.strip()) for turn in turns]
-    return [part for turn in turns for part in _cut(turn, student, spelled)], is_whole
+        turns = [_trimmed(turn) for turn in turns]
+    if pattern is None or not any([pattern.search(turn.content) for turn in turns]):
+        return turns, is_whole
+    return [part for turn in turns for part in _cut(turn, pattern, spelled)], is_whole
 
 
-def _texts(document: Document) -> tuple[str, ...]:
-    return (*document.says, document.tools or "")
+def _trimmed(turn: Message) -> Message:
+    text = turn.content.strip()
+    return turn if len(text) == len(turn.content) else replace(turn, content=text)
 
 
-def _cut(turn: Message, student: Tokenizer, spelled: set[str]) -> list[Message]:
+def _cut(turn: Message, pattern: re.Pattern[str], spelled: set[str]) -> list[Message]:
     """Cut a turn at the special tokens in it."""
-    if not any(string not in spelled for string in special_in(turn.content, student, with_inside=True)):
+    if spelled.issuperset(pattern.findall(turn.content)):
         return [turn]
-    pattern, _ = special_pattern(student)
-    assert pattern is not None
     pieces = pattern.split(turn.content)
     parts = [replace(turn, content=pieces[0], trained=turn.is_trained)]
     for string, text in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -97,7 +103,7 @@ def _rendered(document: Document, turns: list[Message], student: Tokenizer) -> l
     raise ValueError("the chat template does not write the conversation turn by turn")
 
 
-def by_role(messages: Sequence[Message], roles: frozenset[str], joins: str) -> list[Message]:
+def by_role(messages: Sequence[Message], roles: Collection[str], joins: str) -> list[Message]:
     """Give messages whose role the template lacks to the user.
 
     A system message goes in front of the user message that follows; what tools say is said by the user.
@@ -122,7 +128,7 @@ def by_role(messages: Sequence[Message], roles: frozenset[str], joins: str) -> l
 def _may_change(message: Message) -> bool:
     """Whether a template may write a message in another way than word for word."""
     text = message.content
-    if message.role == "tool" or not text or _THINKING.search(text):
+    if message.role == "tool" or not text or ("think>" in text and _THINKING.search(text)):
         return True
     return text[0].isspace() or text[-1].isspace()
 

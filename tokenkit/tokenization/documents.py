@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
-from tokenkit.tokenization.messages import ROLES, Message, read_message, read_tools, refuse_media
+from tokenkit.tokenization.messages import MEDIA, ROLES, Message, read_message, read_tools, refuse_media
 
 __all__ = ["KNOWN_FIELDS", "ROLES", "Document", "Message", "document_from_row"]
 
@@ -15,6 +14,8 @@ KNOWN_FIELDS = ("text", "messages", "conversations", "prompt", "instruction", "i
 """The fields of which a row that is read by its own shape has one."""
 
 _SYSTEM = ("system", "system_prompt", "system_message")
+_BESIDE = frozenset((*_SYSTEM, *MEDIA, "history", "tools", "functions", "chat_template_kwargs"))
+"""What a row may say of a conversation beside its messages."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Document:
         """
         if (self.text is None) == (self.messages is None):
             raise ValueError("a document has either text or messages")
-        for content in self.says:
-            if content and not content.isspace():
-                return
+        for message in self.messages or (self.text or "",):
+            for content in (message,) if isinstance(message, str) else message.says:
+                if content and not content.isspace():
+                    return
         raise ValueError("empty document")
 
     @property
@@ -46,7 +48,7 @@ class Document:
         """All texts of the document, but the definitions of its tools."""
         if self.messages is None:
             return (self.text or "",)
-        return tuple(chain.from_iterable(message.says for message in self.messages))
+        return tuple([text for message in self.messages for text in message.says])
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
@@ -63,11 +65,11 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
     """
     if type(row) is dict and len(row) == 1 and type(row.get("text")) is str:
         return Document(text=row["text"])  # by far the most common row
-    if not isinstance(row, Mapping):
+    if type(row) is not dict and not isinstance(row, Mapping):
         raise ValueError(f"a row is a mapping of fields: got {type(row).__name__}")
-    messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
-    if messages is not None:
-        return _conversation(row, _messages(messages))
+    for name in ("messages", "conversations"):
+        if row.get(name) is not None:
+            return _conversation(row, _messages(row[name]))
     if row.get("prompt") is not None:
         answer = "completion" if row.get("completion") is not None else "response"
         return _prompt_and_answer(row, "prompt", row.get(answer), answer)
@@ -86,6 +88,8 @@ def document_from_row(row: Mapping[str, Any]) -> Document:
 
 def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...]) -> Document:
     """Return a conversation with what the row says of it beside the messages."""
+    if _BESIDE.isdisjoint(row):
+        return Document(messages=messages)
     _refuse_unread(row)
     messages = (*_history(row.get("history")), *messages)
     said = [text for text in (_text(row, name, "") for name in _SYSTEM) if text]
@@ -148,9 +152,10 @@ def _as_turns(said: Any, role: str, field: str) -> Sequence[Any]:
 
 
 def _messages(entries: Any) -> tuple[Message, ...]:
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+    is_list = type(entries) is list or (isinstance(entries, Sequence) and not isinstance(entries, str))
+    if not is_list or not entries:
         raise ValueError("messages is not a list of messages")
-    return tuple(read_message(entry) for entry in entries)
+    return tuple([read_message(entry) for entry in entries])
 
 
 def _text(row: Mapping[str, Any], field: str, missing: str | None = None) -> str:

@@ -13,13 +13,6 @@ CONTINUES = "\0"
 """Joins a role and the special tokens that stand in front of its text; a later part of a turn has no role."""
 
 
-def special_in(text: str, tokenizer: Tokenizer, *, with_inside: bool = False) -> list[str]:
-    """Return the strings of special tokens that text spells, leaving out markup."""
-    pattern, inside = special_pattern(tokenizer)
-    found = pattern.findall(text) if pattern else []
-    return found if with_inside else [string for string in found if string not in inside]
-
-
 @functools.lru_cache(maxsize=16)
 def special_pattern(tokenizer: Tokenizer) -> tuple[re.Pattern[str] | None, frozenset[str]]:
     """Return what finds special tokens (in its one group), and those that are markup inside messages.

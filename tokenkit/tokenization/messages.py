@@ -29,7 +29,7 @@ MAX_DEPTH = 100  # of tools and tool calls; templates that write them are recurs
 _EXAMPLES = {"example_user": "user", "example_assistant": "assistant"}  # OpenAI's names of shown examples
 _KEEPS = ("loss_weight", "weight", "train", "trainable", "loss", "loss_mask")  # 1: the message is trained
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Message:
     @property
     def says(self) -> tuple[str, ...]:
         """All texts of the message."""
+        if not (self.reasoning or self.calls):  # by far the most common message
+            return (self.content,) if self.content else ()
         return tuple(text for text in (self.content, self.reasoning, self.calls) if text)
 
 
@@ -66,7 +68,7 @@ def read_message(entry: Any) -> Message:
     Raises:
         ValueError: with a short reason that does not quote the text.
     """
-    if not isinstance(entry, Mapping):
+    if type(entry) is not dict and not isinstance(entry, Mapping):  # the second costs
         raise ValueError("a message is not a mapping")
     if len(entry) == 2 and type(content := entry.get("content", entry.get("value"))) is str:
         role = entry.get("role", entry.get("from"))
@@ -76,7 +78,7 @@ def read_message(entry: Any) -> Message:
     spoken = entry.get("role", entry.get("from"))
     if not isinstance(spoken, str) or spoken not in ROLES:
         raise ValueError(f"unknown role {str(spoken)[:20]!r}")
-    if any(entry.get(key) for key in _MEDIA):
+    if any(entry.get(key) for key in MEDIA):
         raise ValueError("a message with something else than text")
     role, name, trained = ROLES[spoken], entry.get("name"), _trained(entry)
     if role == "system" and name in _EXAMPLES:
@@ -120,7 +122,7 @@ def refuse_media(row: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a column of those holds something.
     """
-    if any(row.get(key) is not None and row[key] != [] and row[key] != "" for key in _MEDIA):
+    if any(row.get(key) is not None and row[key] != [] and row[key] != "" for key in MEDIA):
         raise ValueError("a conversation with something else than text")
 
 
