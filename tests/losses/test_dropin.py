@@ -27,7 +27,7 @@ def test_every_option_is_a_keyword_with_its_type(name):
         field.name: typing.get_type_hints(one, vars(module))[field.name]
         for one in (options, *([losses.GoldRules] if options is losses.GoldOptions else []))
         for field in dataclasses.fields(one)
-        if field.name != "rules"
+        if field.init and field.name != "rules"
     }
     for option, kind in wanted.items():
         assert {**hints, **keywords}[option] == kind, option

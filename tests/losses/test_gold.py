@@ -11,10 +11,10 @@ from tests.conftest import tokenizer_folder
 from tests.losses import published
 from tests.losses.published import CASES, FROZEN, inputs, name_of, pair_ids, summary
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.losses import gold_loss
+from tokenkit.losses import gold, gold_loss
 from tokenkit.losses.answers import answer_tokens, extended_groups, without_last
 from tokenkit.pairing.matching import matching_tokens, published_pairs
-from tokenkit.structs import Batch, Chunks
+from tokenkit.structs import Batch, Chunks, Context
 from tokenkit.tokenization.byteify import load_tokenizer
 
 VALUES = json.loads(FROZEN.read_text(encoding="utf-8"))["values"]
@@ -55,6 +55,24 @@ def test_values_and_gradients_equal_trls(seed):
         for name, truth, value in zip(("loss", "hidden", "weight"), *results, strict=True):
             error = float((value - truth).abs().max() / truth.abs().max())
             assert error < 1e-9, (case, name, error)
+
+
+def test_the_columns_of_pairs_are_found_once_for_each_pair_of_vocabularies(monkeypatch):
+    _, batch, student, teacher = inputs()
+    options = gold.GoldOptions(gold.GoldRules(uld_use_hybrid_loss=True), *pair_ids())
+    found, find = [], gold.split_columns
+    monkeypatch.setattr(gold, "split_columns", lambda *args: found.append(args) or find(*args))
+    for weight_VD in (student.head.weight_VD, student.head.weight_VD.clone()):  # as FSDP2 gathers it anew
+        head = dataclasses.replace(student.head, weight_VD=weight_VD)
+        gold.prepare(teacher, batch, options, Context(teacher.head, head))
+    assert len(found) == 1
+    longer = torch.cat([student.head.weight_VD, student.head.weight_VD[:1]])
+    context = Context(teacher.head, dataclasses.replace(student.head, weight_VD=longer, vocab_size=None))
+    fresh = gold.prepare(teacher, batch, dataclasses.replace(options), context)
+    assert torch.equal(
+        gold.prepare(teacher, batch, options, context).pairs.student_rest, fresh.pairs.student_rest
+    )
+    assert len(found) == 3
 
 
 PROMPT = "Wer bist du?\n"

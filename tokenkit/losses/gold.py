@@ -118,6 +118,8 @@ class GoldOptions:
     """Which of the batch's chunks are the groups; others than the smallest are not published."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     """Memory for the heads beside results, bytes."""
+    _pairs: dict[tuple[Any, ...], Pairs] = field(default_factory=dict, init=False, repr=False)
+    """By vocabulary sizes and device: finding the columns waits for the device, once per run."""
 
     def __post_init__(self) -> None:
         if not self.rules.uld_use_hybrid_loss:
@@ -203,16 +205,22 @@ def prepare(
     if rules.uld_use_hybrid_loss:
         if context.student_head is None:
             raise ValueError("baseline_gold must know both vocabularies: give both heads in its Context")
-        assert options.student_index is not None
-        assert options.teacher_index is not None
-        pairs = split_columns(
-            context.student_head, teacher.head, options.student_index, options.teacher_index
-        )
+        pairs = _columns(context.student_head, teacher.head, options)
     count, tokens = has_answer_B.sum(), None
     if rules.uld_crossentropy_weight:
         tokens = select_rows(batch.student, scored_tokens(batch.student))
         count = torch.stack([count, torch.full_like(count, len(tokens.row_N))])
     return GoldPrepared(count, groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
+
+
+def _columns(student_head: Head, teacher_head: Head, options: GoldOptions) -> Pairs:
+    heads = student_head, teacher_head
+    key = (*map(vocab_size, heads), student_head.weight_VD.device)
+    if key not in options._pairs:
+        assert options.student_index is not None
+        assert options.teacher_index is not None
+        options._pairs[key] = split_columns(*heads, options.student_index, options.teacher_index)
+    return options._pairs[key]
 
 
 def log_scales(
