@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and report what each would use. Run as a script.
 
     python -m tests.kernels.aot          prints JSON, one record per kernel, variant and architecture
+    python -m tests.kernels.aot --less   all for sm_90, for the others what is launched otherwise there
 
 It must run without TRITON_INTERPRET, in a process of its own, with an empty TRITON_CACHE_DIR. A launch is
 imitated through `warmup` under a stub driver, so arguments are specialised as they would be.
@@ -28,6 +29,8 @@ from tokenkit.kernels import (
 )
 
 ARCHITECTURES = (80, 90, 100)
+ALL_FOR = 90
+"""With `--less`, the others get the fused kernels alone: no other launch asks for the architecture."""
 F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -118,10 +121,12 @@ def resources(compiled):
 
 
 def main():
+    less = sys.argv[1:] == ["--less"]
     records = []
     for architecture in ARCHITECTURES:
         driver.set_active(StubDriver(architecture))
-        for name, kernel, arguments, options in launches(architecture):
+        chosen = fused_launches if less and architecture != ALL_FOR else launches
+        for name, kernel, arguments, options in chosen(architecture):
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             records.append({"kernel": name, "sm": architecture, **resources(compiled)})
     json.dump(records, sys.stdout)

@@ -1,4 +1,8 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without spilling, within shared memory."""
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without spilling, within shared memory.
+
+By default the kernels whose launch is the same on all three are compiled for sm_90 alone;
+`TOKENKIT_AOT=all python -m pytest tests/kernels/test_aot.py` compiles each for each.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+WHOLE = os.environ.get("TOKENKIT_AOT") == "all"
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
 STACK_BYTES = (
     0 if TRITON < (3, 8) else 16
@@ -21,7 +26,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that on
 def records(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.aot"]
+    command = [sys.executable, "-m", "tests.kernels.aot", *([] if WHOLE else ["--less"])]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -40,7 +45,9 @@ def test_every_kernel_compiles_for_every_architecture(records):
         "divergence",
         "fused",
     }
-    assert {record["sm"] for record in records} == set(SHARED_BYTES)
+    for kernel in kernels if WHOLE else {"fused"}:
+        found = {record["sm"] for record in records if record["kernel"].startswith(kernel)}
+        assert found == set(SHARED_BYTES), kernel
 
 
 def test_nothing_spills(records):
