@@ -61,7 +61,8 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 say "installing tokenkit[$extras] at the versions of $(basename "$constraints") (a few minutes, about 3 GB)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+# Not compiled: of 17,000 files a run imports a fraction, which Python compiles when it first reads them.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
   -c "$constraints" -e "$root[$extras]"
 "$venv/bin/python" -c 'import torch, triton, tokenkit.structs'
 wanted >"$venv/tokenkit.stamp"
