@@ -80,7 +80,7 @@ def test_covers_hold_for_any_merges(document):
 def test_covers_of_real_tokenizers_on_a_sample(load_real, name):
     tokenizer = load_real(name)
     covers = find_covers(tokenizer)
-    chosen = np.random.default_rng(0).choice(tokenizer.vocab_size, 12, replace=False)
+    chosen = np.random.default_rng(0).choice(tokenizer.vocab_size, 60, replace=False)
     for token_id in chosen.tolist():
         text = tokenizer.token_bytes[token_id]
         if text and not text.isspace() and not tokenizer.is_special_V[token_id]:
