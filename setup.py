@@ -26,6 +26,8 @@ EXTRAS = {
     "eval": ["lm_eval>=0.4.9"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "flash": ["flash-attn"],
+    # mkdocs 2 is another program: no plugins
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2", "ruff"],
     "dev": [
         "pytest",
         "pytest-benchmark",

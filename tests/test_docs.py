@@ -4,6 +4,7 @@ A block that cannot run has, on the line above it, `<!-- not run: why -->`.
 `python -m tests.test_docs` rewrites the tables of docs/configuration.md from the dataclasses.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -67,6 +68,18 @@ def run(block, folder):
 def test_a_code_block_runs(block, tmp_path):
     result = run(block, tmp_path)
     assert result.returncode == 0, f"{block.page}:{block.line}\n{result.stderr[-2000:]}"
+
+
+def test_the_notebook_gives_what_it_shows(tmp_path):
+    """In one process, as a script: seconds go into importing transformers."""
+    cells = json.loads((ROOT / "examples" / "first_loss.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    result = run(Block("first_loss.ipynb", 0, "python", code, True), tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shown = ["".join(output["text"]) for cell in cells for output in cell.get("outputs", [])]
+    assert shown[-1] in result.stdout  # the alignment; rounding may differ elsewhere
+    before, after = (float(re.search(rf"{word}: ([\d.]+)", result.stdout)[1]) for word in ("before", "after"))
+    assert after < 0.7 * before
 
 
 def test_every_block_says_its_language():
