@@ -117,6 +117,42 @@ def test_two_ranks_are_one_big_batch(losses, models, make_collator, rows, tmp_pa
         assert evaluated == pytest.approx(each_row_once, rel=1e-6)
 
 
+def _train_parts_on_a_rank(world, models, make_collator, rows, folder, losses):
+    os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(world.rank)}
+    torch.manual_seed(world.rank)  # parts that begin unlike are made alike
+    trainer, kept = make_trainer(
+        models,
+        make_collator(),
+        rows,
+        folder,
+        losses=losses,
+        learning_rate=0.0,
+        seed=world.rank,
+        data_seed=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    parts = trainer.distiller.parts
+    return kept.steps[0], gradients(parts), parts.state_dict()
+
+
+@pytest.mark.parametrize("losses", [{"clm": 1.0, "baseline_dskd": 1.0}])
+def test_what_a_loss_trains_beside_the_model_has_the_gradient_of_one_big_batch(
+    losses, models, make_collator, rows, tmp_path
+):
+    results = run_ranks(
+        _train_parts_on_a_rank, 2, models, make_collator, rows, tmp_path, losses, always_shard=False
+    )
+    whole = Distiller(models[0], models[1], make_collator(), losses)
+    whole.parts.load_state_dict(results[0][2])
+    whole.backward(models[0], [make_collator()(rows)])
+    for of_model, of_parts, state in results:
+        assert distance(of_model, gradients(models[0])) < 1e-5
+        assert distance(of_parts, gradients(whole.parts)) < 1e-5
+        assert all(torch.equal(value, results[0][2][name]) for name, value in state.items())
+
+
 def test_evaluation_divides_once(models, make_collator, rows, tmp_path):
     values, _ = one_batch(models, make_collator(), rows)
     trainer, _ = make_trainer(
