@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -87,11 +88,25 @@ def start(
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backends, timeout=limit)
+        store = _store_of_this_start(limit)
+        dist.init_process_group(backends, timeout=limit, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backends, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("data",))
     return World(rank, world_size, device, mesh)
+
+
+def _store_of_this_start(limit: timedelta) -> dist.Store:
+    """Return the store where ranks find each other.
+
+    torchrun keeps one over its restarts (`--max-restarts`), and gloo would find there the addresses of the
+    processes that are gone. So each start has keys of its own; on several nodes it has not, since each
+    node's torchrun counts its restarts by itself.
+    """
+    store, _, size = next(rendezvous("env://", timeout=limit))
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        return store
+    return dist.PrefixStore(f"tokenkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 _TORCHRUN_SIZES = (("WORLD_SIZE", "1"), ("RANK", "0"))
