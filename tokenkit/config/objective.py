@@ -162,7 +162,8 @@ class Baseline:
 
     exact_sort: bool | None = None
     """Compare by rank with a sort (true) or with histograms (false: faster on a GPU, off by a known bound).
-    None: baseline_gold sorts; baseline_uld and baseline_gold_js sort small vocabularies, and all on a CPU."""
+    None: baseline_gold sorts; baseline_uld and baseline_gold_js where no vocabulary is above 8192 ids,
+    and on a CPU if the workspace has room; never divided heads. Errors by kind of row: docs/kernels.md."""
 
     uld_extended: bool = False
     """baseline_uld: compare groups of tokens that end at the same byte, not token i with token i."""
