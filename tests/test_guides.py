@@ -11,7 +11,7 @@ import yaml
 from tests import guides
 from tokenkit.cli import door, main
 from tokenkit.config import ALIASES, EXIT_CONFIG, ConfigError, TrainConfig, parse_command_line, read_config
-from tokenkit.config.read import _nest, to_dict
+from tokenkit.config.read import nested, to_dict
 from tokenkit.config.schema import leaves
 from tokenkit.config.values import coerce, plain
 from tokenkit.config.yaml_files import load_yaml
@@ -79,7 +79,7 @@ def test_a_field_works_or_says_why_not(name, line, tmp_path):
     field, _, value = setting.partition(" = ")
     in_yaml = as_list(value) if field == "losses" else yaml.safe_load(value)
     for file, values in (("needed.yaml", DOORS[name][2]), ("one.yaml", {field: in_yaml})):
-        (tmp_path / file).write_text(yaml.safe_dump(_nest(values)), encoding="utf-8")
+        (tmp_path / file).write_text(yaml.safe_dump(nested(values)), encoding="utf-8")
     words = [*NEEDED[name], *beside.split(), f"{field}={value}"]
     from_file = ["--config", "needed.yaml", "one.yaml", *beside.split()]
     if reason:

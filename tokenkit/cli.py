@@ -35,6 +35,9 @@ DOORS = {
         "tokenkit.train_hypernet:main",
         "train a network that writes embeddings for new tokens",
     ),
+    "sweep": ("tokenkit.sweep:main", "train with all combinations of several values, and compare them"),
+    "configs": ("tokenkit.config_files:main", "list, show, copy and convert configuration files"),
+    "completion": ("tokenkit.completion:main", "write the completion of a shell: bash, zsh or fish"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
@@ -59,6 +62,7 @@ ABSENT = {
 }
 """Scripts of other programs that have no command here, and why."""
 
+_MULTIRUN = {"-m", "--multirun"}
 _FILES = ("--config", "--config-name")
 
 STDOUT = 1
@@ -110,6 +114,8 @@ def door(arguments: Sequence[str]) -> tuple[str, list[str]]:
         name = SCRIPTS[script]
         names_files = any(word.partition("=")[0].replace("_", "-") in _FILES for word in rest)
         rest = rest if names_files else [*rest, "--config", script]
+    if name == "train" and set(rest) & _MULTIRUN:
+        return "sweep", [word for word in rest if word not in _MULTIRUN]
     return name, rest
 
 

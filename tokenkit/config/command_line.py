@@ -51,7 +51,7 @@ def parse_command_line(
     given = sys.argv[1:] if arguments is None else arguments
     words = sort_words(given, schema, lambda name: shorts.get(name) or canonical(name, aliases))
     used: dict[str, str] = {}
-    flags = [_canonical_flag(schema, flag, aliases, used) for flag in words.flags]
+    flags = [canonical_flag(schema, flag, aliases, used) for flag in words.flags]
     overrides = _flags(schema, flags, program, _description(schema, aliases)) | words.others
     for alias, name in used.items():
         _say(f"tokenkit: --{alias} is read as --{name}")
@@ -69,7 +69,7 @@ def output_aliases(schema: type) -> dict[str, str]:
     return {"output_dir": "output"} if "output" in names and "output_dir" not in names else {}
 
 
-def _canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], used: dict[str, str]) -> str:
+def canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], used: dict[str, str]) -> str:
     """`--log_interval=5` as `--logging-interval=5`, `--no-x` as `--x=false`, `--lr` as its field."""
     if not argument.startswith("--"):
         return argument
@@ -117,8 +117,6 @@ def _unknown_argument(schema: type, unknown: Sequence[str]) -> str:
     hint = (
         "pass configuration files with --config"
         if first.endswith((".yaml", ".yml"))
-        else "`tokenkit sweep` runs several values of a field"
-        if first in ("-m", "--multirun")
         else "flags begin with --"
     )
     return f"unexpected argument {first!r}: {hint}"

@@ -161,7 +161,7 @@ def _refuse_secrets(name: str, value: Any, source: str) -> None:
 def to_yaml(config: Any) -> str:
     """Write a configuration as a YAML file that `read_config` reads back to an equal one."""
     values = {name: _escape(plain(value)) for name, value in flatten(config).items()}
-    return dump_yaml(_nest(values))
+    return dump_yaml(nested(values))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def _interpolate(schema: type, given: Mapping[str, Any], variables: Mapping[str,
 
     defaults = {leaf.name: plain(leaf.default) for leaf in leaves(schema) if _is_shown(leaf, given)}
     try:
-        tree = OmegaConf.create(_nest(defaults | dict(variables) | dict(given)))
+        tree = OmegaConf.create(nested(defaults | dict(variables) | dict(given)))
         resolved: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -310,7 +310,7 @@ def _texts(value: Any) -> list[str]:
     return []
 
 
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
