@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -90,9 +91,9 @@ def table(rows: list[dict]) -> str:
     """Return one markdown row per loss: alone, and with clm."""
     alone = {row["losses"][0]: row for row in rows if len(row["losses"]) == 1}
     with_clm = {row["losses"][1]: row for row in rows if len(row["losses"]) == 2}
-    first = rows[0]
+    first = next((row for row in rows if row["teacher"] is not None), rows[0])  # clm alone has none
     lines = [
-        f"teacher {first['teacher']:.3f}, student before the first step {first['fvt']:.3f}",
+        f"teacher {first['teacher'] or math.nan:.3f}, student before the first step {first['fvt']:.3f}",
         "",
         "| loss | alone | with clm |",
         "|---|---|---|",

@@ -117,7 +117,7 @@ def table(rows: list[dict]) -> str:
     ]
     for start in range(0, len(rows), len(LOSSES)):
         group = rows[start : start + len(LOSSES)]
-        first = group[0]
+        first = next(row for row in group if row["teacher"] is not None)  # clm alone has none
         head = f"| {first['target']} | {first['mode']} | {first['teacher']:.3f} | {first['fvt']:.3f} "
         students = " | ".join(f"{row['student']:.3f}" for row in group)
         seconds = " / ".join(f"{row['seconds']:.0f}" for row in group)
