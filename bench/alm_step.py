@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import Step, as_row, peak_bytes, print_table, save, time_interleaved
 
 from tokenkit.kernels.chunk_likelihood import chunk_likelihood
-from tokenkit.losses import alm
-from tokenkit.losses.alm import AlmOptions
+from tokenkit.losses import make_loss
+from tokenkit.losses.alm import alm
 from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
 
 EAGER = "eager"
@@ -83,15 +83,14 @@ class Problem:
         teacher_hidden = torch.randn(case.rows, T, 64, device=device, dtype=dtype)
         teacher_weight = torch.randn(case.vocab, 64, device=device, dtype=dtype) / 8
         teacher = HiddenStates(teacher_hidden, Head(teacher_weight))
-        self.options = AlmOptions()
-        self.prepared = alm.prepare(teacher, self.batch, self.options)
+        self.prepared = make_loss("alm_unconstrained").prepare(teacher, self.batch)
 
     def kernel(self, workspace_bytes: int, *, frozen: bool = False) -> None:
         """The library's step."""
         weight = self.weight.detach() if frozen else self.weight
-        options = AlmOptions(workspace_bytes=workspace_bytes)
+        loss = make_loss("alm_unconstrained", workspace_bytes=workspace_bytes)
         student = HiddenStates(self.hidden, Head(weight))
-        term = alm.function(student, self.prepared, self.batch, options)
+        term = loss.loss(student, self.prepared, self.batch)
         (term.total / term.count).backward()
 
     def eager(self, *, lean: bool = False) -> None:
@@ -112,7 +111,7 @@ class Problem:
         logp = torch.nn.functional.pad(logp[:, :-1], (1, 0)).where(inside, 0).float()
         space = mass.gather(1, chunks.student.last_BC.clamp_min(0)).where(chunks.valid_BC, 0).float()
         likelihood = chunk_likelihood(logp, chunks.student, space).where(chunks.valid_BC, 0)
-        total = alm.alm(chunks.teacher_BC, likelihood, chunks.weight_BC, self.options)
+        total = alm(chunks.teacher_BC, likelihood, chunks.weight_BC)
         (total / prepared.count).backward()
 
     def contenders(self) -> dict[str, Step]:

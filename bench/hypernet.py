@@ -76,7 +76,7 @@ def score(arguments: argparse.Namespace, target: str) -> dict:
         began = time.perf_counter()
         transfer_vocabulary(model, old, new, output_embeddings="untie", method=name, options=options)
         row[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
-        found = bits_per_byte(Distillation(model, teacher, []), batches, world)
+        found = bits_per_byte(Distillation(model, teacher, {}), batches, world)
         row.update({name: found.student, "old": found.teacher, "heldout_bytes": found.num_bytes})
     stop(world)
     return row

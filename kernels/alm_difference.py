@@ -29,19 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenkit.kernels.kinds import DIFFERENCES
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, refuse_forward_mode, runs_triton
 
-DIFFERENCES = (
-    "abs",
-    "binary_ce",
-    "reverse_binary_kl",
-    "binary_kl_temp_limit",
-    "abs_exp",
-    "renyi",
-    "joschu_k2",
-    "joschu_k3",
-)
 EPS = 1e-6
 BLOCK_C = 256  # chunks of one program
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.divergence_rows import Problem, RowState
-from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.kinds import KINDS
 from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.outcomes import Outcomes

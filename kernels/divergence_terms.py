@@ -32,7 +32,6 @@ from torch import Tensor
 
 from tokenkit.kernels.language import tl, triton
 
-KINDS = ("kl", "rkl", "skl", "srkl", "js", "akl", "abs", "log_abs")
 MIXED = ("skl", "srkl")  # of these one model's gradient is that of skl
 MIRROR = {"kl": "rkl", "rkl": "kl", "skl": "srkl", "srkl": "skl"}
 """The kind that each becomes when student and teacher change places; others stay."""

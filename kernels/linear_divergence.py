@@ -32,7 +32,7 @@ from tokenkit.kernels.divergence_checks import check_finite, check_numbers, chec
 from tokenkit.kernels.divergence_passes import Gradients, Needs, by_chunks, by_tiles
 from tokenkit.kernels.divergence_rows import RowState
 from tokenkit.kernels.divergence_settings import DEFAULTS, Options, mode_of, prepare, problem_of, unpack
-from tokenkit.kernels.divergence_terms import KINDS
+from tokenkit.kernels.kinds import KINDS
 from tokenkit.kernels.outcomes import Outcomes, match_outcomes
 from tokenkit.structs import Head
 

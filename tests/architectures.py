@@ -215,7 +215,8 @@ def moved(folder: Path, ids_T: torch.Tensor, place_V: torch.Tensor, before_TV: t
 def adapted(folder: str, ids_T: torch.Tensor) -> str:
     """Say whether adapters can be placed and get a gradient."""
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-    from tokenkit.models.lora import LoraOptions, add_lora
+    from tokenkit.models.lora import add_lora
+    from tokenkit.models.options import LoraOptions
 
     student = load_causal_lm(folder, VOCAB, LoadOptions())
     try:

@@ -16,7 +16,7 @@ import pytest
 
 from tokenkit.config import ALIASES, TrainConfig
 from tokenkit.config.later import feature_of, spell
-from tokenkit.config.schema import leaves
+from tokenkit.config.schema import heading, leaves
 from tokenkit.config.values import describe
 
 ROOT = Path(__file__).parents[1]
@@ -131,10 +131,11 @@ def configuration_tables():
     others = {name: alias for alias, name in ALIASES.items()}
     by_group = {}
     for leaf in leaves(TrainConfig):
-        by_group.setdefault((leaf.group, leaf.name.rpartition(".")[0]), []).append(leaf)
+        title = leaf.name.rpartition(".")[0] or leaf.group.__name__.removesuffix("Options")
+        by_group.setdefault(title, []).append(leaf)
     lines = []
-    for (group, prefix), fields in by_group.items():
-        lines += [f"### {prefix or group.__name__}", "", (group.__doc__ or "").strip(), ""]
+    for title, fields in by_group.items():
+        lines += [f"### {title}", "", heading(fields[0]), ""]
         lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
         for leaf in fields:
             later = feature_of(leaf.name)

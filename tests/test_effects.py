@@ -185,7 +185,7 @@ def _fingerprint(settings, name):
     how = [
         run.optimizer.defaults["fused"], parts.student.causal_lm.is_gradient_checkpointing,
         parts.student.config._attn_implementation, config.data.num_workers,
-        [getattr(active.options, "workspace_bytes", None) for active in run.model.losses],
+        [getattr(loss.options, "workspace_bytes", None) for loss in run.model.losses.values()],
     ]  # fmt: skip
     heldout = [(h.num_bytes, h.batch.teacher.ids_BT.shape) for h in parts.heldout]
     return repr((reports, batches, heldout, how, parts.tokenizers.fingerprints(), digest.hexdigest()))

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tokenkit"
 
 LAYERS = [
-    {"structs", "file_locks"},
+    {"options"},
+    {"structs", "file_locks", "optim_options"},
     {"kernels"},
     {"tokenization"},
     {"pairing"},

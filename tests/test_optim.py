@@ -5,14 +5,12 @@ import torch
 from torch import nn
 
 from tokenkit.optim import (
-    SCHEDULES,
     LearningRate,
-    OptimizerOptions,
-    ParamGroup,
     build_optimizer,
     learning_rate,
     set_learning_rate,
 )
+from tokenkit.optim_options import SCHEDULES, OptimizerOptions, ParamGroup
 
 
 def rates(schedule, total=8, warmup=2, **options):
@@ -54,22 +52,22 @@ def test_after_the_last_step_the_rate_stays_at_its_minimum():
 def test_the_two_names_of_a_schedule_mean_the_same_and_may_not_differ():
     assert OptimizerOptions(lr_scheduler_type="linear").schedule_name == "linear"
     OptimizerOptions(lr_scheduler_type="cosine", schedule="linear_warmup_cosine_decay")
-    with pytest.raises(ValueError, match="set one"):
+    with pytest.raises(ValueError, match="keep the one that is meant"):
         OptimizerOptions(lr_scheduler_type="linear", schedule="cosine")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.0}, r"optimizer.learning_rate must be positive and finite, got 0.0"),
-        ({"learning_rate": float("nan")}, "optimizer.learning_rate"),
-        ({"learning_rate": float("inf")}, "optimizer.learning_rate"),
-        ({"beta2": 1.0}, r"optimizer.beta2 must be in \[0, 1\)"),
-        ({"weight_decay": -1.0}, "optimizer.weight_decay"),
-        ({"lr_min_ratio": 1.5}, "optimizer.lr_min_ratio"),
-        ({"max_grad_norm": -1.0}, "optimizer.max_grad_norm"),
-        ({"schedule": "cosin"}, "'cosin' is unknown: choose one of .*'cosine'"),
-        ({"name": "lion"}, "must be 'adamw', got 'lion'"),
+        ({"learning_rate": 0.0}, r"learning_rate must be positive, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"learning_rate": float("inf")}, "learning_rate must be"),
+        ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"lr_min_ratio": 1.5}, "lr_min_ratio must"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin', did you mean cosine"),
+        ({"name": "lion"}, "unknown name 'lion': expected one of adamw"),
     ],
 )
 def test_bad_options_name_the_field_and_the_rule(options, message):

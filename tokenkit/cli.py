@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from tokenkit.options import nearest
 from tokenkit.redaction import complain, redact_logs, shortened
 
 try:
@@ -18,7 +19,6 @@ try:
         ConfigError,
         exit_code,
         is_out_of_memory,
-        nearest,
     )
 except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
     raise SystemExit(

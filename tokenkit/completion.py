@@ -13,10 +13,10 @@ from typing import Any
 
 from tokenkit.cli import DOORS, run
 from tokenkit.config import ConfigError
-from tokenkit.config.errors import nearest
 from tokenkit.config.forms import short_forms
 from tokenkit.config.schema import leaves, options
 from tokenkit.config.shipped import shipped_names
+from tokenkit.options import nearest
 
 USAGE = """usage: tokenkit completion bash|zsh|fish
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenkit.cli import run
 from tokenkit.config import ConfigError
-from tokenkit.config.errors import nearest
 from tokenkit.config.shipped import SHIPPED, missing, shipped_names
+from tokenkit.options import nearest
 
 USAGE = """usage: tokenkit configs [list]
        tokenkit configs show NAME

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.options import ChunkKind as ChunkKind
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100  # what PyTorch's and transformers' losses pass over
 UNPAIRED = -1  # `Tokens.byte_ends` of a special token that the other tokenizer cannot write
-
-ChunkKind = Literal["unconstrained", "space", "unbiased"]
 
 
 @dataclass(frozen=True, slots=True)

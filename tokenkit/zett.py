@@ -18,8 +18,9 @@ from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.errors import ConfigError, at_least, blaming_data, names_a_folder
 from tokenkit.config.models import ModelSource
-from tokenkit.config.names import Dtype, ZettMethod
-from tokenkit.config.schema import flat
+from tokenkit.embeddings.options import MethodName
+from tokenkit.models.options import Dtype
+from tokenkit.options import flat
 
 if TYPE_CHECKING:
     from tokenkit.data.mix import Document
@@ -118,7 +119,7 @@ class Sources:
 class Compare:
     """Score methods instead of writing a model."""
 
-    compare: tuple[ZettMethod, ...] | None = None
+    compare: tuple[MethodName, ...] | None = None
     """Write compare.json and compare.png instead of a model: bits per byte of each listed method; no name:
     of all that have what they need."""
 
@@ -150,7 +151,7 @@ class ZettConfig:
     output: str
     """Folder that is written; it must be empty or absent."""
 
-    method: ZettMethod = "fvt"
+    method: MethodName = "fvt"
     """fvt: mean of the old pieces of a token; mean: mean of all rows; overlap: copies, else the mean of all;
     random_normal: copies, else drawn like the old rows; omp: sparse sum of shared tokens; focus: shared
     tokens by similarity; hypernet: by a trained network."""
@@ -381,12 +382,8 @@ def compare(
     assert comparison.ppl_eval_data is not None
     documents = read_texts(comparison.ppl_eval_data, comparison.max_eval_documents)
 
-    def transfer(method: str) -> dict[str, int]:
-        return move(config, model, tokenizers, method, options)
-
-    scores = compare_methods(
-        model, tokenizers, documents, comparison.max_length, dict.fromkeys(names, transfer)
-    )
+    transfers = dict.fromkeys(names, lambda method: move(config, model, tokenizers, method, options))
+    scores = compare_methods(model, tokenizers, documents, comparison.max_length, transfers)
     about = {
         "model": config.model.pretrained_model_name_or_path,
         "target": config.target_tokenizer_name,

@@ -32,7 +32,7 @@ def model_for(student, teacher) -> Distillation:
         CausalLM(tiny_model(vocab_size=t.vocab_size, seed=s), t.vocab_size)
         for s, t in ((0, student), (1, teacher))
     ]
-    return Distillation(*sides, [])
+    return Distillation(*sides, {})
 
 
 def documents(texts):
@@ -68,7 +68,7 @@ def test_it_does_not_depend_on_how_documents_are_batched(pair):
 def test_the_same_model_and_tokenizer_on_both_sides_is_worth_the_same(pair):
     model = CausalLM(tiny_model(), 300)
     batches = heldout_batches(documents(TEXT[:5]), pair[0], pair[0], OPTIONS)
-    result = bits_per_byte(Distillation(model, model.vocabulary(), []), batches, SINGLE)
+    result = bits_per_byte(Distillation(model, model.vocabulary(), {}), batches, SINGLE)
     assert result.student == pytest.approx(result.teacher, rel=1e-6)
 
 

@@ -13,7 +13,8 @@ from tokenkit.export.expanded import modeling_source
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.expansion import InputExpansion
-from tokenkit.models.lora import LoraOptions, add_lora
+from tokenkit.models.lora import add_lora
+from tokenkit.models.options import LoraOptions
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.written import ids_by_bytes

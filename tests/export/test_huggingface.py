@@ -7,7 +7,8 @@ from tests.tiny import ARCHITECTURES, byte_level_bpe, sentencepiece_bpe, tiny_mo
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.huggingface import ExportError, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.models.lora import LoraOptions, add_lora
+from tokenkit.models.lora import add_lora
+from tokenkit.models.options import LoraOptions
 from tokenkit.tokenization.byteify import load_tokenizer
 
 TEXT = "The cats sat on the mat — naïve."

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from tokenkit import checkpoint, parallel
 from tokenkit.metrics import read_metrics, truncate_metrics
-from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_optimizer, set_learning_rate
+from tokenkit.optim import LearningRate, build_optimizer, set_learning_rate
+from tokenkit.optim_options import OptimizerOptions, ParamGroup
 from tokenkit.training_state import tensors_to_save
 
 VOCAB, WIDTH, STEPS, SAVE_EVERY = 31, 12, 12, 3

@@ -286,7 +286,7 @@ def test_every_loss_by_name(name, options, models, make_collator, rows, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"losses": {"alm_unconstraint": 1.0}}, "did you mean 'alm_unconstrained'"),
+        ({"losses": {"alm_unconstraint": 1.0}}, "did you mean alm_unconstrained"),
         ({"losses": {}}, "losses must give a weight by name"),
         ({"losses": {"clm": 0.0}}, "weight of clm must be positive"),
         (

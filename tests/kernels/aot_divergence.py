@@ -3,7 +3,8 @@
 import torch
 
 from tokenkit.kernels import adaptive_weight, divergence_tile
-from tokenkit.kernels.divergence_terms import KINDS, MIRROR
+from tokenkit.kernels.divergence_terms import MIRROR
+from tokenkit.kernels.kinds import KINDS
 
 F32, BF16 = torch.float32, torch.bfloat16
 

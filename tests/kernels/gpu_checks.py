@@ -29,7 +29,7 @@ from tests.losses.example import make_batch, make_states
 from tokenkit.kernels.alm_difference import DIFFERENCES
 from tokenkit.kernels.linear_logprob import IGNORE, LinearLogprob, linear_logprob
 from tokenkit.kernels.reference.linear_logprob import linear_logprob as reference
-from tokenkit.losses import AlmOptions, alm, alm_loss
+from tokenkit.losses import alm_loss, make_loss
 from tokenkit.structs import Batch, Head, HiddenStates
 
 MIB = 2**20
@@ -161,15 +161,15 @@ def check_the_students_half_never_waits_for_the_device(sizes: Sizes) -> None:
     """Forward and backward of the student's half under CUDA's synchronisation alarm."""
     batch = make_batch()
     moved, (student, teacher) = _on(batch, make_states(batch), sizes.device)
-    options = AlmOptions()
-    prepared = alm.prepare(teacher, moved, options)
+    loss = make_loss("alm_unconstrained")
+    prepared = loss.prepare(teacher, moved)
     if sizes.device == "cpu":
         return
-    alm.function(student, prepared, moved, options).total.backward()  # kernels compile here
+    loss.loss(student, prepared, moved).total.backward()  # kernels compile here
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        alm.function(student, prepared, moved, options).total.backward()
+        loss.loss(student, prepared, moved).total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

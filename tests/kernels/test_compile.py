@@ -11,7 +11,7 @@ from torch._dynamo import config
 from tests.losses.example import make_batch, make_states
 from tokenkit.kernels import alm_difference, chunk_likelihood, linear_logprob, vocabulary
 from tokenkit.kernels.linear_logprob import IGNORE
-from tokenkit.losses import AlmOptions, alm, alm_loss, clm_loss
+from tokenkit.losses import alm_loss, clm_loss, make_loss
 from tokenkit.structs import Head, HiddenStates
 
 N, V, D = 6, 40, 8
@@ -75,10 +75,11 @@ def values_and_gradients(function, states):
 def test_a_loss_is_one_graph_and_equals_eager(name, backend):
     batch = make_batch()
     student, teacher = make_states(batch, dtype=torch.float32)
-    prepared = alm.prepare(teacher, batch, AlmOptions())
+    loss = make_loss("alm_unconstrained")
+    prepared = loss.prepare(teacher, batch)
     function = {
         "clm": lambda student: clm_loss(student, batch).total,
-        "alm, its student's half": lambda student: alm.function(student, prepared, batch, AlmOptions()).total,
+        "alm, its student's half": lambda student: loss.loss(student, prepared, batch).total,
         "alm": lambda student: alm_loss(student, teacher, batch, mode="append_space").total,
     }[name]
     compiled = torch.compile(function, fullgraph=True, backend=backend)

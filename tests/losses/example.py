@@ -3,7 +3,7 @@
 import torch
 
 from tokenkit.kernels.projected_divergence import make_projection
-from tokenkit.losses import LOSSES
+from tokenkit.losses import make_loss
 from tokenkit.structs import Batch, Chunks, Context, Head, HiddenStates, Side, Widths
 
 STUDENT_CHUNKS = [[0, 1, 1, 2, 3, 4, 4, 5], [0, -1, 1, 2, 2, 4, -1, -1]]
@@ -50,28 +50,25 @@ STUDENT_PAIR_IDS, TEACHER_PAIR_IDS = torch.tensor([3, 0, 17, 39]), torch.tensor(
 NEAREST = torch.arange(40) * 7 % 45
 
 
-def make_options(name, **changes):
-    """Return options of a loss that fit the batch."""
+def make(name, **changes):
+    """Return a loss that fits the batch."""
     torch.manual_seed(3)
     pairs = {"student_index": STUDENT_PAIR_IDS, "teacher_index": TEACHER_PAIR_IDS}
     entries = (torch.arange(40).repeat(2), torch.cat([NEAREST, NEAREST + 1]), torch.rand(80) + 0.1)
     needed = {
-        "alm_unconstrained": {"chunks": "unconstrained"},
-        "alm_space": {"chunks": "space"},
-        "alm_unbiased": {"chunks": "unbiased"},
         "alm_side_path": pairs,
         "baseline_mined": {"teacher_index": NEAREST},
         "baseline_gold_js": pairs,
         "baseline_xtoken": {"projection": make_projection(*entries, 40, 50)},
     }
-    return LOSSES[name].options(**needed.get(name, {}), **changes)
+    return make_loss(name, **(needed.get(name, {}) | changes))
 
 
-def make_context(name, options, student, teacher):
+def make_context(loss, student, teacher):
     """Return what the trainer would hand to a loss: heads, embeddings, trained parts."""
     torch.manual_seed(4)
     widths = [Widths(x.hidden_BTD.shape[2], x.hidden_BTD.shape[2], 2) for x in (student, teacher)]
-    modules = LOSSES[name].modules(options, *widths)
+    modules = loss.modules(*widths)
     if modules is not None:
         modules.to(student.hidden_BTD.dtype)
     return Context(teacher.head, student.head, student.embedded_BTD, modules)
@@ -79,7 +76,7 @@ def make_context(name, options, student, teacher):
 
 def run_loss(name, batch, student, teacher, *, modules=None, **changes):
     """Return (LossTerm, context) of both halves of a loss."""
-    options = make_options(name, **changes)
-    context = make_context(name, options, student, teacher)
-    prepared = LOSSES[name].prepare(teacher, batch, options, context)
-    return LOSSES[name].function(student, prepared, batch, options, context), context
+    loss = make(name, **changes)
+    context = make_context(loss, student, teacher)
+    prepared = loss.prepare(teacher, batch, context)
+    return loss.loss(student, prepared, batch, context), context

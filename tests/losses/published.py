@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from tokenkit.losses.gold import GoldRules
+from tokenkit.losses.options import GoldOptions
 from tokenkit.pairing.align import align_batch
 from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side, Tokens
 
@@ -20,7 +20,10 @@ FROZEN = Path(__file__).parent / "gold_trl.json"
 VOCAB, TEACHER_VOCAB, WIDTH, TEACHER_WIDTH = 19, 23, 4, 5
 SHARED = {"a": (3, 4), "b": (0, 1), "c": (11, 22), "d": (18, 9), "e": (7, 2)}
 
-DEFAULTS = {name: getattr(GoldRules(), name) for name in GoldRules.__dataclass_fields__}
+DEFAULTS = {
+    name: getattr(GoldOptions(), name) for name in GoldOptions.__dataclass_fields__
+    if name not in ("chunks", "workspace_bytes", "exact")
+}  # fmt: skip
 HYBRID = {"uld_use_hybrid_loss": True}
 FREE = {**HYBRID, "uld_hybrid_matched_weight": 0.9, "uld_hybrid_unmatched_weight": 0.3}
 APART = {"uld_student_temperature": 1.5, "uld_teacher_temperature": 0.7}

@@ -15,8 +15,9 @@ from tests.losses.example import make_batch, make_states
 from tokenkit.kernels.reference import chunk_likelihood as reference
 from tokenkit.kernels.reference.alm_difference import alm_difference
 from tokenkit.kernels.reference.linear_logprob import logits
-from tokenkit.losses import AlmOptions, alm_loss
 from tokenkit.losses import alm as module
+from tokenkit.losses import alm_loss
+from tokenkit.losses.options import AlmOptions
 from tokenkit.structs import Chunks, Head, HiddenStates
 
 MODES = ["none", "append_space", "merge_by_space_prob", "merge_by_space_prob+append_space"]
@@ -133,7 +134,7 @@ def test_a_batch_without_a_valid_chunk_is_zero_and_pulls_nothing():
     assert term.count == 1
     assert not student.hidden_BTD.grad.any()
     assert not student.head.weight_VD.grad.any()
-    assert module.prepare(teacher, batch, AlmOptions()).count == 0
+    assert module.Alm(AlmOptions()).prepare(teacher, batch).count == 0
 
 
 def test_ignored_tokens_pull_nothing():
@@ -193,10 +194,10 @@ def test_only_needed_rows_reach_the_head(monkeypatch):
 
 
 def test_the_trainers_halves_equal_the_drop_in_form():
-    batch, options = make_batch(), AlmOptions(chunks="space")
+    batch, loss = make_batch(), module.Alm(AlmOptions(chunks="space"))
     student, teacher = make_states(batch)
-    prepared = module.prepare(teacher, batch, options)
-    term = module.function(student, prepared, batch, options)
+    prepared = loss.prepare(teacher, batch)
+    term = loss.loss(student, prepared, batch)
     whole = alm_loss(student, teacher, batch, chunks="space")
     assert term.count == prepared.count == whole.count
     assert torch.equal(term.total, whole.total)
@@ -228,8 +229,11 @@ def test_under_autocast_nothing_is_rounded():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "append_spaces"}, "unknown ALM mode 'append_spaces': expected append_space"),
-        ({"diff": "kl"}, "unknown difference 'kl'"),
+        (
+            {"mode": "append_spaces"},
+            "mode: 'append_spaces' is unknown, did you mean append_space",
+        ),
+        ({"diff": "kl"}, "unknown diff 'kl'"),
         ({"numerator": "tokens"}, "expected one of chunk_count, token_count, log1p_token_count"),
         ({"denominator": "log1p_token_count"}, "unknown denominator"),
         ({"chunk_sizes": (0,)}, "at least 1"),
@@ -254,7 +258,7 @@ def test_missing_masks_and_mixed_up_sides_are_named():
     with pytest.raises(ValueError, match="swapped"):
         alm_loss(teacher, student, batch)
     with pytest.raises(ValueError, match="got none"):
-        module.prepare(None, batch, AlmOptions())
+        module.Alm(AlmOptions()).prepare(None, batch)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

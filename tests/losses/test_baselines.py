@@ -16,8 +16,8 @@ from tests.losses.example import (
     NEAREST,
     STUDENT_PAIR_IDS,
     TEACHER_PAIR_IDS,
+    make,
     make_batch,
-    make_options,
     make_states,
     run_loss,
 )
@@ -149,7 +149,7 @@ def gold_js_by_hand(student, teacher, batch, matched_weight=4 / 50, temperature=
 
 def xtoken_by_hand(student, teacher, batch, temperature=1.0, teacher_temperature=1.0):
     rows = chunk_starts(batch, "unconstrained")
-    carry_WV = make_options("baseline_xtoken").projection.dense().double()
+    carry_WV = make("baseline_xtoken").projection.dense().double()
     reached = carry_WV.sum(1) > 0
     r = (full(student, temperature)[rows.student_N].softmax(-1) @ carry_WV.T)[:, reached]
     z_t = full(teacher, temperature * teacher_temperature)[rows.teacher_N].detach()[:, reached]
@@ -256,7 +256,7 @@ def test_the_drop_in_forms_run_both_halves():
     batch = make_batch()
     student, teacher = make_states(batch)
     pairs = (STUDENT_PAIR_IDS, TEACHER_PAIR_IDS)
-    projection = make_options("baseline_xtoken").projection
+    projection = make("baseline_xtoken").projection
     for name, term in {
         "baseline_mined": mined_loss(student, teacher, batch, NEAREST),
         "alm_side_path": side_path_loss(student, teacher, batch, *pairs),
@@ -271,8 +271,8 @@ def test_the_drop_in_forms_run_both_halves():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("baseline_uld", {"temperature": 0}, "temperature must be positive: got 0"),
-        ("baseline_mined", {"teacher_temperature": -1}, "teacher_temperature must be positive: got -1"),
+        ("baseline_uld", {"temperature": 0}, "temperature must be positive, got 0"),
+        ("baseline_mined", {"teacher_temperature": -1}, "teacher_temperature must be positive, got -1"),
         ("baseline_mined", {"teacher_index": torch.ones(40)}, "one int64 teacher id for each student id"),
         ("alm_side_path", {"distance_fn": "js"}, "unknown distance_fn 'js': expected one of kl, reverse_kl"),
         (
@@ -280,17 +280,16 @@ def test_the_drop_in_forms_run_both_halves():
             {"student_index": torch.tensor([1, 1, 2, 3])},
             "student_index names an id twice",
         ),
-        ("baseline_gold_js", {"matched_weight": 2}, r"matched_weight must be in \[0, 1\]: got 2"),
+        ("baseline_gold_js", {"matched_weight": 2}, r"matched_weight must lie in \[0, 1\], got 2"),
         ("baseline_xtoken", {"temperature": -1}, "temperature must be positive"),
         ("baseline_mined", {"divergence": "kk"}, "unknown divergence 'kk': expected one of kl, rkl"),
-        ("baseline_mined", {"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),
+        ("baseline_mined", {"skew": 1.5}, r"skew must lie in \[0, 1\], got 1.5"),
         ("baseline_dskd", {"divergence": "kk"}, "unknown divergence 'kk': expected one of kl, rkl"),
-        ("baseline_dskd", {"skew": 1.5}, r"skew must be in \[0, 1\]: got 1.5"),
+        ("baseline_dskd", {"skew": 1.5}, r"skew must lie in \[0, 1\], got 1.5"),
         ("alm_latents", {"align": "logits"}, "unknown align 'logits'"),
         ("alm_latents", {"normalization": "l3"}, "unknown normalization 'l3'"),
     ],
 )
 def test_options_out_of_range_are_named(name, changes, message):
-    options = make_options(name)
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(options, **changes)
+        make(name, **changes)

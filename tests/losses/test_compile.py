@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from tests.losses.example import make_batch, make_context, make_options, make_states
+from tests.losses.example import make, make_batch, make_context, make_states
 from tokenkit.losses import LOSSES
 
 
@@ -12,12 +12,12 @@ from tokenkit.losses import LOSSES
 def test_the_students_half_is_one_graph_and_equals_eager(name):
     batch = make_batch()
     student, teacher = make_states(batch, dtype=torch.float32)
-    options = make_options(name)
-    context = make_context(name, options, student, teacher)
-    prepared = LOSSES[name].prepare(teacher, batch, options, context)
+    loss = make(name)
+    context = make_context(loss, student, teacher)
+    prepared = loss.prepare(teacher, batch, context)
 
     def total(states):
-        return LOSSES[name].function(states, prepared, batch, options, context).total.sum()
+        return loss.loss(states, prepared, batch, context).total.sum()
 
     torch._dynamo.reset()
     backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

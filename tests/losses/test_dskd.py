@@ -11,9 +11,9 @@ import dataclasses
 import pytest
 import torch
 
-from tests.losses.example import make_batch, make_context, make_options, make_states, run_loss
-from tokenkit.losses import DskdOptions, dskd_loss
+from tests.losses.example import make, make_batch, make_context, make_states, run_loss
 from tokenkit.losses import dskd as module
+from tokenkit.losses import dskd_loss
 from tokenkit.losses.dskd import Projections
 from tokenkit.losses.dskd_masks import attention_masks
 from tokenkit.structs import Batch, Chunks, Side, Widths
@@ -43,9 +43,9 @@ def test_causality_holds_for_the_loss_of_a_position():
     batch = make_batch()
     student, teacher = make_states(batch)
     teacher.hidden_BTD.data.clamp_(-1, 1)
-    options = make_options("baseline_dskd")
-    context = make_context("baseline_dskd", options, student, teacher)
-    prepared = module.prepare(teacher, batch, options, context)
+    loss = make("baseline_dskd")
+    context = make_context(loss, student, teacher)
+    prepared = loss.prepare(teacher, batch, context)
     score = module._scores(student.embedded_BTD, prepared.key_BSF, context.modules)
     before = module._into_student(score, prepared.value_BSE, prepared.masks, context.modules)
     changed = prepared.value_BSE.clone()
@@ -69,9 +69,9 @@ def test_positions_with_nothing_to_attend_to_are_not_scored():
 
 def half_right(batch, student, teacher):
     """Make the student's tokens those that the mirrored teacher predicts, in the first row."""
-    options = make_options("baseline_dskd")
-    context = make_context("baseline_dskd", options, student, teacher)
-    prepared = module.prepare(teacher, batch, options, context)
+    loss = make("baseline_dskd")
+    context = make_context(loss, student, teacher)
+    prepared = loss.prepare(teacher, batch, context)
     with torch.no_grad():
         score = module._scores(student.embedded_BTD, prepared.key_BSF, context.modules)
         mirrored = module._into_student(score, prepared.value_BSE, prepared.masks, context.modules)
@@ -85,8 +85,7 @@ def test_the_divergence_counts_where_the_mirrored_teacher_is_right():
     student, teacher = make_states(batch)
     batch = half_right(batch, student, teacher)
     (total, count), context = run_loss("baseline_dskd", batch, student, teacher, causal=False)
-    options = make_options("baseline_dskd", causal=False)
-    prepared = module.prepare(teacher, batch, options, context)
+    prepared = make("baseline_dskd", causal=False).prepare(teacher, batch, context)
     assert count.tolist() == [12, len(prepared.is_right_N), 14]
     with torch.no_grad():
         score = module._scores(student.embedded_BTD, prepared.key_BSF, context.modules)
@@ -152,9 +151,9 @@ def test_scales_are_those_of_all_tokens_that_are_there(offset):
         side = batch.teacher
         side = dataclasses.replace(side, ids_BT=side.ids_BT[[row]], length_B=side.length_B[[row]])
         one = dataclasses.replace(batch, teacher=side)
-        parts.append(module.measure(states, one, DskdOptions()))
+        parts.append(make("baseline_dskd").measure(states, one))
     sums = parts[0].sum_K + parts[1].sum_K
-    torch.testing.assert_close(module.measure(teacher, batch, DskdOptions()).sum_K, sums)
+    torch.testing.assert_close(make("baseline_dskd").measure(teacher, batch).sum_K, sums)
     divided = module._divided(teacher.hidden_BTD, teacher.embedded_BTD)
     for k, state in enumerate(divided):
         real = torch.cat([state[0], state[1, :6]])
@@ -175,4 +174,4 @@ def test_what_is_missing_is_named():
         Projections(Widths(6, 6, 1), Widths(6, 4, 1))
     with pytest.raises(ValueError, match="no 'unconstrained' chunks"):
         dskd_loss(student, teacher, dataclasses.replace(batch, chunks={}), projections)
-    assert DskdOptions().causal
+    assert make("baseline_dskd").options.causal

@@ -59,19 +59,18 @@ def test_values_and_gradients_equal_trls(seed):
 
 def test_the_columns_of_pairs_are_found_once_for_each_pair_of_vocabularies(monkeypatch):
     _, batch, student, teacher = inputs()
-    options = gold.GoldOptions(gold.GoldRules(uld_use_hybrid_loss=True), *pair_ids())
+    options = gold.GoldOptions(uld_use_hybrid_loss=True)
+    loss = gold.Gold(options, *pair_ids())
     found, find = [], gold.split_columns
     monkeypatch.setattr(gold, "split_columns", lambda *args: found.append(args) or find(*args))
     for weight_VD in (student.head.weight_VD, student.head.weight_VD.clone()):  # as FSDP2 gathers it anew
         head = dataclasses.replace(student.head, weight_VD=weight_VD)
-        gold.prepare(teacher, batch, options, Context(teacher.head, head))
+        loss.prepare(teacher, batch, Context(teacher.head, head))
     assert len(found) == 1
     longer = torch.cat([student.head.weight_VD, student.head.weight_VD[:1]])
     context = Context(teacher.head, dataclasses.replace(student.head, weight_VD=longer, vocab_size=None))
-    fresh = gold.prepare(teacher, batch, dataclasses.replace(options), context)
-    assert torch.equal(
-        gold.prepare(teacher, batch, options, context).pairs.student_rest, fresh.pairs.student_rest
-    )
+    fresh = gold.Gold(options, *pair_ids()).prepare(teacher, batch, context)
+    assert torch.equal(loss.prepare(teacher, batch, context).pairs.student_rest, fresh.pairs.student_rest)
     assert len(found) == 3
 
 
@@ -147,11 +146,14 @@ def test_pairs_of_other_vocabularies_are_those_of_equal_bytes(names):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"uld_token_merge_strategy": "first"}, "must be one of observed, bayesian: got 'first'"),
-        ({"uld_hybrid_matched_weight": 0.5}, "must both be given, or both be None: got 0.5 and None"),
-        ({"uld_distillation_weight": -1}, "uld_distillation_weight must be at least 0: got -1"),
-        ({"uld_teacher_temperature": 0}, "uld_teacher_temperature must be positive: got 0"),
-        ({"beta": 1.1}, r"beta must be in \[0, 1\]: got 1.1"),
+        (
+            {"uld_token_merge_strategy": "first"},
+            "unknown uld_token_merge_strategy 'first': expected one of obs",
+        ),
+        ({"uld_hybrid_matched_weight": 0.5}, "belong together: give both or neither"),
+        ({"uld_distillation_weight": -1}, "uld_distillation_weight must be at least 0, got -1"),
+        ({"uld_teacher_temperature": 0}, "uld_teacher_temperature must be positive, got 0"),
+        ({"beta": 1.1}, r"beta must lie in \[0, 1\], got 1.1"),
         ({"uld_use_hybrid_loss": True}, "compares pairs of ids: give student_index and teacher_index"),
     ],
 )

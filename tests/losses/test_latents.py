@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.losses.example import make_batch, make_states
-from tokenkit.losses import LatentsOptions, latents_loss
-from tokenkit.losses import latents as module
-from tokenkit.losses.latents import facing_layer, modules, required_states
+from tokenkit.losses import latents_loss
+from tokenkit.losses.latents import Latents, facing_layer
+from tokenkit.losses.options import LatentsOptions
 from tokenkit.losses.rows import chunk_ends
 from tokenkit.structs import Chunks, Widths
 
@@ -84,19 +84,19 @@ def test_projections_bridge_widths_that_differ():
     student, teacher = with_layers(batch, width=9)
     widths = Widths(6, 6, 2, (6, 6, 6)), Widths(9, 9, 4, (9, 6, 9))
     options = LatentsOptions(align="all_hidden_states", project=True)
-    projections = modules(options, *widths).double()
+    projections = Latents(options).modules(*widths).double()
     assert {name: tuple(p.weight.shape) for name, p in projections.items()} == {"0": (9, 6), "1": (9, 6)}
     term = latents_loss(student, teacher, batch, modules=projections, align="all_hidden_states")
     term.total.backward()
     assert all(p.grad.any() for p in projections.parameters())
 
-    qkv = modules(dataclasses.replace(options, align="qkv"), *widths)
+    qkv = Latents(dataclasses.replace(options, align="qkv")).modules(*widths)
     assert sorted(qkv) == ["0", "2", "3", "5"]  # keys are as wide on both sides
     with pytest.raises(ValueError, match="6 wide and the teacher's 9: set latents_do_project"):
-        modules(LatentsOptions(align="all_hidden_states"), *widths)
+        Latents(LatentsOptions(align="all_hidden_states")).modules(*widths)
     with pytest.raises(ValueError, match="6 wide and the teacher's 9"):
         latents_loss(student, teacher, batch, align="all_hidden_states")
-    assert modules(LatentsOptions(project=True), widths[0], Widths(6, 6, 9)) is None
+    assert Latents(LatentsOptions(project=True)).modules(widths[0], Widths(6, 6, 9)) is None
 
 
 def test_what_was_not_collected_is_named():
@@ -105,8 +105,8 @@ def test_what_was_not_collected_is_named():
     with pytest.raises(ValueError, match=r"the teacher's HiddenStates hold none.*\['layers'\]"):
         latents_loss(student, teacher, batch, align="all_hidden_states")
     with pytest.raises(ValueError, match="not known"):
-        modules(LatentsOptions(align="qkv"), Widths(6, 6, 2), Widths(6, 6, 2))
-    assert required_states(LatentsOptions(align="qkv")) == {"qkv"}
+        Latents(LatentsOptions(align="qkv")).modules(Widths(6, 6, 2), Widths(6, 6, 2))
+    assert Latents(LatentsOptions(align="qkv")).states == {"qkv"}
 
 
 @pytest.mark.parametrize("normalization", ["l1", "l2", "l1_channelwise", "l2_channelwise"])
@@ -131,7 +131,7 @@ def test_a_channel_that_is_always_zero_divides_by_nothing():
 def test_parts_of_a_step_divide_by_the_scale_of_the_whole(normalization):
     batch = make_batch()
     student, teacher = make_states(batch)
-    options = LatentsOptions(normalization=normalization)
+    loss = Latents(LatentsOptions(normalization=normalization))
     whole = latents_loss(student, teacher, batch, normalization=normalization)
     measured, total = [], 0
     for row in range(2):
@@ -147,11 +147,11 @@ def test_parts_of_a_step_divide_by_the_scale_of_the_whole(normalization):
             **sides,
             chunks={"unconstrained": Chunks(chunks.student_BT[[row]], chunks.teacher_BS[[row]])},
         )
-        measured.append((states[0], part, module.measure(states[1], part, options)))
+        measured.append((states[0], part, loss.measure(states[1], part)))
     sums = measured[0][2].sum_K + measured[1][2].sum_K
     for states, part, one in measured:
-        prepared = module.settle(one, sums, part, options)
-        total = total + module.function(states, prepared, part, options).total
+        prepared = loss.settle(one, sums, part)
+        total = total + loss.loss(states, prepared, part).total
     torch.testing.assert_close(total, whole.total)
     assert sums[0] == whole.count
 

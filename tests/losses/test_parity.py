@@ -101,9 +101,9 @@ def config_of(request, tmp_path_factory):
 def start(config):
     torch.manual_seed(0)
     parts = build(config, World(0, 1, torch.device("cpu"), None))
-    for active in parts.run.model.losses:
-        if hasattr(active.options, "exact"):  # histograms are an approximation: rounding is asked for here
-            object.__setattr__(active, "options", dataclasses.replace(active.options, exact=True))
+    for loss in parts.run.model.losses.values():
+        if hasattr(loss.options, "exact"):  # histograms are an approximation: rounding is asked for here
+            loss.options = dataclasses.replace(loss.options, exact=True)
     return parts
 
 

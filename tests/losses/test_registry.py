@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.losses.example import make_batch, make_context, make_options, make_states, run_loss
-from tokenkit.losses import LOSSES, resolve
+from tests.losses.example import make, make_batch, make_context, make_states, run_loss
+from tokenkit.losses import LOSSES, make_loss
+from tokenkit.losses.options import find
 from tokenkit.structs import Context, LossTerm, Shard
 
 
@@ -39,16 +40,17 @@ def of_the_teachers_head(student, teacher, batch):
     ],
 )
 def test_an_alias_is_the_loss(alias, name):
-    assert resolve(alias) is LOSSES[name] is resolve(name)
+    assert find(alias) is LOSSES[name] is find(name)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_prepares_counts_and_trains_the_student_alone(name):
-    loss, options, batch = resolve(name), make_options(name), make_batch()
+    loss, batch = make(name), make_batch()
+    assert loss.needs_teacher == LOSSES[name].needs_teacher
     student, teacher = make_states(batch)
-    context = make_context(name, options, student, teacher)
-    prepared = loss.prepare(teacher if loss.needs_teacher else None, batch, options, context)
-    term = loss.function(student, prepared, batch, options, context)
+    context = make_context(loss, student, teacher)
+    prepared = loss.prepare(teacher if loss.needs_teacher else None, batch, context)
+    term = loss.loss(student, prepared, batch, context)
     assert torch.equal(term.count, prepared.count)
     assert term.count.sum() > 0
     term.total.sum().backward()
@@ -62,7 +64,7 @@ def test_every_loss_prepares_counts_and_trains_the_student_alone(name):
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_teacher])
 def test_a_loss_without_its_teacher_says_so(name):
     with pytest.raises(ValueError, match="compares with a teacher: got none"):
-        resolve(name).prepare(None, make_batch(), make_options(name))
+        make(name).prepare(None, make_batch())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -87,40 +89,40 @@ def test_swapped_models_are_named(name):
 
 
 def test_a_users_loss_is_imported_and_its_count_asked_first():
-    loss = resolve("tests.losses.test_registry:squared_norm")
+    loss = make_loss("tests.losses.test_registry:squared_norm")
     batch = make_batch()
     student, teacher = make_states(batch)
-    prepared = loss.prepare(teacher, batch, loss.options(anything=1))
+    prepared = loss.prepare(teacher, batch)
     assert prepared.count == 3
-    assert loss.function(student, prepared, batch, None).total.requires_grad
+    assert loss.loss(student, prepared, batch).total.requires_grad
 
 
 def test_a_users_loss_reads_the_teachers_head_as_it_is_in_the_second_half():
-    loss = resolve("tests.losses.test_registry:of_the_teachers_head")
+    loss = make_loss("tests.losses.test_registry:of_the_teachers_head")
     batch = make_batch()
     student, teacher = make_states(batch)
-    prepared = loss.prepare(teacher, batch, None)
+    prepared = loss.prepare(teacher, batch)
     now = Context(teacher_head=dataclasses.replace(teacher.head, weight_VD=torch.zeros(50, 6)))
-    assert loss.function(student, prepared, batch, None, now).total == 0
+    assert loss.loss(student, prepared, batch, now).total == 0
 
 
 def test_a_users_loss_without_a_count_counts_scored_student_tokens():
-    loss = resolve("tests.losses.test_registry:uncounted")
+    loss = make_loss("tests.losses.test_registry:uncounted")
     batch = make_batch()
-    assert loss.prepare(make_states(batch)[1], batch, None).count == 12
+    assert loss.prepare(make_states(batch)[1], batch).count == 12
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("alm_unconstraind", "expected one of clm, sft, alm_unconstrained.*did you mean 'alm_unconstrained'"),
+        ("alm_unconstraind", "did you mean alm_unconstrained.*expected one of clm, sft, alm_unconstrained"),
         ("no_such_module:loss", "no module 'no_such_module'"),
         ("tests.losses.example:nothing", "has no function 'nothing'"),
     ],
 )
 def test_an_unknown_loss_is_named(name, message):
     with pytest.raises(ValueError, match=message):
-        resolve(name)
+        make_loss(name)
 
 
 def test_other_trainers_import_torch_and_triton_alone():

@@ -15,7 +15,8 @@ from tokenkit.embeddings.transfer import old_matrices, transfer_vocabulary
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.export.rehearsal import rehearse
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
-from tokenkit.models.lora import LoraOptions, add_lora
+from tokenkit.models.lora import add_lora
+from tokenkit.models.options import LoraOptions
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.loop import train
 from tokenkit.zett import main

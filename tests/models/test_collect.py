@@ -6,7 +6,8 @@ import torch
 from tests.tiny import ARCHITECTURES, tiny_model
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.collect import projections, qkv_widths
-from tokenkit.models.lora import LoraOptions, add_lora, as_teacher
+from tokenkit.models.lora import add_lora, as_teacher
+from tokenkit.models.options import LoraOptions
 
 IDS = torch.randint(300, (2, 11), generator=torch.Generator().manual_seed(1))
 ALL = frozenset({"embedded", "layers", "qkv"})

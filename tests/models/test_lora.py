@@ -3,7 +3,8 @@ import torch
 
 from tests.tiny import tiny_model
 from tokenkit.models.causal_lm import CausalLM, effective_weight
-from tokenkit.models.lora import LoraOptions, add_lora, as_teacher, parse_layers
+from tokenkit.models.lora import add_lora, as_teacher, parse_layers
+from tokenkit.models.options import LoraOptions
 
 IDS = torch.randint(300, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -75,9 +76,17 @@ def test_a_layer_range_that_the_model_lacks_is_refused(text):
         parse_layers(text, 4)
 
 
-@pytest.mark.parametrize("options", [{"targets": ("nothing",)}, {"target_regex": "("}, {"rank": 0}])
-def test_adapters_that_cannot_be_placed_are_refused(options):
-    with pytest.raises(ValueError, match="model_lora"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("nothing",)}, "model_lora_targets"),
+        ({"target_regex": "("}, r"target_regex '\(' is no regular expression"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+    ],
+)
+def test_adapters_that_cannot_be_placed_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         student_with(**options)
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenkit.objective.aggregation import mixing_matrix, parse_aggregation
+from tokenkit.objective.aggregation import mixing_matrix
+from tokenkit.objective.options import parse_aggregation
 
 
 def joined(text, gradients, weights=None, step=0):

@@ -24,7 +24,7 @@ from tokenkit.parallel import World
 from tokenkit.structs import LossTerm
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
-from tokenkit.training.losses import _mined_pairs, read_mapping
+from tokenkit.training.pair import Pair, read_mapping
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -267,7 +267,7 @@ def test_of_student_ids_with_one_nearest_teacher_id_the_one_of_its_bytes_is_its_
         mapping=lambda: torch.tensor([0, 0, 1, 0]), student=student,
         teacher=SimpleNamespace(token_bytes=[b"a", b"d"]), device=torch.device("cpu"),
     )  # fmt: skip
-    pairs = _mined_pairs(source)
+    pairs = Pair.nearest(source)
     assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([2, 3], [1, 0])
 
 
@@ -288,7 +288,5 @@ def test_options_of_baselines_reach_their_losses(config_of):
             term = parts.run.model(batch, "student", parts.run.model(batch, "teacher"))[name]
             values.append(round(float((term.total / term.count).mean().detach()), 5))
         assert len(set(values)) == len(values), (name, values)
-    gold = build(config_of(losses=["baseline_gold"], baseline__exact_sort="false"), SINGLE).run.model.losses[
-        0
-    ]
-    assert not gold.options.exact
+    run = build(config_of(losses=["baseline_gold"], baseline__exact_sort="false"), SINGLE).run
+    assert run.model.losses["baseline_gold"].options.exact is False

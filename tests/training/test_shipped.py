@@ -56,7 +56,7 @@ def test_weight_and_temperature_are_one_number():
     run = read_config(TrainConfig, [SHIPPED])
     assert run.objective.loss_weights == {
         "clm": 1.0,
-        "alm_unconstrained": run.objective.alm.binarization_temp,
+        "alm_unconstrained": run.objective.options.alm.binarization_temp,
     }
 
 

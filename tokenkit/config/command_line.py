@@ -8,10 +8,9 @@ import dataclasses
 import os
 import re
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
-from functools import cache
+from functools import cache, reduce
 from typing import Annotated, Any, TypeVar
 
 from tokenkit.config.errors import ConfigError
@@ -19,7 +18,7 @@ from tokenkit.config.forms import short_forms, sort_words, split_commas
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.paths import check_paths
 from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
-from tokenkit.config.schema import Leaf, as_group, inner_prefix, leaves, main_field, options
+from tokenkit.config.schema import Leaf, heading, leaves, main_field, options
 from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
 
@@ -160,24 +159,18 @@ def _takes_many(hint: Any) -> bool:
 
 @cache
 def _view(schema: type, prefix: str = "") -> Any:
-    """A dataclass for tyro: the same tree, every value a list of words, or _NOT_GIVEN."""
-    import tyro
-
-    hints = typing.get_type_hints(schema)
-    own = {leaf.name: leaf for leaf in leaves(schema, prefix)}
-    fields: list[Any] = []
-    for field in dataclasses.fields(schema):
-        group = as_group(hints[field.name])
-        if group is None:
-            leaf = own[prefix + field.name]
-            fields.append((field.name, _view_leaf(leaf), dataclasses.field(default=_NOT_GIVEN)))
-            continue
-        inner = inner_prefix(field, prefix)
-        view = _view(group, inner)
-        named = Annotated[view, tyro.conf.arg(name="")] if inner == prefix else view
-        fields.append((field.name, named, dataclasses.field(default_factory=view)))
-    view = dataclasses.make_dataclass(schema.__name__, fields, kw_only=True)
-    view.__doc__ = schema.__doc__
+    """A dataclass for tyro: the tree that the names make, every value a list of words, or _NOT_GIVEN."""
+    fields: dict[str, Any] = {}
+    inside = [leaf for leaf in leaves(schema) if leaf.name.startswith(prefix)]
+    for leaf in inside:
+        first, dot, _ = leaf.name[len(prefix) :].partition(".")
+        if not dot:
+            fields[first] = (first, _view_leaf(leaf), dataclasses.field(default=_NOT_GIVEN))
+        elif first not in fields:
+            view = _view(schema, f"{prefix}{first}.")
+            fields[first] = (first, view, dataclasses.field(default_factory=view))
+    view = dataclasses.make_dataclass(schema.__name__, fields.values(), kw_only=True)
+    view.__doc__ = heading(inside[0]) if prefix else schema.__doc__
     return view
 
 
@@ -222,17 +215,9 @@ def _metavar(hint: Any) -> str:
     return " | ".join(words)
 
 
-def _collect(schema: type, view: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Walk the view that tyro filled, beside the schema that knows the names."""
-    found: list[tuple[str, Any]] = []
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        group, value = as_group(hints[field.name]), getattr(view, field.name)
-        if group is None:
-            found.append((prefix + field.name, value))
-        else:
-            found += _collect(group, value, inner_prefix(field, prefix))
-    return found
+def _collect(schema: type, view: Any) -> list[tuple[str, Any]]:
+    """Read what tyro filled, by the names that the schema knows."""
+    return [(leaf.name, reduce(getattr, leaf.name.split("."), view)) for leaf in leaves(schema)]
 
 
 def _description(schema: type, aliases: Mapping[str, str]) -> str:

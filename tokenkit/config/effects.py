@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from tokenkit.config.names import LOSS_ALIASES, LOSSES_WITHOUT_TEACHER
 from tokenkit.config.schema import flatten, leaves
+from tokenkit.embeddings.options import MethodName
+from tokenkit.losses.options import ALIASES, needs_teacher
+from tokenkit.optim_options import SCHEDULES, LearningRateSchedule, OptimizerOptions
 
 Values = Mapping[str, Any]
 
@@ -63,7 +65,7 @@ def is_local(location: str) -> bool:
 
 
 def _losses(v: Values) -> set[str]:
-    return {LOSS_ALIASES.get(name, name) for name in v["losses"]}
+    return {ALIASES.get(name, name) for name in v["losses"]}
 
 
 def _has(*names: str) -> Callable[[Values], bool]:
@@ -102,7 +104,7 @@ def _has_tempered_baseline(v: Values) -> bool:
 
 
 def _needs_teacher(v: Values) -> bool:
-    return bool(_losses(v) - set(LOSSES_WITHOUT_TEACHER)) or bool(v["prefix_steps"])
+    return any(map(needs_teacher, v["losses"])) or bool(v["prefix_steps"])
 
 
 def _pairs_chunks(v: Values) -> bool:
@@ -121,8 +123,10 @@ def _heldout(v: Values) -> bool:
     return own or v["ppl_eval_data"] is not None
 
 
-def _schedule(v: Values) -> str:
-    return str(v["optimizer.schedule"] or v["optimizer.lr_scheduler_type"] or "linear_warmup_cosine_decay")
+def _schedule(v: Values) -> LearningRateSchedule:
+    return OptimizerOptions(
+        schedule=v["optimizer.schedule"], lr_scheduler_type=v["optimizer.lr_scheduler_type"]
+    ).schedule_name
 
 
 def _aggregation(v: Values) -> str:
@@ -210,10 +214,10 @@ TRAIN = (
         ("sync_interval", "distributed_backend", "n_data_parallel"), "with several processes (torchrun)",
         _several_processes,
     ),
-    Rule(("warmup_steps",), "by every optimizer.schedule but constant", lambda v: _schedule(v) != "constant"),
+    Rule(("warmup_steps",), "by every optimizer.schedule but constant", lambda v: SCHEDULES[_schedule(v)][0]),
     Rule(
         ("optimizer.lr_min_ratio",), "by schedules that decay",
-        lambda v: "linear_decay" in _schedule(v) or "cosine" in _schedule(v) or _schedule(v) == "linear",
+        lambda v: SCHEDULES[_schedule(v)][1] != "constant",
     ),
     Rule(
         ("max_length_teacher",), "by losses with a teacher, and by measurements on held-out text",
@@ -312,8 +316,7 @@ TRAIN = (
 
 
 def _methods(v: Values) -> set[str]:
-    every = {"fvt", "mean", "overlap", "random_normal", "omp", "focus", "hypernet"}
-    return {v["method"]} if v["compare"] is None else set(v["compare"]) or every
+    return {v["method"]} if v["compare"] is None else set(v["compare"]) or set(get_args(MethodName))
 
 
 ZETT = (

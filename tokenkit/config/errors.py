@@ -1,9 +1,8 @@
 """What a configuration may do wrong, and what the process then says to the shell."""
 
-import difflib
 import errno
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 MOST_STEPS = 2**26 - 1
@@ -147,26 +146,3 @@ def names_a_folder(name: str, value: str) -> None:
     """
     if not value.strip():
         raise ConfigError(f"{name} must name a folder, got {value!r}")
-
-
-def check_parts(name: str, value: str, valid: tuple[str, ...]) -> None:
-    """Check a value whose parts are joined with `+`.
-
-    Raises:
-        ConfigError: a part is unknown or stands twice.
-    """
-    parts = value.split("+")
-    for part in parts:
-        if part not in valid:
-            raise ConfigError(
-                f"{name}: {part!r} is unknown{nearest(part, valid)}; "
-                f"expected {', '.join(valid)}, joined with +"
-            )
-    if len(set(parts)) < len(parts):
-        raise ConfigError(f"{name}: {value!r} names a part twice")
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`, did you mean X?`, or nothing where no valid name is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else ""

@@ -5,9 +5,9 @@ from typing import Literal
 
 from tokenkit.config.errors import MOST_DOCUMENTS, MOST_STEPS, MOST_TOKENS, ConfigError, at_least
 from tokenkit.config.models import ModelSource
-from tokenkit.config.schema import flat
 from tokenkit.data.options import DataOptions
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.options import flat
 
 
 @dataclass(frozen=True, kw_only=True)

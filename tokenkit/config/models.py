@@ -1,19 +1,16 @@
-"""What is loaded, what of it is trained, and how: models, adapters, optimizer."""
+"""What is loaded, and what of it is trained."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from tokenkit.config.errors import ConfigError, at_least
-from tokenkit.config.names import (
-    Attention,
-    Dtype,
-    LearningRateSchedule,
-    PrefixTrainable,
-    SpecialTokensMode,
-)
-from tokenkit.config.schema import flat
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.models.options import Attention, Dtype, LoraOptions
+from tokenkit.options import flat
+from tokenkit.tokenization.options import SpecialTokensMode
 from tokenkit.tokenization.spec import BYTE, parse_spec
+
+PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,41 +59,6 @@ class Target:
                 "expand_input_ids is for students that read bytes, and target_tokenizer_name is "
                 f"{self.target_tokenizer_name!r}: set it to byte or NAME:conversion=byte, or set "
                 "expand_input_ids to false"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters, with `train_model_mode: lora`."""
-
-    model_lora_rank: int = 64
-    """Rank of the adapters."""
-
-    model_lora_alpha: float | None = None
-    """Scales the adapters by alpha / rank. None: alpha = rank."""
-
-    model_lora_dropout: float = 0.0
-    """Dropout in front of the adapters, in [0, 1)."""
-
-    model_lora_targets: tuple[str, ...] = ()
-    """Module names such as `q_proj`. Empty: every linear layer of the body."""
-
-    model_lora_target_regex: str | None = None
-    """A pattern on full module names, instead of model_lora_targets."""
-
-    model_lora_layers: str | None = None
-    """Layer range, ends included: `0-8` or `0-3,10`. None: all."""
-
-    model_lora_modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained whole beside the adapters."""
-
-    def __post_init__(self) -> None:
-        at_least("model_lora_rank", self.model_lora_rank, 1, 2**16)
-        if not 0 <= self.model_lora_dropout < 1:
-            raise ConfigError(f"model_lora_dropout must lie in [0, 1), got {self.model_lora_dropout}")
-        if self.model_lora_targets and self.model_lora_target_regex is not None:
-            raise ConfigError(
-                "model_lora_targets and model_lora_target_regex are both set: keep the one that is meant"
             )
 
 
@@ -160,7 +122,7 @@ class Training:
     attn_implementation: Attention | None = None
     """Attention of the models. None: the library's default (sdpa)."""
 
-    lora: Lora = flat(Lora)
+    lora: LoraOptions = flat(LoraOptions)
     hypernet: HypernetOptions | None = None
     """A network that is trained between the embeddings and the student; None, or identity: there is none."""
 
@@ -203,83 +165,3 @@ class Training:
     def attention(self) -> str | None:
         """`attn_implementation`, or what `use_flash_attention` says."""
         return "flash_attention_2" if self.use_flash_attention else self.attn_implementation
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParamGroup:
-    """Parameters with a learning rate of their own."""
-
-    pattern: str
-    """Regular expression, searched in parameter names."""
-
-    lr_scale: float = 1.0
-    """Multiplies the learning rate."""
-
-    def __post_init__(self) -> None:
-        if self.lr_scale < 0:
-            raise ConfigError(f"optimizer.param_groups: lr_scale must not be negative, got {self.lr_scale}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW and its learning rate."""
-
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
-
-    learning_rate: float = 1e-5
-    """Peak of the schedule."""
-
-    weight_decay: float = 0.01
-    """Decoupled decay; vectors (biases, norms) have none."""
-
-    beta1: float = 0.9
-    """Decay of the first moment, in [0, 1)."""
-
-    beta2: float = 0.95
-    """Decay of the second moment, in [0, 1)."""
-
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-
-    max_grad_norm: float = 1.0
-    """A larger global gradient norm is scaled down to this. 0: no clipping."""
-
-    lr_scheduler_type: LearningRateSchedule | None = None
-    """Another name of schedule; where both are set they must agree."""
-
-    schedule: LearningRateSchedule | None = None
-    """Learning rate over the run. None: linear_warmup_cosine_decay. Every schedule begins with
-    warmup_steps of linear warmup, except `constant`."""
-
-    lr_min_ratio: float = 0.0
-    """The rate ends at this share of its peak, in [0, 1]."""
-
-    use_fused_adam: bool = True
-    """Fused kernel where the device has one."""
-
-    param_groups: tuple[ParamGroup, ...] = ()
-    """List of {pattern, lr_scale}; the first pattern that matches a parameter holds."""
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ConfigError(f"optimizer.learning_rate must be positive, got {self.learning_rate}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
-        if self.epsilon <= 0:
-            raise ConfigError(f"optimizer.epsilon must be positive, got {self.epsilon}")
-        at_least("optimizer.max_grad_norm", self.max_grad_norm, 0)
-        if not 0 <= self.lr_min_ratio <= 1:
-            raise ConfigError(f"optimizer.lr_min_ratio must lie in [0, 1], got {self.lr_min_ratio}")
-        if None not in (self.schedule, self.lr_scheduler_type) and self.schedule != self.lr_scheduler_type:
-            raise ConfigError(
-                f"optimizer.schedule is {self.schedule} but optimizer.lr_scheduler_type is "
-                f"{self.lr_scheduler_type}: keep the one that is meant"
-            )
-
-    @property
-    def lr_schedule(self) -> str:
-        """The schedule, by whichever of its two names it was given."""
-        return self.schedule or self.lr_scheduler_type or "linear_warmup_cosine_decay"

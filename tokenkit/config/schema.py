@@ -1,8 +1,9 @@
 """How a dataclass becomes a list of named fields, and a list of values a dataclass again.
 
-A configuration is a tree of frozen dataclasses of at most twelve fields. Its names are flat where a
-group is marked `flat` (`steps`, though code reads `config.schedule.steps`) and dotted where it is not
-(`optimizer.learning_rate`).
+A configuration is a tree of frozen dataclasses. Its names are flat where a group is marked `flat` (`steps`,
+though code reads `config.schedule.steps`), dotted where it is not (`optimizer.learning_rate`), and those of
+`tokenkit.options.option` where a field has one of its own. Several fields may have one name: they are one
+setting.
 """
 
 import ast
@@ -11,21 +12,16 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, TypeVar, Union
 
 from tokenkit.config.errors import ConfigError
+from tokenkit.losses.options import HEADINGS
+from tokenkit.options import OptionError, flag_of
 
 T = TypeVar("T")
-
-FLAT = {"flat": True}
-
-
-def flat(group: Callable[[], T]) -> T:
-    """A group whose fields are named without it; `group` makes its default."""
-    return dataclasses.field(default_factory=group, metadata=FLAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +48,32 @@ class Leaf:
 @cache
 def leaves(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
     """Every setting below `schema`, in the order of the source."""
-    found: list[Leaf] = []
+    found: dict[str, Leaf] = {}
     hints, docs = typing.get_type_hints(schema), field_docs(schema)
     for field in dataclasses.fields(schema):
         group = as_group(hints[field.name])
         if group is not None:
-            found += leaves(group, inner_prefix(field, prefix))
+            for leaf in leaves(group, inner_prefix(field, prefix)):
+                found.setdefault(leaf.name, leaf)
+            continue
+        name = _name_of(field, prefix)
+        if name is None:
             continue
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        help_text = docs.get(field.name, "")
-        found.append(Leaf(prefix + field.name, hints[field.name], default, help_text, schema))
-    return tuple(found)
+        found.setdefault(name, Leaf(name, hints[field.name], default, docs.get(field.name, ""), schema))
+    return tuple(found.values())
+
+
+def _name_of(field: "dataclasses.Field[Any]", prefix: str) -> str | None:
+    flag = flag_of(field)
+    return None if flag is None else prefix + flag
+
+
+def heading(leaf: Leaf) -> str:
+    """What is said of the group that a setting's name puts it in."""
+    return HEADINGS.get(leaf.name.rpartition(".")[0]) or (leaf.group.__doc__ or "").strip()
 
 
 def as_group(hint: Any) -> type | None:
@@ -88,18 +97,10 @@ def inner_prefix(field: "dataclasses.Field[Any]", prefix: str) -> str:
 
 
 @cache
-def group_prefixes(schema: type, prefix: str = "") -> tuple[str, ...]:
+def group_prefixes(schema: type) -> tuple[str, ...]:
     """The dotted groups of a schema, `student.` and so on."""
-    found: list[str] = []
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        group = as_group(hints[field.name])
-        if group is None:
-            continue
-        inner = inner_prefix(field, prefix)
-        found += [inner] if inner != prefix else []
-        found += group_prefixes(group, inner)
-    return tuple(found)
+    parts = [leaf.name.split(".")[:-1] for leaf in leaves(schema)]
+    return tuple({".".join(some[: n + 1]) + ".": None for some in parts for n in range(len(some))})
 
 
 MAIN = ("pretrained_model_name_or_path", "dataset_name")
@@ -139,19 +140,21 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if as_group(hints[field.name]) is None:
-            values[prefix + field.name] = value
+            name = _name_of(field, prefix)
+            values |= {} if name is None else {name: value}
         elif value is not None:
             values |= flatten(value, inner_prefix(field, prefix))
     return values
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass, on one line each."""
-    module = sys.modules[schema.__module__]
-    for node in _module_tree(module).body:
-        if isinstance(node, ast.ClassDef) and node.name == schema.__name__:
-            return dict(_docs_of(node))
-    return {}
+    """The docstrings below the fields of a dataclass and of what it inherits from, on one line each."""
+    docs: dict[str, str] = {}
+    for kind in reversed(schema.__mro__[:-1]):
+        for node in _module_tree(sys.modules[kind.__module__]).body:
+            if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+                docs |= _docs_of(node)
+    return docs
 
 
 def _needed(schema: type, values: Mapping[str, Any], prefix: str = "") -> list[Leaf]:
@@ -162,8 +165,8 @@ def _needed(schema: type, values: Mapping[str, Any], prefix: str = "") -> list[L
     for field in dataclasses.fields(schema):
         group = as_group(hints[field.name])
         if group is None:
-            leaf = own[prefix + field.name]
-            found += [leaf] if leaf.is_required else []
+            leaf = own.get(_name_of(field, prefix) or "")
+            found += [leaf] if leaf is not None and leaf.is_required else []
             continue
         inner = inner_prefix(field, prefix)
         if not _is_absent(hints[field.name], inner, values):
@@ -177,15 +180,20 @@ def _build(schema: type[T], values: Mapping[str, Any], prefix: str) -> T:
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         group = as_group(hints[field.name])
         if group is None:
-            if prefix + field.name in values:
-                arguments[field.name] = values[prefix + field.name]
+            name = _name_of(field, prefix)
+            if name is not None and name in values:
+                arguments[field.name] = values[name]
             continue
         inner = inner_prefix(field, prefix)
         if _is_absent(hints[field.name], inner, values):
             arguments[field.name] = None
         else:
             arguments[field.name] = _build(group, values, inner)
-    return schema(**arguments)
+    try:
+        return schema(**arguments)
+    except OptionError as error:
+        names = {field.name: _name_of(field, prefix) or field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+        raise ConfigError(error.said(names)) from error
 
 
 def _is_absent(hint: Any, inner: str, values: Mapping[str, Any]) -> bool:

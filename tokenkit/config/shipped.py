@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenkit.config.errors import ConfigError, nearest
+from tokenkit.config.errors import ConfigError
 from tokenkit.config.yaml_files import read_yaml
+from tokenkit.options import nearest
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 MOST_FILES = 100

@@ -14,11 +14,13 @@ from tokenkit.config.errors import (
     names_a_folder,
 )
 from tokenkit.config.later import refuse_later
-from tokenkit.config.models import ModelSource, Optimizer, Target, Training
-from tokenkit.config.names import ChatTemplateMode, LossMaskMode
+from tokenkit.config.models import ModelSource, Target, Training
 from tokenkit.config.objective import Objective
-from tokenkit.config.schema import flat, flatten
+from tokenkit.config.schema import flatten
 from tokenkit.data.options import DataOptions
+from tokenkit.optim_options import OptimizerOptions
+from tokenkit.options import flat
+from tokenkit.tokenization.options import ChatTemplateMode, LossMaskMode
 
 ALIASES = {
     "new": "student",
@@ -242,7 +244,7 @@ class TrainConfig:
     text: Text = flat(Text)
     objective: Objective = flat(Objective)
     training: Training = flat(Training)
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: Evaluation = flat(Evaluation)
     parallel: Parallel = flat(Parallel)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenkit.config.errors import ConfigError
-from tokenkit.config.names import LOSS_ALIASES, LOSS_NAMES
 from tokenkit.config.schema import leaves
 from tokenkit.config.yaml_files import load_yaml
+from tokenkit.losses.options import ALIASES, NAMES
 from tokenkit.tokenization.spec import TokenizerSpec, parse_spec
 
 Given = dict[str, Any]
@@ -43,11 +43,11 @@ def _keep_losses(given: Given, name: str, is_of_file: bool) -> None:
         losses = [losses]
     if not isinstance(losses, list | tuple):
         return
-    here = {LOSS_ALIASES.get(str(loss), loss): loss for loss in losses}
+    here = {ALIASES.get(str(loss), loss): loss for loss in losses}
     given[name] = {
-        here.get(LOSS_ALIASES.get(key, key), key): value
+        here.get(ALIASES.get(key, key), key): value
         for key, value in given[name].items()
-        if not is_of_file or key not in LOSS_NAMES or LOSS_ALIASES.get(key, key) in here
+        if not is_of_file or key not in NAMES or ALIASES.get(key, key) in here
     }
 
 

@@ -7,8 +7,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tokenkit.config.errors import ConfigError, nearest
+from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import options
+from tokenkit.options import nearest
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "yes": True, "no": False}

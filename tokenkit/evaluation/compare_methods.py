@@ -52,7 +52,7 @@ def compare_methods(
     lengths = HeldoutOptions(max_length_student=limit, max_length_teacher=limit)
     batches = heldout_batches(documents, new, old, lengths)
     original = model.vocabulary()
-    pair = Distillation(model, original, ())
+    pair = Distillation(model, original, {})
     world = World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
     result: dict[str, Any] = {"methods": {}}
     is_tied = model.is_tied

@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,14 +22,12 @@ from torch import Tensor, nn
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.forward import Wrapped, unwrapped
 from tokenkit.integrations.whole_batches import real_rows
-from tokenkit.kernels.projected_divergence import make_projection
-from tokenkit.losses import Loss, resolve
+from tokenkit.losses import Loss, make_loss
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.check import settle
-from tokenkit.pairing.matching import matching_tokens, projection_entries, published_pairs
 from tokenkit.structs import Batch, LossTerm
-from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.training.distillation import ActiveLoss, Distillation
+from tokenkit.training.distillation import Distillation
+from tokenkit.training.pair import Pair
 
 Counts = dict[str, Tensor]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,10 +88,7 @@ class Distiller:
         """Move the teacher, and what losses hold, to where the student went."""
         self.teacher.to(device)
         self.parts.to(device)
-        self.step.losses = [
-            ActiveLoss(active.name, active.loss, _moved(active.options, device))
-            for active in self.step.losses
-        ]
+        self.step.losses = {name: loss.to(device) for name, loss in self.step.losses.items()}
         return self
 
     def prepare(
@@ -272,18 +265,15 @@ def active_losses(
     options: Mapping[str, Mapping[str, Any]],
     collator: AlignedCollator,
     device: torch.device,
-) -> list[ActiveLoss]:
+) -> dict[str, Loss[Any]]:
     """Look the losses up, give each its options, and let the collator make the chunks that they read."""
     if unknown := sorted(set(options) - set(weights)):
         raise ValueError(
             f"options of {', '.join(unknown)}, which is not among the losses {', '.join(weights)}"
         )
     tokenizers = collator.student_tokenizer, collator.teacher_tokenizer or collator.student_tokenizer
-    active = [
-        ActiveLoss(name, loss, _options(name, loss, dict(options.get(name, {})), tokenizers, device))
-        for name, loss in ((name, resolve(name)) for name in weights)
-    ]
-    kinds = {loss.chunks for loss in active if loss.chunks is not None}
+    active = {name: make_loss(name, Pair(*tokenizers, device), **options.get(name, {})) for name in weights}
+    kinds = {loss.chunks for loss in active.values() if loss.chunks is not None}
     collator.chunk_kinds = tuple(dict.fromkeys((*collator.chunk_kinds, *sorted(kinds))))
     return active
 
@@ -301,59 +291,6 @@ def sum_counts(
     packed = (reduce or _sum_over_ranks)(torch.cat([count.reshape(-1) for count in local.values()]))
     summed = packed.split([count.numel() for count in local.values()])
     return {name: part.reshape(local[name].shape) for name, part in zip(local, summed, strict=True)}
-
-
-def _options(
-    name: str,
-    loss: Loss,
-    given: dict[str, Any],
-    tokenizers: tuple[Tokenizer, Tokenizer],
-    device: torch.device,
-) -> Any:
-    """Make a loss's options; what it needs of the tokenizers is found here unless it is given."""
-    known = inspect.signature(loss.options).parameters
-    groups = _groups(loss.options)
-    inside = {field.name for group in groups.values() for field in dataclasses.fields(group)}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    if not takes_all and (wrong := sorted(set(given) - set(known) - inside)):
-        names = [name for name in known if name not in groups]
-        raise ValueError(f"{name} has no option {', '.join(wrong)}: it has {', '.join([*names, *inside])}")
-    for group_name, group in groups.items():
-        flat = {f.name: given.pop(f.name) for f in dataclasses.fields(group) if f.name in given}
-        given.setdefault(group_name, group(**flat))
-    if "chunks" in known and loss.chunks is not None:
-        given.setdefault("chunks", loss.chunks)
-    is_gold = getattr(given.get("rules"), "uld_use_hybrid_loss", None)
-    if "student_index" in known and "student_index" not in given and is_gold is not False:
-        pairs = (published_pairs if is_gold else matching_tokens)(*tokenizers)
-        given["student_index"] = torch.from_numpy(pairs.student_P).to(device)
-        given["teacher_index"] = torch.from_numpy(pairs.teacher_P).to(device)
-    if "projection" in known and "projection" not in given:
-        student_M, teacher_M, weight_M = map(torch.from_numpy, projection_entries(*tokenizers))
-        sizes = (tokenizers[0].vocab_size, tokenizers[1].vocab_size)
-        given["projection"] = make_projection(student_M, teacher_M, weight_M, *sizes).to(device)
-    missing = [
-        n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in given
-    ]
-    if missing:
-        raise ValueError(f"{name} needs the option {', '.join(missing)}: give it as options[{name!r}]")
-    return loss.options(**given)
-
-
-def _groups(options: Any) -> dict[str, Any]:
-    """Return the fields of options that are records themselves, and their classes."""
-    if not dataclasses.is_dataclass(options):
-        return {}
-    made = {field.name: field.default_factory for field in dataclasses.fields(options)}
-    return {name: factory for name, factory in made.items() if dataclasses.is_dataclass(factory)}
-
-
-def _moved(options: Any, device: torch.device) -> Any:
-    if not dataclasses.is_dataclass(options) or isinstance(options, type):
-        return options
-    held = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.init}
-    moved = {name: value.to(device) for name, value in held.items() if hasattr(value, "to")}
-    return dataclasses.replace(options, **moved)
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

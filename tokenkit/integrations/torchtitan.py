@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.distiller import active_losses, checked_weights, load_teacher, sum_counts
 from tokenkit.integrations.forward import whole
+from tokenkit.losses import Measured
 from tokenkit.structs import NO_LABEL, Batch, Context, Head, HiddenStates
 
 
@@ -51,10 +52,10 @@ class TitanLoss:
         tokenizers = collator.student_tokenizer, collator.teacher_tokenizer or collator.student_tokenizer
         self.weights, self.device, self.vocab_size = checked_weights(losses), device, tokenizers[0].vocab_size
         self.active = active_losses(self.weights, options or {}, collator, device)
-        for loss in self.active:
-            if loss.loss.states(loss.options) or loss.loss.settle is not None:
+        for name, loss in self.active.items():
+            if loss.states or isinstance(loss, Measured):
                 raise ValueError(
-                    f"{loss.name} reads more than the last hidden states, which are all there is here"
+                    f"{name} reads more than the last hidden states, which are all there is here"
                 )
         self.teacher = load_teacher(teacher, tokenizers[1].vocab_size, device)
         self.lm_head: Any = None
@@ -78,7 +79,7 @@ class TitanLoss:
             moved = batch.to(self.device)
             states = self.teacher(moved.teacher.ids_BT)
             context = Context(teacher_head=states.head, student_head=self._head())
-            half = {one.name: one.loss.prepare(states, moved, one.options, context) for one in self.active}
+            half = {name: loss.prepare(states, moved, context) for name, loss in self.active.items()}
             self._waiting.append((moved, half))
         self.counts = sum_counts([half for _, half in self._waiting], list(self.weights), reduce)
 
@@ -105,9 +106,9 @@ class TitanLoss:
         states = HiddenStates(pred, self._head())
         context = Context(teacher_head=self.teacher.head())
         parts = {}
-        for one in self.active:
-            term = one.loss.function(states, half[one.name], batch, one.options, context)
-            parts[one.name] = (term.total / self.counts[one.name].clamp_min(1)).mean()
+        for name, loss in self.active.items():
+            term = loss.loss(states, half[name], batch, context)
+            parts[name] = (term.total / self.counts[name].clamp_min(1)).mean()
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
 

@@ -16,86 +16,19 @@ Dimensions: B documents, T student positions, S teacher positions, C chunk slots
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.alm_difference import alm_difference, check_difference
+from tokenkit.kernels.alm_difference import alm_difference
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
+from tokenkit.kernels.kinds import Difference
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
+from tokenkit.losses.base import Loss
+from tokenkit.losses.options import WORKSPACE_BYTES, AlmOptions, Denominator, Numerator
 from tokenkit.losses.rows import need_teacher, valid_chunks
-from tokenkit.losses.score import Rows, Scores, check_states, score, select_rows
+from tokenkit.losses.score import Rows, Scores, score, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
-
-MODES = ("append_space", "merge_by_space_prob", "eos_as_space")
-Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
-Denominator = Literal["chunk_count", "token_count"]
-NUMERATORS = ("chunk_count", "token_count", "log1p_token_count")
-DENOMINATORS = ("chunk_count", "token_count")
-
-
-@dataclass(frozen=True, slots=True)
-class AlmOptions:
-    """How likelihoods of chunks are compared. Checked when built; ValueError names the field."""
-
-    diff: str = "binary_ce"
-    """One of `alm_difference`'s kinds."""
-    mode: str = "merge_by_space_prob+append_space"
-    """`append_space`, `merge_by_space_prob`, `eos_as_space`, joined with `+`; "none" or "": none of them."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
-    binarization_temp: float = 100.0
-    """τ: divides log-likelihoods."""
-    renyi_alpha: float = 0.5
-    """Order of `renyi`; positive, not 1."""
-    chunk_sizes: tuple[int, ...] = (1,)
-    """For each size c, the chunks with the same id // c count as one; the losses are averaged."""
-    numerator: Numerator = "chunk_count"
-    """w: 1, the chunk's teacher tokens, or log(1 + them)."""
-    denominator: Denominator = "chunk_count"
-    """Z: the valid chunks, or their teacher tokens."""
-    space_threshold: float = 0.1
-    """merge_by_space_prob joins until the teacher's probability of whitespace exceeds this."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the head beside results, bytes; more lets it keep what the backward would compute again."""
-
-    def __post_init__(self) -> None:
-        unknown = sorted(self.modes - set(MODES))
-        if unknown:
-            raise ValueError(f"unknown ALM mode {'+'.join(unknown)!r}: expected {', '.join(MODES)} or none")
-        if self.modes == {"eos_as_space"}:
-            raise ValueError(
-                "mode eos_as_space puts EOS in the place of whitespace for append_space and "
-                "merge_by_space_prob, and alone changes nothing: join it with one of them"
-            )
-        check_difference(self.diff, self.binarization_temp, self.renyi_alpha)
-        if not self.chunk_sizes or min(self.chunk_sizes) < 1:
-            raise ValueError(f"chunk_sizes must hold integers of at least 1: got {self.chunk_sizes}")
-        if self.numerator not in NUMERATORS:
-            raise ValueError(f"unknown numerator {self.numerator!r}: expected one of {', '.join(NUMERATORS)}")
-        if self.denominator not in DENOMINATORS:
-            raise ValueError(
-                f"unknown denominator {self.denominator!r}: expected one of {', '.join(DENOMINATORS)}"
-            )
-
-    @property
-    def modes(self) -> frozenset[str]:
-        """The parts of `mode`."""
-        return frozenset(self.mode.split("+")) - {"", "none"}
-
-
-class AlmKeywords(TypedDict, total=False):
-    """The fields of `AlmOptions` that `alm_loss` passes on."""
-
-    binarization_temp: float
-    renyi_alpha: float
-    chunk_sizes: tuple[int, ...]
-    numerator: Numerator
-    denominator: Denominator
-    space_threshold: float
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,74 +74,73 @@ def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | 
     return (weight * difference).sum()
 
 
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: AlmOptions, context: Context = NO_CONTEXT
-) -> AlmPrepared:
-    """Score the teacher's chunks, join them, count them, and find the student's rows.
+class Alm(Loss[AlmOptions]):
+    """Likelihoods of chunks, the student's against the teacher's."""
 
-    Raises:
-        ValueError: if there is no teacher, or the batch lacks the chunks or masks that `options` need.
-    """
-    teacher = need_teacher(teacher, "ALM")
-    layout = valid_chunks(batch, options.chunks)
-    num_chunks = layout.valid_BC.sum()
-    merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> AlmPrepared:
+        """Score the teacher's chunks, join them, count them, and find the student's rows.
 
-    subset = None
-    ends_BS = None
-    if merges or appends:
-        _check_space(batch.teacher, options, teacher.head)
-        subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
-        ends_BS = _at_ends(layout.teacher, layout.valid_BC)
-    token_BS = _in_valid(layout.teacher, layout.valid_BC)
-    rows = select_rows(batch.teacher, token_BS, ends_BS)
-    scores = score(teacher, rows, subset, options.workspace_bytes)
-    if merges:
-        assert scores.mass_BT is not None
-        layout = join(
-            layout,
-            scores.mass_BT.gather(1, layout.teacher.last_BC.clamp_min(0)).exp() > options.space_threshold,
+        Raises:
+            ValueError: if there is no teacher, or the batch lacks the chunks or masks that the options need.
+        """
+        options, teacher = self.options, need_teacher(teacher, "ALM")
+        layout = valid_chunks(batch, options.chunks)
+        num_chunks = layout.valid_BC.sum()
+        merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
+
+        subset = None
+        ends_BS = None
+        if merges or appends:
+            _check_space(batch.teacher, options, teacher.head)
+            subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
+            ends_BS = _at_ends(layout.teacher, layout.valid_BC)
+        token_BS = _in_valid(layout.teacher, layout.valid_BC)
+        rows = select_rows(batch.teacher, token_BS, ends_BS)
+        scores = score(teacher, rows, subset, options.workspace_bytes)
+        if merges:
+            assert scores.mass_BT is not None
+            layout = join(
+                layout,
+                scores.mass_BT.gather(1, layout.teacher.last_BC.clamp_min(0)).exp() > options.space_threshold,
+            )
+
+        layouts = [group(layout, size) for size in options.chunk_sizes]
+        sizes = tuple(_sized(sized, scores, appends, options.numerator) for sized in layouts)
+        counts = [
+            (sized.teacher_tokens_BC if options.denominator == "token_count" else sized.valid_BC).sum()
+            for sized in layouts
+        ]
+        student_ends_BT = None
+        if appends:
+            student_ends_BT = torch.stack([_at_ends(x.student, x.valid_BC) for x in layouts]).any(0)
+        rows = select_rows(batch.student, _in_valid(layout.student, layout.valid_BC), student_ends_BT)
+        floors = [alm(sized.teacher_BC, sized.teacher_BC, sized.weight_BC, options) for sized in sizes]
+        return AlmPrepared(
+            count=counts[0] if len(counts) == 1 else torch.stack(counts),
+            sizes=sizes,
+            rows=rows,
+            subset=_subset(batch.student, options, rows.row_N.device) if appends else None,
+            floor=floors[0] if len(floors) == 1 else torch.stack(floors),
+            used=torch.stack([sizes[0].valid_BC.sum(), num_chunks]),
         )
 
-    layouts = [group(layout, size) for size in options.chunk_sizes]
-    sizes = tuple(_sized(sized, scores, appends, options.numerator) for sized in layouts)
-    counts = [
-        (sized.teacher_tokens_BC if options.denominator == "token_count" else sized.valid_BC).sum()
-        for sized in layouts
-    ]
-    student_ends_BT = None
-    if appends:
-        student_ends_BT = torch.stack([_at_ends(x.student, x.valid_BC) for x in layouts]).any(0)
-    rows = select_rows(batch.student, _in_valid(layout.student, layout.valid_BC), student_ends_BT)
-    floors = [alm(sized.teacher_BC, sized.teacher_BC, sized.weight_BC, options) for sized in sizes]
-    return AlmPrepared(
-        count=counts[0] if len(counts) == 1 else torch.stack(counts),
-        sizes=sizes,
-        rows=rows,
-        subset=_subset(batch.student, options, rows.row_N.device) if appends else None,
-        floor=floors[0] if len(floors) == 1 else torch.stack(floors),
-        used=torch.stack([sizes[0].valid_BC.sum(), num_chunks]),
-    )
-
-
-def function(
-    student: HiddenStates,
-    prepared: AlmPrepared,
-    batch: Batch,
-    options: AlmOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
-    if prepared.subset is not None:
-        _check_space(batch.student, options, student.head)
-    scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
-    totals = []
-    for sized in prepared.sizes:
-        student_BC = _likelihood(sized.student, sized.valid_BC, scores, prepared.subset is not None)
-        teacher_BC = sized.teacher_BC.to(student_BC.dtype)
-        totals.append(alm(teacher_BC, student_BC, sized.weight_BC.to(student_BC.dtype), options))
-    return LossTerm(totals[0] if len(totals) == 1 else torch.stack(totals), prepared.count)
+    def loss(
+        self, student: HiddenStates, prepared: AlmPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
+        options = self.options
+        if prepared.subset is not None:
+            _check_space(batch.student, options, student.head)
+        scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
+        totals = []
+        for sized in prepared.sizes:
+            student_BC = _likelihood(sized.student, sized.valid_BC, scores, prepared.subset is not None)
+            teacher_BC = sized.teacher_BC.to(student_BC.dtype)
+            totals.append(alm(teacher_BC, student_BC, sized.weight_BC.to(student_BC.dtype), options))
+        return LossTerm(totals[0] if len(totals) == 1 else torch.stack(totals), prepared.count)
 
 
 def alm_loss(
@@ -216,10 +148,16 @@ def alm_loss(
     teacher: HiddenStates,
     batch: Batch,
     *,
-    diff: str = "binary_ce",
+    diff: Difference = "binary_ce",
     mode: str = "merge_by_space_prob+append_space",
     chunks: ChunkKind = "unconstrained",
-    **options: Unpack[AlmKeywords],
+    binarization_temp: float = 100.0,
+    renyi_alpha: float = 0.5,
+    chunk_sizes: tuple[int, ...] = (1,),
+    numerator: Numerator = "chunk_count",
+    denominator: Denominator = "chunk_count",
+    space_threshold: float = 0.1,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare the student's likelihood of each chunk with the teacher's: the drop-in form.
 
@@ -232,16 +170,31 @@ def alm_loss(
         diff: how two likelihoods are compared; see `tokenkit.kernels.alm_difference`.
         mode: how whitespace after a chunk is treated; see `AlmOptions`.
         chunks: which of the batch's chunks.
-        options: the other fields of `AlmOptions`.
+        binarization_temp: divides log-likelihoods.
+        renyi_alpha: order of `renyi`; positive, not 1.
+        chunk_sizes: for each size c, c neighbouring chunks count as one.
+        numerator: weight of a chunk.
+        denominator: what is counted.
+        space_threshold: merge_by_space_prob joins until the teacher's probability of whitespace exceeds this.
+        workspace_bytes: memory for the head beside results.
 
     Returns:
         total, nats; count, at least 1 so that `total / count` is 0 in a batch without a valid chunk. Where
         several `chunk_sizes` are given both hold one entry each, and the loss is `(total / count).mean()`.
     """
-    settings = AlmOptions(diff=diff, mode=mode, chunks=chunks, **options)
-    check_states(student, "student")
-    term = function(student, prepare(teacher, batch, settings), batch, settings)
-    return LossTerm(term.total, term.count.clamp_min(1))
+    options = AlmOptions(
+        diff=diff,
+        mode=mode,
+        chunks=chunks,
+        binarization_temp=binarization_temp,
+        renyi_alpha=renyi_alpha,
+        chunk_sizes=chunk_sizes,
+        numerator=numerator,
+        denominator=denominator,
+        space_threshold=space_threshold,
+        workspace_bytes=workspace_bytes,
+    )
+    return Alm(options)(student, teacher, batch)
 
 
 def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:

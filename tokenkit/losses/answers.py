@@ -22,18 +22,16 @@ groups, M tokens of groups that are not their base.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Spans
+from tokenkit.losses.options import Strategy
 from tokenkit.losses.rows import RowPairs, aligned_chunks
 from tokenkit.losses.score import check_ids
 from tokenkit.structs import Batch, ChunkKind, Side
-
-Strategy = Literal["observed", "bayesian"]
-STRATEGIES: tuple[Strategy, ...] = ("observed", "bayesian")
 
 
 class Scalars(NamedTuple):

@@ -31,18 +31,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.kernels.kinds import Divergence
+from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.losses.base import Measured
 from tokenkit.losses.dskd_masks import Masks, attend, attention_masks
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.options import WORKSPACE_BYTES, DskdOptions
 from tokenkit.losses.rows import (
-    Divergence,
-    check_divergence,
-    check_temperatures,
     frozen,
     need_head,
     need_teacher,
@@ -53,6 +52,7 @@ from tokenkit.losses.score import in_dtype
 from tokenkit.structs import (
     NO_CONTEXT,
     Batch,
+    ChunkKind,
     Context,
     Head,
     HiddenStates,
@@ -67,42 +67,6 @@ _NEEDS = (
     "baseline_dskd needs the input embeddings of both models and the student's head: "
     "HiddenStates.embedded_BTD, Context.student_embedded_BTD and Context.student_head"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DskdOptions:
-    """How the two spaces are compared. Checked when built; ValueError names the field."""
-
-    divergence: Divergence = "kl"
-    """Of the student from the teacher in the student's space."""
-    temperature: float = 1.0
-    """T: divides the logits of both sides of the two divergences; not of the cross entropy."""
-    teacher_temperature: float = 1.0
-    """Multiplies T for the teacher's side."""
-    skew: float = 0.1
-    """Mixing share of `skl` and `srkl`, in [0, 1]."""
-    alpha: float = 0.5
-    """Mass left to the tail in `akl`, in [0, 1]."""
-    causal: bool = True
-    """Attend only to text that ends no later than one's own; reads "unconstrained" chunks."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        check_divergence(self)
-        check_temperatures(self)
-
-
-class DskdKeywords(TypedDict, total=False):
-    """The fields of `DskdOptions`."""
-
-    divergence: Divergence
-    temperature: float
-    teacher_temperature: float
-    skew: float
-    alpha: float
-    causal: bool
-    workspace_bytes: int
 
 
 class Projections(nn.Module):
@@ -152,121 +116,6 @@ class DskdMeasured:
     """The teacher's hidden states."""
     embedded_BSE: Tensor
     """The teacher's input embeddings."""
-
-
-@torch.no_grad()
-def measure(
-    teacher: HiddenStates | None, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
-) -> DskdMeasured:
-    """Add up what the standard deviations of the teacher's embeddings and hidden states are made of."""
-    teacher = need_teacher(teacher, "baseline_dskd")
-    if teacher.embedded_BTD is None:
-        raise ValueError(_NEEDS)
-    position_S = torch.arange(1, batch.teacher.ids_BT.shape[1], device=batch.teacher.ids_BT.device)
-    is_real_BS = position_S < batch.teacher.length_B[:, None]
-    moments = [_moments(x_BSE, is_real_BS) for x_BSE in _divided(teacher.hidden_BTD, teacher.embedded_BTD)]
-    return DskdMeasured(torch.cat(moments), teacher.hidden_BTD, teacher.embedded_BTD)
-
-
-@torch.no_grad()
-def settle(
-    measured: DskdMeasured, sum_K: Tensor, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
-) -> DskdPrepared:
-    """Prepare keys and values, and find where the teacher, seen through the student's head, is right.
-
-    Args:
-        measured: of this micro-batch.
-        sum_K: float64, of all micro-batches on all ranks.
-        batch: this micro-batch.
-        options: as in the other halves.
-        context: with the student's head and embeddings and the projections.
-    """
-    embedded_BTD, head = context.student_embedded_BTD, context.student_head
-    if embedded_BTD is None or head is None:
-        raise ValueError(_NEEDS)
-    masks = attention_masks(batch, options.causal)
-    divided = _divided(measured.hidden_BSE, measured.embedded_BSE)
-    key_BSF, last_BSE, next_BSE = (_scaled(x, sum_K[3 * k : 3 * k + 3]) for k, x in enumerate(divided))
-    value_BSE = last_BSE + next_BSE
-
-    score_BTS = _scores(embedded_BTD, key_BSF, _modules(context))
-    into_student_BTD = _into_student(score_BTS, value_BSE, masks, _modules(context))
-    student_N, teacher_N = _rows(masks.student_BT), _rows(masks.teacher_BS)
-    dtype = into_student_BTD.dtype
-    scores = linear_logprob(
-        _at(into_student_BTD, student_N),
-        in_dtype(frozen(head), dtype),
-        _targets(batch.student, student_N),
-        workspace_bytes=options.workspace_bytes,
-    )
-    is_right_N = scores.is_top1_N.nonzero()[:, 0]
-    counts = [len(student_N), len(is_right_N), len(teacher_N)]
-    return DskdPrepared(
-        count=torch.tensor(counts, device=student_N.device),
-        key_BSF=key_BSF,
-        value_BSE=value_BSE,
-        masks=masks,
-        student_N=student_N,
-        is_right_N=is_right_N,
-        teacher_N=teacher_N,
-        teacher_NE=take(measured.hidden_BSE, batch.teacher, teacher_N),
-    )
-
-
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: DskdOptions, context: Context = NO_CONTEXT
-) -> DskdPrepared:
-    """Run `measure` and `settle` where this batch is the whole step."""
-    measured = measure(teacher, batch, options, context)
-    return settle(measured, measured.sum_K, batch, options, context)
-
-
-def function(
-    student: HiddenStates,
-    prepared: DskdPrepared,
-    batch: Batch,
-    options: DskdOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return three sums, nats, each times 3, and the number of things in each."""
-    if student.embedded_BTD is None:
-        raise ValueError("baseline_dskd needs the student's input embeddings: HiddenStates.embedded_BTD")
-    modules, masks = _modules(context), prepared.masks
-    score_BTS = _scores(student.embedded_BTD.detach(), prepared.key_BSF, modules)
-    into_student_BTD = _into_student(score_BTS, prepared.value_BSE, masks, modules)
-    into_teacher_BSE = _into_teacher(score_BTS, student.hidden_BTD[:, :-1], masks, modules)
-
-    student_ND = take(student.hidden_BTD, batch.student, prepared.student_N)
-    head = in_dtype(student.head, student_ND.dtype)
-    mirrored_ND = _at(into_student_BTD, prepared.student_N)
-    scores = linear_logprob(
-        mirrored_ND,
-        frozen(head),
-        _targets(batch.student, prepared.student_N),
-        workspace_bytes=options.workspace_bytes,
-    )
-    settings: dict[str, Any] = {
-        "temperature": options.temperature,
-        "teacher_temperature": options.teacher_temperature,
-        "workspace_bytes": options.workspace_bytes,
-    }
-    in_student = summed_divergence(
-        student_ND.index_select(0, prepared.is_right_N),
-        head,
-        mirrored_ND.detach().index_select(0, prepared.is_right_N),
-        frozen(head),
-        options.divergence,
-        skew=options.skew,
-        alpha=options.alpha,
-        **settings,
-    )
-    teacher_head: Head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
-    mirrored_NE = _at(into_teacher_BSE, prepared.teacher_N)
-    in_teacher = summed_divergence(
-        mirrored_NE, teacher_head, prepared.teacher_NE, teacher_head, "kl", **settings
-    )
-    terms = (-scores.logp_N.sum(), in_student, in_teacher)
-    return LossTerm(3 * torch.stack([term.to(terms[0].dtype) for term in terms]), prepared.count)
 
 
 def _modules(context: Context) -> Projections:
@@ -336,16 +185,118 @@ def _targets(side: Side, row_N: Tensor) -> Tensor:
     return side.ids_BT.flatten()[row_N + 1]
 
 
-LOSS = Loss(
-    prepare,
-    function,
-    DskdOptions,
-    chunks="unconstrained",
-    states=lambda options: STATES,
-    modules=lambda options, student, teacher: Projections(student, teacher),
-    measure=measure,
-    settle=settle,
-)
+class Dskd(Measured[DskdOptions]):
+    """Each model in the other's space."""
+
+    @property
+    def chunks(self) -> ChunkKind | None:
+        """Those that say what has been read."""
+        return "unconstrained"
+
+    @property
+    def states(self) -> frozenset[StateKind]:
+        """The input embeddings of both models."""
+        return STATES
+
+    def modules(self, student: Widths, teacher: Widths) -> nn.Module:
+        """Return the maps between the spaces."""
+        return Projections(student, teacher)
+
+    @torch.no_grad()
+    def measure(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> DskdMeasured:
+        """Add up what the standard deviations of the teacher's embeddings and hidden states are made of."""
+        teacher = need_teacher(teacher, "baseline_dskd")
+        if teacher.embedded_BTD is None:
+            raise ValueError(_NEEDS)
+        position_S = torch.arange(1, batch.teacher.ids_BT.shape[1], device=batch.teacher.ids_BT.device)
+        is_real_BS = position_S < batch.teacher.length_B[:, None]
+        moments = [
+            _moments(x_BSE, is_real_BS) for x_BSE in _divided(teacher.hidden_BTD, teacher.embedded_BTD)
+        ]
+        return DskdMeasured(torch.cat(moments), teacher.hidden_BTD, teacher.embedded_BTD)
+
+    @torch.no_grad()
+    def settle(
+        self, measured: DskdMeasured, sum_K: Tensor, batch: Batch, context: Context = NO_CONTEXT
+    ) -> DskdPrepared:
+        """Prepare keys and values, and find where the teacher, seen through the student's head, is right."""
+        options = self.options
+        embedded_BTD, head = context.student_embedded_BTD, context.student_head
+        if embedded_BTD is None or head is None:
+            raise ValueError(_NEEDS)
+        masks = attention_masks(batch, options.causal)
+        divided = _divided(measured.hidden_BSE, measured.embedded_BSE)
+        key_BSF, last_BSE, next_BSE = (_scaled(x, sum_K[3 * k : 3 * k + 3]) for k, x in enumerate(divided))
+        value_BSE = last_BSE + next_BSE
+
+        score_BTS = _scores(embedded_BTD, key_BSF, _modules(context))
+        into_student_BTD = _into_student(score_BTS, value_BSE, masks, _modules(context))
+        student_N, teacher_N = _rows(masks.student_BT), _rows(masks.teacher_BS)
+        dtype = into_student_BTD.dtype
+        scores = linear_logprob(
+            _at(into_student_BTD, student_N),
+            in_dtype(frozen(head), dtype),
+            _targets(batch.student, student_N),
+            workspace_bytes=options.workspace_bytes,
+        )
+        is_right_N = scores.is_top1_N.nonzero()[:, 0]
+        counts = [len(student_N), len(is_right_N), len(teacher_N)]
+        return DskdPrepared(
+            count=torch.tensor(counts, device=student_N.device),
+            key_BSF=key_BSF,
+            value_BSE=value_BSE,
+            masks=masks,
+            student_N=student_N,
+            is_right_N=is_right_N,
+            teacher_N=teacher_N,
+            teacher_NE=take(measured.hidden_BSE, batch.teacher, teacher_N),
+        )
+
+    def loss(
+        self, student: HiddenStates, prepared: DskdPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return three sums, nats, each times 3, and the number of things in each."""
+        options = self.options
+        if student.embedded_BTD is None:
+            raise ValueError("baseline_dskd needs the student's input embeddings: HiddenStates.embedded_BTD")
+        modules, masks = _modules(context), prepared.masks
+        score_BTS = _scores(student.embedded_BTD.detach(), prepared.key_BSF, modules)
+        into_student_BTD = _into_student(score_BTS, prepared.value_BSE, masks, modules)
+        into_teacher_BSE = _into_teacher(score_BTS, student.hidden_BTD[:, :-1], masks, modules)
+
+        student_ND = take(student.hidden_BTD, batch.student, prepared.student_N)
+        head = in_dtype(student.head, student_ND.dtype)
+        mirrored_ND = _at(into_student_BTD, prepared.student_N)
+        scores = linear_logprob(
+            mirrored_ND,
+            frozen(head),
+            _targets(batch.student, prepared.student_N),
+            workspace_bytes=options.workspace_bytes,
+        )
+        settings: dict[str, Any] = {
+            "temperature": options.temperature,
+            "teacher_temperature": options.teacher_temperature,
+            "workspace_bytes": options.workspace_bytes,
+        }
+        in_student = summed_divergence(
+            student_ND.index_select(0, prepared.is_right_N),
+            head,
+            mirrored_ND.detach().index_select(0, prepared.is_right_N),
+            frozen(head),
+            options.divergence,
+            skew=options.skew,
+            alpha=options.alpha,
+            **settings,
+        )
+        teacher_head: Head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+        mirrored_NE = _at(into_teacher_BSE, prepared.teacher_N)
+        in_teacher = summed_divergence(
+            mirrored_NE, teacher_head, prepared.teacher_NE, teacher_head, "kl", **settings
+        )
+        terms = (-scores.logp_N.sum(), in_student, in_teacher)
+        return LossTerm(3 * torch.stack([term.to(terms[0].dtype) for term in terms]), prepared.count)
 
 
 def dskd_loss(
@@ -353,7 +304,14 @@ def dskd_loss(
     teacher: HiddenStates,
     batch: Batch,
     projections: Projections,
-    **options: Unpack[DskdKeywords],
+    *,
+    divergence: Divergence = "kl",
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    causal: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare both models in each other's space: the drop-in form.
 
@@ -362,10 +320,25 @@ def dskd_loss(
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations; with `causal`, their "unconstrained" chunks. Its tokens set the scales.
         projections: the trained maps between the spaces.
-        options: the fields of `DskdOptions`.
+        divergence: kl, rkl, skl, srkl, js or akl.
+        skew: mixing share of skl and srkl, in [0, 1].
+        alpha: mass left to the tail in akl, in [0, 1].
+        temperature: divides the logits of both models.
+        teacher_temperature: multiplies it for the teacher.
+        causal: attend only to text that ends no later than one's own.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total and count, [3] each, counts at least 1: the loss is `(total / count).mean()`. Differentiable in
         the student's hidden states and head and in the projections.
     """
-    return whole(LOSS, student, teacher, batch, DskdOptions(**options), projections)
+    options = DskdOptions(
+        divergence=divergence,
+        skew=skew,
+        alpha=alpha,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        causal=causal,
+        workspace_bytes=workspace_bytes,
+    )
+    return Dskd(options)(student, teacher, batch, projections)

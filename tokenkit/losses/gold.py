@@ -23,132 +23,28 @@ Dimensions: N groups, M tokens that multiply, P pairs of ids, B documents.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenkit.kernels.hybrid_distance import FLOOR, Measure, Pairs, hybrid_distance, split_columns
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
+from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.vocabulary_parallel import vocab_size
 from tokenkit.losses.answers import (
-    STRATEGIES,
     Groups,
     Scalars,
-    Strategy,
     answer_tokens,
     extended_groups,
     positional_groups,
     without_last,
 )
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import WORKSPACE_BYTES, GoldOptions, Strategy
 from tokenkit.losses.rows import check_pairs, need_head, need_teacher, take
 from tokenkit.losses.score import Rows, in_dtype, score, scored_tokens, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
-
-
-@dataclass(frozen=True, slots=True)
-class GoldRules:
-    """The options of the published loss, by their names and with their defaults there."""
-
-    use_extended_uld: bool = True
-    """Groups of tokens that end at the same byte; without, token i faces token i."""
-    uld_token_merge_strategy: Strategy = "observed"
-    """Which row speaks for a group: `answers.py`."""
-    uld_use_hybrid_loss: bool = False
-    """Compare ids of both vocabularies one by one, and only the others by rank."""
-    uld_hybrid_matched_weight: float | None = None
-    """w_m; both weights or neither."""
-    uld_hybrid_unmatched_weight: float | None = None
-    """w_u."""
-    uld_crossentropy_weight: float = 0.0
-    """Of the student's cross entropy with its answers."""
-    uld_distillation_weight: float = 1.0
-    """Of what is compared with the teacher."""
-    uld_student_temperature: float = 1.0
-    """Divides the student's logits, but in the cross entropy."""
-    uld_teacher_temperature: float = 1.0
-    """Divides the teacher's logits."""
-    uld_skip_student_eos: bool = True
-    """Leave the last token of each of the student's answers out of the comparison."""
-    uld_skip_teacher_eos: bool = True
-    """The same of the teacher's."""
-    beta: float = 0.5
-    """β in [0, 1]: 0 the forward, 1 the reverse divergence."""
-
-    def __post_init__(self) -> None:
-        if self.uld_token_merge_strategy not in STRATEGIES:
-            raise ValueError(
-                f"uld_token_merge_strategy must be one of {', '.join(STRATEGIES)}: got "
-                f"{self.uld_token_merge_strategy!r}"
-            )
-        weights = (self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight)
-        if (weights[0] is None) != (weights[1] is None):
-            raise ValueError(
-                "uld_hybrid_matched_weight and uld_hybrid_unmatched_weight must both be given, or both be "
-                f"None: got {weights[0]} and {weights[1]}"
-            )
-        names = [
-            f"uld_{x}_weight" for x in ("crossentropy", "distillation", "hybrid_matched", "hybrid_unmatched")
-        ]
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0: got {value}")
-        for name in ("uld_student_temperature", "uld_teacher_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must be in [0, 1]: got {self.beta}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GoldOptions:
-    """The published options, and what they are computed with. ValueError names the field."""
-
-    rules: GoldRules = field(default_factory=GoldRules)
-    student_index: Tensor | None = None
-    """int64 [P]: student ids that are compared one by one, none twice; with `uld_use_hybrid_loss`."""
-    teacher_index: Tensor | None = None
-    """int64 [P]: their partners, none twice; `tokenkit.pairing.matching.published_pairs` finds them."""
-    exact: bool | None = True
-    """Sort; False adds up histograms, on a GPU faster; None as `tokenkit.kernels.sorted_distance` chooses."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks are the groups; others than the smallest are not published."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-    _pairs: dict[tuple[Any, ...], Pairs] = field(default_factory=dict, init=False, repr=False)
-    """By vocabulary sizes and device: finding the columns waits for the device, once per run."""
-
-    def __post_init__(self) -> None:
-        if not self.rules.uld_use_hybrid_loss:
-            return
-        if self.student_index is None or self.teacher_index is None:
-            raise ValueError(
-                "uld_use_hybrid_loss compares pairs of ids: give student_index and teacher_index"
-            )
-        check_pairs(self.student_index, self.teacher_index)
-
-
-class GoldKeywords(TypedDict, total=False):
-    """The fields of `GoldRules`, and of `GoldOptions` beside them and the pairs."""
-
-    use_extended_uld: bool
-    uld_token_merge_strategy: Strategy
-    uld_use_hybrid_loss: bool
-    uld_hybrid_matched_weight: float | None
-    uld_hybrid_unmatched_weight: float | None
-    uld_crossentropy_weight: float
-    uld_distillation_weight: float
-    uld_student_temperature: float
-    uld_teacher_temperature: float
-    uld_skip_student_eos: bool
-    uld_skip_teacher_eos: bool
-    beta: float
-    exact: bool | None
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,52 +73,6 @@ def need_whole(name: str, student_head: Head | None, teacher_head: Head) -> None
             )
 
 
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: GoldOptions, context: Context = NO_CONTEXT
-) -> GoldPrepared:
-    """Find the groups of the answers, and what the teacher says of their tokens."""
-    teacher, rules = need_teacher(teacher, "baseline_gold"), options.rules
-    need_whole("baseline_gold", context.student_head, teacher.head)
-    student_BT, teacher_BS = answer_tokens(batch, options.chunks)
-    has_answer_B = scored_tokens(batch.student).any(1) | scored_tokens(batch.teacher).any(1)
-    if rules.uld_skip_student_eos:
-        student_BT = without_last(student_BT)
-    if rules.uld_skip_teacher_eos:
-        teacher_BS = without_last(teacher_BS)
-    strategy = rules.uld_token_merge_strategy
-    if rules.use_extended_uld:
-        groups = extended_groups(batch, options.chunks, student_BT, teacher_BS, strategy)
-    else:
-        groups = positional_groups(student_BT, teacher_BS, strategy)
-    weight_N = groups.document_N.bincount(minlength=len(student_BT)).double().reciprocal()[groups.document_N]
-    teacher_NE = take(teacher.hidden_BTD, batch.teacher, groups.rows.teacher_N)
-    temperature, workspace_bytes = rules.uld_teacher_temperature, options.workspace_bytes
-    log_scale_N = log_scales(
-        teacher, batch.teacher, groups.teacher, len(weight_N), temperature, workspace_bytes
-    )
-    pairs = None
-    if rules.uld_use_hybrid_loss:
-        if context.student_head is None:
-            raise ValueError("baseline_gold must know both vocabularies: give both heads in its Context")
-        pairs = _columns(context.student_head, teacher.head, options)
-    count, tokens = has_answer_B.sum(), None
-    if rules.uld_crossentropy_weight:
-        tokens = select_rows(batch.student, scored_tokens(batch.student))
-        count = torch.stack([count, torch.full_like(count, len(tokens.row_N))])
-    return GoldPrepared(count, groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
-
-
-def _columns(student_head: Head, teacher_head: Head, options: GoldOptions) -> Pairs:
-    heads = student_head, teacher_head
-    key = (*map(vocab_size, heads), student_head.weight_VD.device)
-    if key not in options._pairs:
-        assert options.student_index is not None
-        assert options.teacher_index is not None
-        options._pairs[key] = split_columns(*heads, options.student_index, options.teacher_index)
-    return options._pairs[key]
-
-
 def log_scales(
     states: HiddenStates, side: Side, scalars: Scalars, groups: int, temperature: float, workspace_bytes: int
 ) -> Tensor:
@@ -239,50 +89,123 @@ def log_scales(
     return logp_M.new_zeros(groups).index_add(0, scalars.group_M, logp_M)
 
 
-def function(
-    student: HiddenStates,
-    prepared: GoldPrepared,
-    batch: Batch,
-    options: GoldOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed loss and the number of documents; with a cross entropy two sums, each times 2."""
-    rules, groups, pairs = options.rules, prepared.groups, prepared.pairs
-    student_ND = take(student.hidden_BTD, batch.student, groups.rows.student_N)
-    temperature, workspace_bytes = rules.uld_student_temperature, options.workspace_bytes
-    log_scale_N = log_scales(
-        student, batch.student, groups.student, len(student_ND), temperature, workspace_bytes
-    )
-    teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
-    weights = (0.0, 1.0)
-    if pairs is not None:
-        share = len(pairs.teacher_P) / vocab_size(teacher_head)
-        weights = (share, 1 - share)
-        if rules.uld_hybrid_matched_weight is not None and rules.uld_hybrid_unmatched_weight is not None:
-            weights = (rules.uld_hybrid_matched_weight, rules.uld_hybrid_unmatched_weight)
-    compared = hybrid_distance(
-        (student_ND, in_dtype(student.head, student_ND.dtype), log_scale_N),
-        (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
-        prepared.weight_N.to(log_scale_N.dtype),
-        pairs,
-        Measure(
-            *weights,
-            rules.beta,
-            options.exact,
-            temperature,
-            rules.uld_teacher_temperature,
-            workspace_bytes,
-        ),
-    )
-    total = rules.uld_distillation_weight * compared
-    if prepared.tokens is not None:
-        said = score(student, prepared.tokens, workspace_bytes=options.workspace_bytes)
-        entropy = -rules.uld_crossentropy_weight * said.logp_BT.sum()
-        total = 2 * torch.stack([total, entropy.to(total.dtype)])
-    return LossTerm(total, prepared.count)
+class Gold(Loss[GoldOptions]):
+    """TRL's GOLD.
 
+    Args:
+        options: the published ones.
+        student_index: int64 [P], student ids that are compared one by one, none twice; with
+            `uld_use_hybrid_loss`.
+        teacher_index: int64 [P], their partners; `tokenkit.pairing.matching.published_pairs` finds them.
+    """
 
-LOSS = Loss(prepare, function, GoldOptions, chunks="unconstrained")
+    def __init__(
+        self, options: GoldOptions, student_index: Tensor | None = None, teacher_index: Tensor | None = None
+    ):
+        super().__init__(options)
+        if options.uld_use_hybrid_loss:
+            if student_index is None or teacher_index is None:
+                raise ValueError(
+                    "uld_use_hybrid_loss compares pairs of ids: give student_index and teacher_index"
+                )
+            check_pairs(student_index, teacher_index)
+        self.student_index, self.teacher_index = student_index, teacher_index
+        self._pairs: dict[tuple[Any, ...], Pairs] = {}
+        """By vocabulary sizes and device: finding the columns waits for the device, once per run."""
+
+    @classmethod
+    def resources(cls, options: GoldOptions, pair: Pair) -> dict[str, Any]:
+        """Return the pairs of ids, where they are compared."""
+        return pair.published() if options.uld_use_hybrid_loss else {}
+
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> GoldPrepared:
+        """Find the groups of the answers, and what the teacher says of their tokens."""
+        options = self.options
+        teacher = need_teacher(teacher, "baseline_gold")
+        need_whole("baseline_gold", context.student_head, teacher.head)
+        student_BT, teacher_BS = answer_tokens(batch, options.chunks)
+        has_answer_B = scored_tokens(batch.student).any(1) | scored_tokens(batch.teacher).any(1)
+        if options.uld_skip_student_eos:
+            student_BT = without_last(student_BT)
+        if options.uld_skip_teacher_eos:
+            teacher_BS = without_last(teacher_BS)
+        strategy = options.uld_token_merge_strategy
+        if options.use_extended_uld:
+            groups = extended_groups(batch, options.chunks, student_BT, teacher_BS, strategy)
+        else:
+            groups = positional_groups(student_BT, teacher_BS, strategy)
+        weight_N = (
+            groups.document_N.bincount(minlength=len(student_BT)).double().reciprocal()[groups.document_N]
+        )
+        teacher_NE = take(teacher.hidden_BTD, batch.teacher, groups.rows.teacher_N)
+        temperature, workspace_bytes = options.uld_teacher_temperature, options.workspace_bytes
+        log_scale_N = log_scales(
+            teacher, batch.teacher, groups.teacher, len(weight_N), temperature, workspace_bytes
+        )
+        pairs = None
+        if options.uld_use_hybrid_loss:
+            if context.student_head is None:
+                raise ValueError("baseline_gold must know both vocabularies: give both heads in its Context")
+            pairs = self._columns(context.student_head, teacher.head)
+        count, tokens = has_answer_B.sum(), None
+        if options.uld_crossentropy_weight:
+            tokens = select_rows(batch.student, scored_tokens(batch.student))
+            count = torch.stack([count, torch.full_like(count, len(tokens.row_N))])
+        return GoldPrepared(count, groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
+
+    def _columns(self, student_head: Head, teacher_head: Head) -> Pairs:
+        heads = student_head, teacher_head
+        key = (*map(vocab_size, heads), student_head.weight_VD.device)
+        if key not in self._pairs:
+            assert self.student_index is not None
+            assert self.teacher_index is not None
+            self._pairs[key] = split_columns(*heads, self.student_index, self.teacher_index)
+        return self._pairs[key]
+
+    def loss(
+        self, student: HiddenStates, prepared: GoldPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed loss and the number of documents; with a cross entropy two sums, each times 2."""
+        options = self.options
+        groups, pairs = prepared.groups, prepared.pairs
+        student_ND = take(student.hidden_BTD, batch.student, groups.rows.student_N)
+        temperature, workspace_bytes = options.uld_student_temperature, options.workspace_bytes
+        log_scale_N = log_scales(
+            student, batch.student, groups.student, len(student_ND), temperature, workspace_bytes
+        )
+        teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+        weights = (0.0, 1.0)
+        if pairs is not None:
+            share = len(pairs.teacher_P) / vocab_size(teacher_head)
+            weights = (share, 1 - share)
+            if (
+                options.uld_hybrid_matched_weight is not None
+                and options.uld_hybrid_unmatched_weight is not None
+            ):
+                weights = (options.uld_hybrid_matched_weight, options.uld_hybrid_unmatched_weight)
+        compared = hybrid_distance(
+            (student_ND, in_dtype(student.head, student_ND.dtype), log_scale_N),
+            (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
+            prepared.weight_N.to(log_scale_N.dtype),
+            pairs,
+            Measure(
+                *weights,
+                options.beta,
+                options.exact is not False,
+                temperature,
+                options.uld_teacher_temperature,
+                workspace_bytes,
+            ),
+        )
+        total = options.uld_distillation_weight * compared
+        if prepared.tokens is not None:
+            said = score(student, prepared.tokens, workspace_bytes=options.workspace_bytes)
+            entropy = -options.uld_crossentropy_weight * said.logp_BT.sum()
+            total = 2 * torch.stack([total, entropy.to(total.dtype)])
+        return LossTerm(total, prepared.count)
 
 
 def gold_loss(
@@ -291,7 +214,22 @@ def gold_loss(
     batch: Batch,
     student_index: Tensor | None = None,
     teacher_index: Tensor | None = None,
-    **options: Unpack[GoldKeywords],
+    *,
+    use_extended_uld: bool = True,
+    uld_token_merge_strategy: Strategy = "observed",
+    uld_use_hybrid_loss: bool = False,
+    uld_hybrid_matched_weight: float | None = None,
+    uld_hybrid_unmatched_weight: float | None = None,
+    uld_crossentropy_weight: float = 0.0,
+    uld_distillation_weight: float = 1.0,
+    uld_student_temperature: float = 1.0,
+    uld_teacher_temperature: float = 1.0,
+    uld_skip_student_eos: bool = True,
+    uld_skip_teacher_eos: bool = True,
+    beta: float = 0.5,
+    exact: bool | None = None,
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare the answers of both models as TRL's GOLD does: the drop-in form.
 
@@ -301,13 +239,41 @@ def gold_loss(
         batch: both tokenizations and their chunks; `trained_BT` marks the answers.
         student_index: int64 [P], student ids of the matched tokens, with `uld_use_hybrid_loss`.
         teacher_index: int64 [P], their partners.
-        options: the other fields of `GoldOptions`, and those of `GoldRules`.
+        use_extended_uld: groups of tokens that end at the same byte; else token i faces token i.
+        uld_token_merge_strategy: which row speaks for a group: `answers.py`.
+        uld_use_hybrid_loss: compare ids of both vocabularies one by one, and only the others by rank.
+        uld_hybrid_matched_weight: w_m; both weights or neither.
+        uld_hybrid_unmatched_weight: w_u.
+        uld_crossentropy_weight: of the student's cross entropy with its answers.
+        uld_distillation_weight: of what is compared with the teacher.
+        uld_student_temperature: divides the student's logits, but in the cross entropy.
+        uld_teacher_temperature: divides the teacher's logits.
+        uld_skip_student_eos: leave the last token of each of the student's answers out.
+        uld_skip_teacher_eos: the same of the teacher's.
+        beta: in [0, 1]: 0 the forward, 1 the reverse divergence.
+        exact: False adds up histograms, on a GPU faster; else sort.
+        chunks: which of the batch's chunks.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, differentiable in the student's hidden states and head, and count, at least 1: the loss is
         `(total / count).mean()`; with `uld_crossentropy_weight` both are [2].
     """
-    given: dict[str, Any] = {**options}
-    rules = {one.name: given.pop(one.name) for one in fields(GoldRules) if one.name in given}
-    settled = GoldOptions(GoldRules(**rules), student_index, teacher_index, **given)
-    return whole(LOSS, student, teacher, batch, settled)
+    options = GoldOptions(
+        use_extended_uld=use_extended_uld,
+        uld_token_merge_strategy=uld_token_merge_strategy,
+        uld_use_hybrid_loss=uld_use_hybrid_loss,
+        uld_hybrid_matched_weight=uld_hybrid_matched_weight,
+        uld_hybrid_unmatched_weight=uld_hybrid_unmatched_weight,
+        uld_crossentropy_weight=uld_crossentropy_weight,
+        uld_distillation_weight=uld_distillation_weight,
+        uld_student_temperature=uld_student_temperature,
+        uld_teacher_temperature=uld_teacher_temperature,
+        uld_skip_student_eos=uld_skip_student_eos,
+        uld_skip_teacher_eos=uld_skip_teacher_eos,
+        beta=beta,
+        exact=exact,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return Gold(options, student_index, teacher_index)(student, teacher, batch)

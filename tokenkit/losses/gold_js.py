@@ -20,19 +20,19 @@ Dimensions: N chunks, P pairs of tokens, V student vocabulary, W teacher vocabul
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.sorted_distance import sorted_distance
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import WORKSPACE_BYTES, GoldJsOptions
 from tokenkit.losses.rows import (
     RowPairs,
     check_pairs,
-    check_temperatures,
     chunk_starts,
     need_head,
     need_teacher,
@@ -42,50 +42,6 @@ from tokenkit.losses.rows import (
 )
 from tokenkit.losses.score import in_dtype
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GoldJsOptions:
-    """Which tokens are matched, and how distributions are compared. ValueError names the field."""
-
-    student_index: Tensor
-    """int64 [P]: student ids of the pairs, none twice."""
-    teacher_index: Tensor
-    """int64 [P]: their partners, none twice; `tokenkit.pairing.matching` finds them."""
-    matched_weight: float | None = None
-    """w, in [0, 1]; None: pairs / teacher's vocabulary."""
-    temperature: float = 1.0
-    """T: divides the logits of both models."""
-    teacher_temperature: float = 1.0
-    """Multiplies T for the teacher, in the matched part."""
-    exact: bool | None = None
-    """Sort the unmatched part, or add up histograms (False); None: sort where it is cheap. See
-    `tokenkit.kernels.sorted_distance`."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        check_pairs(self.student_index, self.teacher_index)
-        for name in ("student_index", "teacher_index"):
-            index_P = getattr(self, name)
-            if len(index_P.unique()) < len(index_P):
-                raise ValueError(f"{name} names an id twice: matched tokens face each other one to one")
-        if self.matched_weight is not None and not 0 <= self.matched_weight <= 1:
-            raise ValueError(f"matched_weight must be in [0, 1]: got {self.matched_weight}")
-        check_temperatures(self)
-
-
-class GoldJsKeywords(TypedDict, total=False):
-    """The fields of `GoldJsOptions` beside the pairs."""
-
-    matched_weight: float | None
-    temperature: float
-    teacher_temperature: float
-    exact: bool | None
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,84 +55,6 @@ class GoldJsPrepared:
     outcomes: Outcomes
     unmatched_N: Tensor
     """q_U: the teacher's probability of a token without a partner."""
-
-
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: GoldJsOptions, context: Context = NO_CONTEXT
-) -> GoldJsPrepared:
-    """Find the starts of chunks, and how likely the teacher finds a token without a partner there."""
-    teacher = need_teacher(teacher, "baseline_gold_js")
-    for name, divided in (("student", context.student_head), ("teacher", teacher.head)):
-        if divided is not None and divided.shard is not None:
-            raise ValueError(
-                f"the {name}'s head is divided over processes: baseline_gold_js picks rows of it by id, and "
-                "needs it whole"
-            )
-    rows = chunk_starts(batch, options.chunks)
-    teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
-    head = in_dtype(teacher.head, teacher_NE.dtype)
-    mask_W = _unmatched(head, options.teacher_index)
-    unmatched_N = torch.zeros(len(teacher_NE), device=teacher_NE.device)
-    if len(options.teacher_index) < len(mask_W):
-        said = linear_logprob(
-            teacher_NE,
-            head,
-            torch.full_like(rows.teacher_N, IGNORE),
-            subset_V=mask_W,
-            temperature=options.temperature,
-            workspace_bytes=options.workspace_bytes,
-        )
-        assert said.subset_logp_N is not None
-        unmatched_N = said.subset_logp_N.exp()
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    outcomes = paired_outcomes(options.student_index, options.teacher_index, context, whole=True)
-    return GoldJsPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
-
-
-def function(
-    student: HiddenStates,
-    prepared: GoldJsPrepared,
-    batch: Batch,
-    options: GoldJsOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed loss, and the number of chunks."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    head = in_dtype(student.head, student_ND.dtype)
-    teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
-    student_index, teacher_index = (
-        index_P.to(student_ND.device) for index_P in (options.student_index, options.teacher_index)
-    )
-    matched = summed_divergence(
-        student_ND,
-        head,
-        prepared.teacher_NE,
-        teacher_head,
-        "js",
-        outcomes=prepared.outcomes,
-        rest_as_outcome=True,
-        temperature=options.temperature,
-        teacher_temperature=options.teacher_temperature,
-        workspace_bytes=options.workspace_bytes,
-    )
-    weight = options.matched_weight
-    if weight is None:
-        weight = len(teacher_index) / _vocab_size(teacher_head)
-    total = weight * matched
-    if len(teacher_index) < _vocab_size(teacher_head) and len(student_index) < _vocab_size(head):
-        unmatched = sorted_distance(
-            student_ND,
-            _rest(head, student_index),
-            prepared.teacher_NE,
-            _rest(teacher_head, teacher_index),
-            temperature=options.temperature,
-            exact=options.exact,
-            workspace_bytes=options.workspace_bytes,
-            row_weight_N=prepared.unmatched_N,
-        )
-        total = total + (1 - weight) * unmatched
-    return LossTerm(total, prepared.count)
 
 
 def _vocab_size(head: Head) -> int:
@@ -198,7 +76,101 @@ def _rest(head: Head, index_P: Tensor) -> Head:
     return Head(head.weight_VD.index_select(0, index), bias_V, head.softcap, head.scale)
 
 
-LOSS = Loss(prepare, function, GoldJsOptions, chunks="unconstrained")
+class GoldJs(Loss[GoldJsOptions]):
+    """Matched tokens one by one, the others by rank.
+
+    Args:
+        options: how distributions are compared.
+        student_index: int64 [P], student ids of the pairs, none twice.
+        teacher_index: int64 [P], their partners, none twice; `tokenkit.pairing.matching` finds them.
+    """
+
+    def __init__(self, options: GoldJsOptions, student_index: Tensor, teacher_index: Tensor):
+        super().__init__(options)
+        check_pairs(student_index, teacher_index)
+        for name, index_P in (("student_index", student_index), ("teacher_index", teacher_index)):
+            if len(index_P.unique()) < len(index_P):
+                raise ValueError(f"{name} names an id twice: matched tokens face each other one to one")
+        self.student_index, self.teacher_index = student_index, teacher_index
+
+    @classmethod
+    def resources(cls, options: GoldJsOptions, pair: Pair) -> dict[str, Any]:
+        """Return the tokens of the same bytes."""
+        return pair.matching()
+
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> GoldJsPrepared:
+        """Find the starts of chunks, and how likely the teacher finds a token without a partner there."""
+        options = self.options
+        teacher = need_teacher(teacher, "baseline_gold_js")
+        for name, divided in (("student", context.student_head), ("teacher", teacher.head)):
+            if divided is not None and divided.shard is not None:
+                raise ValueError(
+                    f"the {name}'s head is divided over processes: baseline_gold_js picks rows of it by "
+                    "id, and needs it whole"
+                )
+        rows = chunk_starts(batch, options.chunks)
+        teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
+        head = in_dtype(teacher.head, teacher_NE.dtype)
+        mask_W = _unmatched(head, self.teacher_index)
+        unmatched_N = torch.zeros(len(teacher_NE), device=teacher_NE.device)
+        if len(self.teacher_index) < len(mask_W):
+            said = linear_logprob(
+                teacher_NE,
+                head,
+                torch.full_like(rows.teacher_N, IGNORE),
+                subset_V=mask_W,
+                temperature=options.temperature,
+                workspace_bytes=options.workspace_bytes,
+            )
+            assert said.subset_logp_N is not None
+            unmatched_N = said.subset_logp_N.exp()
+        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=True)
+        return GoldJsPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
+
+    def loss(
+        self, student: HiddenStates, prepared: GoldJsPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed loss, and the number of chunks."""
+        options = self.options
+        student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
+        head = in_dtype(student.head, student_ND.dtype)
+        teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+        student_index, teacher_index = (
+            index_P.to(student_ND.device) for index_P in (self.student_index, self.teacher_index)
+        )
+        matched = summed_divergence(
+            student_ND,
+            head,
+            prepared.teacher_NE,
+            teacher_head,
+            "js",
+            outcomes=prepared.outcomes,
+            rest_as_outcome=True,
+            temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature,
+            workspace_bytes=options.workspace_bytes,
+        )
+        weight = options.matched_weight
+        if weight is None:
+            weight = len(teacher_index) / _vocab_size(teacher_head)
+        total = weight * matched
+        if len(teacher_index) < _vocab_size(teacher_head) and len(student_index) < _vocab_size(head):
+            unmatched = sorted_distance(
+                student_ND,
+                _rest(head, student_index),
+                prepared.teacher_NE,
+                _rest(teacher_head, teacher_index),
+                temperature=options.temperature,
+                exact=options.exact,
+                workspace_bytes=options.workspace_bytes,
+                row_weight_N=prepared.unmatched_N,
+            )
+            total = total + (1 - weight) * unmatched
+        return LossTerm(total, prepared.count)
 
 
 def gold_js_loss(
@@ -207,7 +179,13 @@ def gold_js_loss(
     batch: Batch,
     student_index: Tensor,
     teacher_index: Tensor,
-    **options: Unpack[GoldJsKeywords],
+    *,
+    matched_weight: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    exact: bool | None = None,
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare matched tokens one by one and the others by rank: the drop-in form.
 
@@ -217,9 +195,22 @@ def gold_js_loss(
         batch: both tokenizations and their chunks.
         student_index: int64 [P], student ids of the matched tokens.
         teacher_index: int64 [P], their partners.
-        options: the other fields of `GoldJsOptions`.
+        matched_weight: of the matched part; None: pairs / teacher's vocabulary.
+        temperature: divides the logits of both models.
+        teacher_temperature: multiplies it for the teacher.
+        exact: sort (True), add up histograms (False), or sort where that is cheap (None).
+        chunks: which of the batch's chunks.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, differentiable in the student's hidden states and head; count, chunks, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, GoldJsOptions(student_index, teacher_index, **options))
+    options = GoldJsOptions(
+        matched_weight=matched_weight,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        exact=exact,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return GoldJs(options, student_index, teacher_index)(student, teacher, batch)

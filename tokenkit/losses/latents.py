@@ -19,13 +19,14 @@ Dimensions: N chunks, D student width, E teacher width, J latents that are compa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.divergence_checks import check_hidden
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.base import Measured
+from tokenkit.losses.options import Align, LatentChunks, LatentsOptions, Normalization
 from tokenkit.losses.rows import RowPairs, chunk_ends, need_teacher, take
 from tokenkit.structs import (
     NO_CONTEXT,
@@ -38,38 +39,12 @@ from tokenkit.structs import (
     Widths,
 )
 
-Align = Literal["last_hidden_state", "all_hidden_states", "qkv"]
-Normalization = Literal["l1", "l2", "l1_channelwise", "l2_channelwise"]
-
-
-@dataclass(frozen=True, slots=True)
-class LatentsOptions:
-    """Which hidden states are compared, and how. Checked when built; ValueError names the field."""
-
-    align: Align = "last_hidden_state"
-    """`last_hidden_state`; `all_hidden_states`: every layer's output; `qkv`: every layer's projections."""
-    normalization: Normalization = "l2_channelwise"
-    """What differences are divided by."""
-    chunks: ChunkKind = "unconstrained"
-    """At the ends of which chunks."""
-    project: bool = False
-    """Train a projection of the student's latents where the widths differ."""
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("align", get_args(Align)), ("normalization", get_args(Normalization))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(kinds)}"
-                )
-
-
-class LatentsKeywords(TypedDict, total=False):
-    """The fields of `LatentsOptions`."""
-
-    align: Align
-    normalization: Normalization
-    chunks: ChunkKind
-    project: bool
+STATES: dict[Align, frozenset[StateKind]] = {
+    "last_hidden_state": frozenset(),
+    "all_hidden_states": frozenset({"layers"}),
+    "qkv": frozenset({"qkv"}),
+}
+"""What both models must collect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,122 +71,9 @@ class LatentsMeasured:
     teacher_JNE: tuple[Tensor, ...]
 
 
-@torch.no_grad()
-def measure(
-    teacher: HiddenStates | None, batch: Batch, options: LatentsOptions, context: Context = NO_CONTEXT
-) -> LatentsMeasured:
-    """Find the ends of aligned chunks, keep the teacher's latents there, and add up their sizes."""
-    teacher = need_teacher(teacher, "alm_latents")
-    rows = chunk_ends(batch, options.chunks)
-    latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
-    for teacher_NE in latents:
-        check_hidden("the teacher's latents at the ends of chunks", teacher_NE)
-    sizes = [torch.tensor([len(rows.student_N)], dtype=torch.float64, device=rows.student_N.device)]
-    for teacher_NE in latents:
-        size_NE = (
-            teacher_NE.to(torch.promote_types(teacher_NE.dtype, torch.float32)).abs().pow(_power(options))
-        )
-        size_E = size_NE.sum(0, dtype=torch.float64)
-        sizes.append(size_E if _is_channelwise(options) else size_E.mean(0, keepdim=True))
-    return LatentsMeasured(torch.cat(sizes), rows, tuple(latents))
-
-
-@torch.no_grad()
-def settle(
-    measured: LatentsMeasured,
-    sum_K: Tensor,
-    batch: Batch,
-    options: LatentsOptions,
-    context: Context = NO_CONTEXT,
-) -> LatentsPrepared:
-    """Form the scale of the whole step.
-
-    Args:
-        measured: of this micro-batch.
-        sum_K: float64, of all micro-batches on all ranks.
-        batch: this micro-batch.
-        options: as in the other halves.
-        context: not read.
-    """
-    lengths = [x_NE.shape[1] if _is_channelwise(options) else 1 for x_NE in measured.teacher_JNE]
-    norms = []
-    for teacher_NE, mean_E in zip(
-        measured.teacher_JNE, (sum_K[1:] / sum_K[0].clamp_min(1)).split(lengths), strict=True
-    ):
-        norm_E = mean_E.to(torch.promote_types(teacher_NE.dtype, torch.float32))
-        # a channel that is 0 throughout has no scale of its own: leave its differences as they are
-        norms.append(norm_E.where(norm_E > 0, 1))
-    count = measured.sum_K[0].long()
-    return LatentsPrepared(count, measured.rows, measured.teacher_JNE, tuple(norms))
-
-
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: LatentsOptions, context: Context = NO_CONTEXT
-) -> LatentsPrepared:
-    """Run `measure` and `settle` where this batch is the whole step."""
-    measured = measure(teacher, batch, options, context)
-    return settle(measured, measured.sum_K, batch, options, context)
-
-
-def function(
-    student: HiddenStates,
-    prepared: LatentsPrepared,
-    batch: Batch,
-    options: LatentsOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed distance, in units of the teacher's latents, and the number of chunks."""
-    latents = _latents(student, options, "student")
-    parts = 3 if options.align == "qkv" else 1
-    total = student.hidden_BTD.new_zeros((), dtype=torch.float32)
-    for j, state_BTD in enumerate(latents):
-        layer, part = divmod(j, parts)
-        teacher_layer = facing_layer(layer, len(latents) // parts, len(prepared.teacher_JNE) // parts)
-        facing = teacher_layer * parts + part
-        teacher_NE = prepared.teacher_JNE[facing]
-        student_ND = take(state_BTD, batch.student, prepared.rows.student_N)
-        check_hidden("the student's latents at the ends of chunks", student_ND)
-        student_NE = _project(student_ND, teacher_NE, j, context)
-        total = total + _distance(student_NE, teacher_NE, prepared.norm_JE[facing], _power(options))
-    return LossTerm(total / len(latents), prepared.count)
-
-
 def facing_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
     """Return the teacher's layer at the same relative depth; layers count from 0."""
     return -(-(layer + 1) * teacher_layers // student_layers) - 1
-
-
-def modules(options: LatentsOptions, student: Widths, teacher: Widths) -> nn.Module | None:
-    """Return one projection for each latent whose widths differ, by its number among the student's.
-
-    Raises:
-        ValueError: widths differ and `project` is off.
-    """
-    widths, teacher_widths = _widths(student, options), _widths(teacher, options)
-    parts = 3 if options.align == "qkv" else 1
-    found = {}
-    for j, width in enumerate(widths):
-        layer, part = divmod(j, parts)
-        facing = facing_layer(layer, len(widths) // parts, len(teacher_widths) // parts)
-        wanted = teacher_widths[facing * parts + part]
-        if width != wanted:
-            found[str(j)] = nn.Linear(width, wanted)
-    if found and not options.project:
-        raise ValueError(
-            f"{options.align}: the student's latents are {widths[0]} wide and the teacher's "
-            f"{teacher_widths[0]}: set latents_do_project to train a projection between them"
-        )
-    return nn.ModuleDict(found) if found else None
-
-
-def required_states(options: LatentsOptions) -> frozenset[StateKind]:
-    """Return what both models must collect."""
-    kinds: dict[Align, frozenset[StateKind]] = {
-        "last_hidden_state": frozenset(),
-        "all_hidden_states": frozenset({"layers"}),
-        "qkv": frozenset({"qkv"}),
-    }
-    return kinds[options.align]
 
 
 def _latents(states: HiddenStates, options: LatentsOptions, whose: str) -> list[Tensor]:
@@ -225,7 +87,7 @@ def _latents(states: HiddenStates, options: LatentsOptions, whose: str) -> list[
     if not latents:
         raise ValueError(
             f"{options.align}: the {whose}'s HiddenStates hold none; ask the model to collect "
-            f"{sorted(required_states(options))}"
+            f"{sorted(STATES[options.align])}"
         )
     return latents
 
@@ -270,16 +132,97 @@ def _distance(student_NE: Tensor, teacher_NE: Tensor, norm_E: Tensor, power: int
     return ((student_NE.to(dtype) - teacher_NE.to(dtype)).abs().pow(power) / norm_E).mean(1).sum()
 
 
-LOSS = Loss(
-    prepare,
-    function,
-    LatentsOptions,
-    chunks="unconstrained",
-    states=required_states,
-    modules=modules,
-    measure=measure,
-    settle=settle,
-)
+class Latents(Measured[LatentsOptions]):
+    """Hidden states at the ends of chunks."""
+
+    @property
+    def chunks(self) -> ChunkKind:
+        """At the ends of these."""
+        return "unconstrained" if self.options.chunks == "naive" else self.options.chunks
+
+    @property
+    def states(self) -> frozenset[StateKind]:
+        """What both models must collect."""
+        return STATES[self.options.align]
+
+    def modules(self, student: Widths, teacher: Widths) -> nn.Module | None:
+        """Return one projection for each latent whose widths differ, by its number among the student's.
+
+        Raises:
+            ValueError: widths differ and `project` is off.
+        """
+        options = self.options
+        widths, teacher_widths = _widths(student, options), _widths(teacher, options)
+        parts = 3 if options.align == "qkv" else 1
+        found = {}
+        for j, width in enumerate(widths):
+            layer, part = divmod(j, parts)
+            facing = facing_layer(layer, len(widths) // parts, len(teacher_widths) // parts)
+            wanted = teacher_widths[facing * parts + part]
+            if width != wanted:
+                found[str(j)] = nn.Linear(width, wanted)
+        if found and not options.project:
+            raise ValueError(
+                f"{options.align}: the student's latents are {widths[0]} wide and the teacher's "
+                f"{teacher_widths[0]}: set latents_do_project to train a projection between them"
+            )
+        return nn.ModuleDict(found) if found else None
+
+    @torch.no_grad()
+    def measure(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LatentsMeasured:
+        """Find the ends of aligned chunks, keep the teacher's latents there, and add up their sizes."""
+        options = self.options
+        teacher = need_teacher(teacher, "alm_latents")
+        rows = chunk_ends(batch, self.chunks)
+        latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
+        for teacher_NE in latents:
+            check_hidden("the teacher's latents at the ends of chunks", teacher_NE)
+        sizes = [torch.tensor([len(rows.student_N)], dtype=torch.float64, device=rows.student_N.device)]
+        for teacher_NE in latents:
+            size_NE = (
+                teacher_NE.to(torch.promote_types(teacher_NE.dtype, torch.float32)).abs().pow(_power(options))
+            )
+            size_E = size_NE.sum(0, dtype=torch.float64)
+            sizes.append(size_E if _is_channelwise(options) else size_E.mean(0, keepdim=True))
+        return LatentsMeasured(torch.cat(sizes), rows, tuple(latents))
+
+    @torch.no_grad()
+    def settle(
+        self, measured: LatentsMeasured, sum_K: Tensor, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LatentsPrepared:
+        """Form the scale of the whole step."""
+        options = self.options
+        lengths = [x_NE.shape[1] if _is_channelwise(options) else 1 for x_NE in measured.teacher_JNE]
+        norms = []
+        for teacher_NE, mean_E in zip(
+            measured.teacher_JNE, (sum_K[1:] / sum_K[0].clamp_min(1)).split(lengths), strict=True
+        ):
+            norm_E = mean_E.to(torch.promote_types(teacher_NE.dtype, torch.float32))
+            # a channel that is 0 throughout has no scale of its own: leave its differences as they are
+            norms.append(norm_E.where(norm_E > 0, 1))
+        count = measured.sum_K[0].long()
+        return LatentsPrepared(count, measured.rows, measured.teacher_JNE, tuple(norms))
+
+    def loss(
+        self, student: HiddenStates, prepared: LatentsPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed distance, in units of the teacher's latents, and the number of chunks."""
+        options = self.options
+        latents = _latents(student, options, "student")
+        parts = 3 if options.align == "qkv" else 1
+        total = student.hidden_BTD.new_zeros((), dtype=torch.float32)
+        for j, state_BTD in enumerate(latents):
+            layer, part = divmod(j, parts)
+            teacher_layer = facing_layer(layer, len(latents) // parts, len(prepared.teacher_JNE) // parts)
+            facing = teacher_layer * parts + part
+            teacher_NE = prepared.teacher_JNE[facing]
+            student_ND = take(state_BTD, batch.student, prepared.rows.student_N)
+            check_hidden("the student's latents at the ends of chunks", student_ND)
+            student_NE = _project(student_ND, teacher_NE, j, context)
+            total = total + _distance(student_NE, teacher_NE, prepared.norm_JE[facing], _power(options))
+        return LossTerm(total / len(latents), prepared.count)
 
 
 def latents_loss(
@@ -288,7 +231,10 @@ def latents_loss(
     batch: Batch,
     *,
     modules: nn.Module | None = None,
-    **options: Unpack[LatentsKeywords],
+    align: Align = "last_hidden_state",
+    normalization: Normalization = "l2_channelwise",
+    chunks: LatentChunks = "naive",
+    project: bool = False,
 ) -> LossTerm:
     """Compare latents at the ends of chunks: the drop-in form.
 
@@ -296,10 +242,19 @@ def latents_loss(
         student: hidden states of the student, `layers_BTD` or `qkv` among them where they are compared.
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations and their chunks; the scale is taken over this batch.
-        modules: trained projections, from `tokenkit.losses.latents.modules`, where widths differ.
-        options: the fields of `LatentsOptions`.
+        modules: trained projections, from `Latents.modules`, where widths differ.
+        align: last_hidden_state; all_hidden_states: every layer's output; qkv: every layer's projections.
+        normalization: what differences are divided by.
+        project: whether a projection is trained where widths differ.
+        chunks: at the ends of which of the batch's chunks; naive: "unconstrained".
 
     Returns:
         total, differentiable in the student's hidden states and the projections; count, chunks, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, LatentsOptions(**options), modules)
+    options = LatentsOptions(
+        align=align,
+        normalization=normalization,
+        chunks=chunks,
+        project=project,
+    )
+    return Latents(options)(student, teacher, batch, modules)

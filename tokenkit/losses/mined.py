@@ -22,19 +22,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, linear_logprob
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.kernels.kinds import Divergence
+from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import WORKSPACE_BYTES, MinedOptions
 from tokenkit.losses.rows import (
-    Divergence,
     RowPairs,
     aligned_chunks,
-    check_divergence,
-    check_temperatures,
     chunk_starts,
     need_head,
     need_teacher,
@@ -43,49 +42,6 @@ from tokenkit.losses.rows import (
 )
 from tokenkit.losses.score import Rows, in_dtype, scored_tokens, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MinedOptions:
-    """Which teacher token each student token stands for. Checked when built; ValueError names the field."""
-
-    teacher_index: Tensor
-    """int64 [V]: the teacher's id for each id of the student's vocabulary."""
-    divergence: Divergence = "kl"
-    """D: kl, rkl, skl, srkl, js or akl."""
-    skew: float = 0.1
-    """λ of skl and srkl, in [0, 1]."""
-    alpha: float = 0.5
-    """Mass left to the tail in akl, in [0, 1]."""
-    temperature: float = 1.0
-    """T: divides the logits of both models."""
-    teacher_temperature: float = 1.0
-    """Multiplies T for the teacher."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        if self.teacher_index.ndim != 1 or self.teacher_index.dtype != torch.int64:
-            raise ValueError(
-                "teacher_index must hold one int64 teacher id for each student id: got shape "
-                f"{tuple(self.teacher_index.shape)}, {self.teacher_index.dtype}"
-            )
-        check_divergence(self)
-        check_temperatures(self)
-
-
-class MinedKeywords(TypedDict, total=False):
-    """The fields of `MinedOptions` beside the mapping."""
-
-    divergence: Divergence
-    skew: float
-    alpha: float
-    temperature: float
-    teacher_temperature: float
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,57 +53,6 @@ class MinedPrepared:
     pairs: RowPairs
     teacher_NE: Tensor
     others: Rows
-
-
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: MinedOptions, context: Context = NO_CONTEXT
-) -> MinedPrepared:
-    """Find the tokens of both kinds, and keep the teacher's states where they are needed."""
-    teacher = need_teacher(teacher, "baseline_mined")
-    pairs = chunk_starts(batch, options.chunks, one_to_one=True)
-    aligned = aligned_chunks(batch, options.chunks)
-    is_aligned_BT = torch.nn.functional.pad(aligned.valid_BC, (0, 1)).gather(1, aligned.student.slot_BL)
-    other_BT = scored_tokens(batch.student) & is_aligned_BT
-    other_BT.view(-1)[pairs.student_N + 1] = False
-    others = select_rows(batch.student, other_BT)
-    count = torch.tensor(len(pairs.student_N) + len(others.row_N), device=other_BT.device)
-    return MinedPrepared(count, pairs, take(teacher.hidden_BTD, batch.teacher, pairs.teacher_N), others)
-
-
-def function(
-    student: HiddenStates,
-    prepared: MinedPrepared,
-    batch: Batch,
-    options: MinedOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the sum of divergences and cross entropies, nats, and the number of tokens."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.pairs.student_N)
-    head = in_dtype(student.head, student_ND.dtype)
-    divergence = summed_divergence(
-        student_ND,
-        head,
-        prepared.teacher_NE,
-        need_head(context.teacher_head, prepared.teacher_NE.dtype),
-        options.divergence,
-        teacher_index=options.teacher_index.to(student_ND.device),
-        skew=options.skew,
-        alpha=options.alpha,
-        temperature=options.temperature,
-        teacher_temperature=options.teacher_temperature,
-        workspace_bytes=options.workspace_bytes,
-    )
-    other_ND = take(student.hidden_BTD, batch.student, prepared.others.row_N)
-    scores = linear_logprob(
-        other_ND,
-        head,
-        prepared.others.target_N,
-        temperature=options.temperature,
-        workspace_bytes=options.workspace_bytes,
-    )
-    others_N = _from_one_hot(scores.logp_N, options.divergence, options.skew)
-    return LossTerm(divergence + others_N.sum(), prepared.count)
 
 
 def _from_one_hot(logp_N: Tensor, kind: str, skew: float) -> Tensor:
@@ -167,7 +72,74 @@ def _from_one_hot(logp_N: Tensor, kind: str, skew: float) -> Tensor:
     return -logp_N
 
 
-LOSS = Loss(prepare, function, MinedOptions, chunks="unconstrained", aliases=("baseline_minED",))
+class Mined(Loss[MinedOptions]):
+    """Distributions over the student's vocabulary, the teacher's through a mapping.
+
+    Args:
+        options: how they are compared.
+        teacher_index: int64 [V], the teacher's id for each id of the student's vocabulary.
+    """
+
+    def __init__(self, options: MinedOptions, teacher_index: Tensor):
+        super().__init__(options)
+        if teacher_index.ndim != 1 or teacher_index.dtype != torch.int64:
+            raise ValueError(
+                "teacher_index must hold one int64 teacher id for each student id: got shape "
+                f"{tuple(teacher_index.shape)}, {teacher_index.dtype}"
+            )
+        self.teacher_index = teacher_index
+
+    @classmethod
+    def resources(cls, options: MinedOptions, pair: Pair) -> dict[str, Any]:
+        """Return the mined mapping."""
+        return {"teacher_index": pair.mapping()}
+
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> MinedPrepared:
+        """Find the tokens of both kinds, and keep the teacher's states where they are needed."""
+        options = self.options
+        teacher = need_teacher(teacher, "baseline_mined")
+        pairs = chunk_starts(batch, options.chunks, one_to_one=True)
+        aligned = aligned_chunks(batch, options.chunks)
+        is_aligned_BT = torch.nn.functional.pad(aligned.valid_BC, (0, 1)).gather(1, aligned.student.slot_BL)
+        other_BT = scored_tokens(batch.student) & is_aligned_BT
+        other_BT.view(-1)[pairs.student_N + 1] = False
+        others = select_rows(batch.student, other_BT)
+        count = torch.tensor(len(pairs.student_N) + len(others.row_N), device=other_BT.device)
+        return MinedPrepared(count, pairs, take(teacher.hidden_BTD, batch.teacher, pairs.teacher_N), others)
+
+    def loss(
+        self, student: HiddenStates, prepared: MinedPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the sum of divergences and cross entropies, nats, and the number of tokens."""
+        options = self.options
+        student_ND = take(student.hidden_BTD, batch.student, prepared.pairs.student_N)
+        head = in_dtype(student.head, student_ND.dtype)
+        divergence = summed_divergence(
+            student_ND,
+            head,
+            prepared.teacher_NE,
+            need_head(context.teacher_head, prepared.teacher_NE.dtype),
+            options.divergence,
+            teacher_index=self.teacher_index.to(student_ND.device),
+            skew=options.skew,
+            alpha=options.alpha,
+            temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature,
+            workspace_bytes=options.workspace_bytes,
+        )
+        other_ND = take(student.hidden_BTD, batch.student, prepared.others.row_N)
+        scores = linear_logprob(
+            other_ND,
+            head,
+            prepared.others.target_N,
+            temperature=options.temperature,
+            workspace_bytes=options.workspace_bytes,
+        )
+        others_N = _from_one_hot(scores.logp_N, options.divergence, options.skew)
+        return LossTerm(divergence + others_N.sum(), prepared.count)
 
 
 def mined_loss(
@@ -175,7 +147,14 @@ def mined_loss(
     teacher: HiddenStates,
     batch: Batch,
     teacher_index: Tensor,
-    **options: Unpack[MinedKeywords],
+    *,
+    divergence: Divergence = "kl",
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare with the teacher through a mined mapping: the drop-in form.
 
@@ -184,9 +163,24 @@ def mined_loss(
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations and their chunks.
         teacher_index: int64 [V], the teacher's id for each student id; `tokenkit mined-mapping` makes one.
-        options: the other fields of `MinedOptions`.
+        divergence: kl, rkl, skl, srkl, js or akl.
+        skew: mixing share of skl and srkl, in [0, 1].
+        alpha: mass left to the tail in akl, in [0, 1].
+        temperature: divides the logits of both models.
+        teacher_temperature: multiplies it for the teacher.
+        chunks: which of the batch's chunks.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, nats, differentiable in the student's hidden states and head; count, tokens, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, MinedOptions(teacher_index, **options))
+    options = MinedOptions(
+        divergence=divergence,
+        skew=skew,
+        alpha=alpha,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return Mined(options, teacher_index)(student, teacher, batch)

@@ -1,80 +1,56 @@
-"""How losses are named: the record that the trainer reads, names with aliases, and a user's own function."""
+"""From the name of a loss to the loss: those of the table, and a user's own function."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenkit.losses.score import check_states, scored_tokens
-from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, StateKind, Widths
-
-Prepare = Callable[[HiddenStates | None, Batch, Any, Context], Any]
-Function = Callable[[HiddenStates, Any, Batch, Any, Context], LossTerm]
-Settle = Callable[[Any, Tensor, Batch, Any, Context], Any]
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import find
+from tokenkit.losses.score import scored_tokens
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 
-def _asks_for_nothing(options: Any) -> frozenset[StateKind]:
-    return frozenset()
+def make_loss(name: str, pair: Pair | None = None, **given: Any) -> Loss[Any]:
+    """Return the loss of that name or alias, or a user's own, written `module:function`.
 
+    A user's function takes (student, teacher, batch), two HiddenStates and a Batch, and returns a LossTerm.
+    Its count must be known before the student runs: `function.count(teacher, batch)` where the function
+    has that attribute, else the number of scored student tokens. Further attributes, each optional:
+    `chunks` (the kind of chunks it reads; "unconstrained") and `needs_teacher` (True).
 
-def _has_no_modules(options: Any, student: Widths, teacher: Widths) -> nn.Module | None:
-    return None
+    Args:
+        name: of `tokenkit.losses.options.LOSSES`.
+        pair: finds what the loss needs of the two tokenizers and is not given.
+        given: fields of the loss's options, and what its class takes beside them.
 
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A loss as the trainer sees it."""
-
-    prepare: Prepare
-    """(teacher, batch, options, context) -> an object with `.count`; no gradient, O(tokens)."""
-    function: Function
-    """(student, prepared, batch, options, context) -> LossTerm."""
-    options: Callable[..., Any]
-    """Makes the options of keyword arguments."""
-    chunks: ChunkKind | None
-    """The chunks it reads, where its options do not say."""
-    needs_teacher: bool = True
-    aliases: tuple[str, ...] = ()
-    states: Callable[[Any], frozenset[StateKind]] = _asks_for_nothing
-    """(options) -> what the models must collect beside their last hidden states."""
-    modules: Callable[[Any, Widths, Widths], nn.Module | None] = _has_no_modules
-    """(options, student's, teacher's) -> trained parts, or None. No parameter may be a scalar."""
-    measure: Prepare | None = None
-    """Where a scale of the whole step comes before the count: like `prepare`, but returns an object with
-    `.sum_K`, float64 sums of this micro-batch, and whatever `settle` needs. `prepare` is both in one, for a
-    step of one micro-batch."""
-    settle: Settle | None = None
-    """(measured, sum_K of the whole step, batch, options, context) -> what `prepare` returns."""
-
-    def chunks_with(self, options: Any) -> ChunkKind | None:
-        """Return the chunks that the loss reads under these options."""
-        return getattr(options, "chunks", self.chunks)
-
-
-def whole(
-    loss: Loss,
-    student: HiddenStates,
-    teacher: HiddenStates,
-    batch: Batch,
-    options: Any,
-    modules: nn.Module | None = None,
-) -> LossTerm:
-    """Run both halves of a loss: what its drop-in form does.
-
-    Returns:
-        total, nats; count, at least 1 so that `total / count` is 0 in a batch with nothing to compare.
+    Raises:
+        ValueError: no loss of that name (the message names the valid ones and the nearest), nothing callable
+            at module:function, an option that it does not have, or something of the pair that is missing.
     """
-    check_states(student, "student")
-    check_states(teacher, "teacher")
-    context = Context(teacher.head, student.head, student.embedded_BTD, modules)
-    prepared = loss.prepare(teacher, batch, options, context)
-    term = loss.function(student, prepared, batch, options, context)
-    return LossTerm(term.total, term.count.clamp_min(1))
+    if ":" in name:
+        return Own(name, _import(name))
+    entry = find(name)
+    module, _, kind_name = entry.place.partition(":")
+    kind = getattr(importlib.import_module(f"tokenkit.losses.{module}"), kind_name)
+    beside = {k: p for k, p in inspect.signature(kind).parameters.items() if k != "options"}
+    fields = [field.name for field in dataclasses.fields(entry.options)]
+    if wrong := sorted(set(given) - set(fields) - set(beside)):
+        raise ValueError(f"{name} has no option {', '.join(wrong)}: it has {', '.join([*beside, *fields])}")
+    options = entry.options(**(entry.fixed | {k: value for k, value in given.items() if k in fields}))
+    held = {k: value for k, value in given.items() if k in beside}
+    if pair is not None and set(held) != set(beside):
+        held = kind.resources(options, pair) | held
+    if missing := [k for k, p in beside.items() if p.default is p.empty and k not in held]:
+        raise ValueError(f"{name} needs {', '.join(missing)}, which two tokenizers give: hand it over")
+    loss: Loss[Any] = kind(options, **held)
+    return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +61,39 @@ class OwnPrepared:
     teacher: HiddenStates | None
 
 
-def find(name: str, losses: dict[str, Loss]) -> Loss:
-    """Look a name or alias up; ValueError names the valid ones and the nearest."""
-    for known, loss in losses.items():
-        if name == known or name in loss.aliases:
-            return loss
-    names = [x for known, loss in losses.items() for x in (known, *loss.aliases)]
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(names)}, or module:function{hint}")
+class Own(Loss[None]):
+    """A user's function as a loss."""
+
+    def __init__(self, name: str, function: Callable[..., LossTerm]):
+        super().__init__(None)
+        self.function = function
+        self.needs_teacher = getattr(function, "needs_teacher", True)  # type: ignore[misc]
+
+    @property
+    def chunks(self) -> ChunkKind | None:
+        """The chunks that it reads."""
+        return getattr(self.function, "chunks", "unconstrained")
+
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> OwnPrepared:
+        """Ask the function for its count."""
+        count = getattr(self.function, "count", None)
+        if count is None:
+            return OwnPrepared(scored_tokens(batch.student).sum(), teacher)
+        return OwnPrepared(count(teacher, batch), teacher)
+
+    def loss(
+        self, student: HiddenStates, prepared: OwnPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Call the function, with the teacher's head as it is now."""
+        teacher = prepared.teacher
+        if teacher is not None and context.teacher_head is not None:
+            teacher = replace(teacher, head=context.teacher_head)
+        return self.function(student, teacher, batch)
 
 
-def load_own(name: str) -> Loss:
-    """Import `module:function` and make a `Loss` of it; see `tokenkit.losses.resolve`."""
+def _import(name: str) -> Callable[..., LossTerm]:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -108,35 +104,5 @@ def load_own(name: str) -> Loss:
     own = getattr(module, function_name, None)
     if not callable(own):
         raise ValueError(f"loss {name!r}: {module_name} has no function {function_name!r}")
-
-    def prepare(
-        teacher: HiddenStates | None, batch: Batch, options: Any, context: Context = NO_CONTEXT
-    ) -> OwnPrepared:
-        count = getattr(own, "count", None)
-        if count is None:
-            return OwnPrepared(scored_tokens(batch.student).sum(), teacher)
-        return OwnPrepared(count(teacher, batch), teacher)
-
-    def function(
-        student: HiddenStates,
-        prepared: OwnPrepared,
-        batch: Batch,
-        options: Any,
-        context: Context = NO_CONTEXT,
-    ) -> LossTerm:
-        teacher = prepared.teacher
-        if teacher is not None and context.teacher_head is not None:
-            teacher = replace(teacher, head=context.teacher_head)
-        return own(student, teacher, batch)
-
-    return Loss(
-        prepare,
-        function,
-        options=_no_options,
-        chunks=getattr(own, "chunks", "unconstrained"),
-        needs_teacher=getattr(own, "needs_teacher", True),
-    )
-
-
-def _no_options(**_: Any) -> None:
-    return None
+    function: Callable[..., LossTerm] = own
+    return function

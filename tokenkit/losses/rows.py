@@ -12,7 +12,7 @@ Dimensions: B documents, T student positions, S teacher positions, C chunk slots
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.losses.score import check_states, in_dtype, scored_tokens
 from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
-
-Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
-"""Kinds of `linear_divergence` that a loss may ask for."""
 
 
 class RowPairs(NamedTuple):
@@ -142,27 +139,6 @@ def need_head(head: Head | None, dtype: torch.dtype) -> Head:
     if head is None:
         raise ValueError("this loss multiplies with the teacher's head: give it as Context.teacher_head")
     return in_dtype(frozen(head), dtype)
-
-
-def check_temperatures(options: Any) -> None:
-    """Raise ValueError where `temperature` or `teacher_temperature` of some options is not positive."""
-    for name in ("temperature", "teacher_temperature"):
-        value = getattr(options, name, 1.0)
-        if value <= 0:
-            raise ValueError(f"{name} must be positive: got {value}")
-
-
-def check_divergence(options: Any) -> None:
-    """Raise ValueError where `divergence`, `skew` or `alpha` of some options is out of range."""
-    if options.divergence not in get_args(Divergence):
-        raise ValueError(
-            f"unknown divergence {options.divergence!r}: expected one of {', '.join(get_args(Divergence))}"
-        )
-    for name in ("skew", "alpha"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"{name} must be in [0, 1]: got {getattr(options, name)}")
-    if options.divergence == "akl" and options.alpha == 1:
-        raise ValueError("alpha must be below 1 for akl, a tail of the whole mass leaves no head: use rkl")
 
 
 def check_pairs(student_index: Tensor, teacher_index: Tensor) -> None:

@@ -20,14 +20,14 @@ Dimensions: N chunks, P pairs of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.outcomes import Outcomes
-from tokenkit.losses.registry import Loss, whole
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import WORKSPACE_BYTES, Distance, SidePathOptions
 from tokenkit.losses.rows import (
     RowPairs,
     check_pairs,
@@ -40,7 +40,9 @@ from tokenkit.losses.rows import (
 )
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
-DISTANCES = {  # name: (kind of `linear_divergence`, unpaired tokens are one outcome)
+DISTANCES: dict[
+    Distance, tuple[str, bool]
+] = {  # name: (kind of `linear_divergence`, unpaired tokens are one outcome)
     "kl": ("kl", True),
     "reverse_kl": ("rkl", True),
     "kl_subset": ("kl", False),
@@ -48,37 +50,6 @@ DISTANCES = {  # name: (kind of `linear_divergence`, unpaired tokens are one out
     "log_abs": ("log_abs", False),
     "abs": ("abs", False),
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SidePathOptions:
-    """Which tokens are compared, and how. Checked when built; ValueError names the field."""
-
-    student_index: Tensor
-    """int64 [P]: student ids of the pairs."""
-    teacher_index: Tensor
-    """int64 [P]: their partners; `tokenkit.pairing.matching` finds pairs."""
-    distance_fn: str = "kl_subset"
-    """One of `DISTANCES`."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        check_pairs(self.student_index, self.teacher_index)
-        if self.distance_fn not in DISTANCES:
-            raise ValueError(
-                f"unknown distance_fn {self.distance_fn!r}: expected one of {', '.join(DISTANCES)}"
-            )
-
-
-class SidePathKeywords(TypedDict, total=False):
-    """The fields of `SidePathOptions` beside the pairs."""
-
-    distance_fn: str
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,45 +63,66 @@ class SidePathPrepared:
     outcomes: Outcomes
 
 
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: SidePathOptions, context: Context = NO_CONTEXT
-) -> SidePathPrepared:
-    """Find the ends of aligned chunks, and keep the teacher's states there."""
-    teacher = need_teacher(teacher, "alm_side_path")
-    rows = chunk_ends(batch, options.chunks)
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    is_whole = not options.distance_fn.endswith("_subset")
-    outcomes = paired_outcomes(options.student_index, options.teacher_index, context, whole=is_whole)
-    return SidePathPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N), outcomes)
+class SidePath(Loss[SidePathOptions]):
+    """Next-token distributions at the ends of chunks, over pairs of tokens.
 
+    Args:
+        options: how they are compared.
+        student_index: int64 [P], student ids of the pairs.
+        teacher_index: int64 [P], their partners; `tokenkit.pairing.matching` finds pairs.
+    """
 
-def function(
-    student: HiddenStates,
-    prepared: SidePathPrepared,
-    batch: Batch,
-    options: SidePathOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed distance, and the number of chunks."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    kind, rest_as_outcome = DISTANCES[options.distance_fn]
-    total = summed_divergence(
-        student_ND,
-        student.head,
-        prepared.teacher_NE,
-        need_head(context.teacher_head, prepared.teacher_NE.dtype),
-        kind,
-        outcomes=prepared.outcomes,
-        rest_as_outcome=rest_as_outcome,
-        workspace_bytes=options.workspace_bytes,
-    )
-    if kind == "log_abs":
-        total = total / len(options.student_index)
-    return LossTerm(total, prepared.count)
+    def __init__(self, options: SidePathOptions, student_index: Tensor, teacher_index: Tensor):
+        super().__init__(options)
+        check_pairs(student_index, teacher_index)
+        self.student_index, self.teacher_index = student_index, teacher_index
 
+    @classmethod
+    def resources(cls, options: SidePathOptions, pair: Pair) -> dict[str, Any]:
+        """Return the pairs of tokens that `mapping` names."""
+        match options.mapping:
+            case "exact_match":
+                return pair.matching()
+            case "bias_threshold":
+                return pair.unbiased(options.bias_threshold)
+            case "mined":
+                return pair.nearest()
 
-LOSS = Loss(prepare, function, SidePathOptions, chunks="unconstrained")
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> SidePathPrepared:
+        """Find the ends of aligned chunks, and keep the teacher's states there."""
+        options = self.options
+        teacher = need_teacher(teacher, "alm_side_path")
+        rows = chunk_ends(batch, options.chunks)
+        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        is_whole = not options.distance_fn.endswith("_subset")
+        outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=is_whole)
+        return SidePathPrepared(
+            count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N), outcomes
+        )
+
+    def loss(
+        self, student: HiddenStates, prepared: SidePathPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed distance, and the number of chunks."""
+        options = self.options
+        student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
+        kind, rest_as_outcome = DISTANCES[options.distance_fn]
+        total = summed_divergence(
+            student_ND,
+            student.head,
+            prepared.teacher_NE,
+            need_head(context.teacher_head, prepared.teacher_NE.dtype),
+            kind,
+            outcomes=prepared.outcomes,
+            rest_as_outcome=rest_as_outcome,
+            workspace_bytes=options.workspace_bytes,
+        )
+        if kind == "log_abs":
+            total = total / len(self.student_index)
+        return LossTerm(total, prepared.count)
 
 
 def side_path_loss(
@@ -139,7 +131,10 @@ def side_path_loss(
     batch: Batch,
     student_index: Tensor,
     teacher_index: Tensor,
-    **options: Unpack[SidePathKeywords],
+    *,
+    distance_fn: Distance = "kl_subset",
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare next-token distributions at the ends of chunks: the drop-in form.
 
@@ -149,9 +144,16 @@ def side_path_loss(
         batch: both tokenizations and their chunks.
         student_index: int64 [P], student ids of the pairs of tokens that mean the same.
         teacher_index: int64 [P], their partners.
-        options: the other fields of `SidePathOptions`.
+        distance_fn: how; see above.
+        chunks: which of the batch's chunks.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, differentiable in the student's hidden states and head; count, chunks, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, SidePathOptions(student_index, teacher_index, **options))
+    options = SidePathOptions(
+        distance_fn=distance_fn,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return SidePath(options, student_index, teacher_index)(student, teacher, batch)

@@ -19,51 +19,19 @@ Dimensions: N positions or groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from tokenkit.kernels.hybrid_distance import Measure, hybrid_distance
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.answers import Groups, answer_tokens, by_position, extended_groups
+from tokenkit.losses.base import Loss
 from tokenkit.losses.gold import log_scales, need_whole
-from tokenkit.losses.registry import Loss, whole
-from tokenkit.losses.rows import RowPairs, check_temperatures, need_head, need_teacher, take
+from tokenkit.losses.options import WORKSPACE_BYTES, UldOptions
+from tokenkit.losses.rows import RowPairs, need_head, need_teacher, take
 from tokenkit.losses.score import in_dtype
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
-
-
-@dataclass(frozen=True, slots=True)
-class UldOptions:
-    """How sorted probabilities are compared. Checked when built; ValueError names the field."""
-
-    temperature: float = 1.0
-    """Divides the logits of both models."""
-    exact: bool | None = None
-    """Sort, or add up histograms (False); None: sort where it is cheap. See
-    `tokenkit.kernels.sorted_distance`."""
-    extended: bool = False
-    """Compare groups of tokens that end at the same byte, instead of token i with token i."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks are the groups. Without `extended` they say only which token at the very
-    start of a text one side has alone, and a batch may do without."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        check_temperatures(self)
-
-
-class UldKeywords(TypedDict, total=False):
-    """The fields of `UldOptions`."""
-
-    temperature: float
-    exact: bool | None
-    extended: bool
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +48,6 @@ class UldPrepared:
     """log d, with `extended`."""
 
 
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: UldOptions, context: Context = NO_CONTEXT
-) -> UldPrepared:
-    """Find the positions that both answers have, and keep the teacher's states there."""
-    teacher = need_teacher(teacher, "baseline_uld")
-    answers = answer_tokens(batch, options.chunks)
-    groups = log_scale_N = None
-    if options.extended:
-        need_whole("baseline_uld with extended", context.student_head, teacher.head)
-        groups = extended_groups(batch, options.chunks, *answers, "bayesian")
-        rows = groups.rows
-        log_scale_N = log_scales(
-            teacher,
-            batch.teacher,
-            groups.teacher,
-            len(rows.teacher_N),
-            options.temperature,
-            options.workspace_bytes,
-        )
-    else:
-        rows = _predicting(*answers)
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
-    return UldPrepared(count, rows, teacher_NE, groups, log_scale_N)
-
-
 def _predicting(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
     """Return the rows that predict token i of an answer, on both sides."""
     T, S = student_BT.shape[1], teacher_BS.shape[1]
@@ -120,57 +61,106 @@ def _predicting(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
     return RowPairs(student_N, teacher_N - teacher_N // (S + 1))
 
 
-def function(
-    student: HiddenStates,
-    prepared: UldPrepared,
-    batch: Batch,
-    options: UldOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed distance, of probabilities, and the number of positions or groups."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    head = in_dtype(student.head, student_ND.dtype)
-    teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
-    one_N = torch.ones(len(student_ND), device=student_ND.device)
-    if prepared.groups is None or prepared.teacher_log_scale_N is None:
-        total = sorted_distance(
-            student_ND,
-            head,
-            prepared.teacher_NE,
-            teacher_head,
-            temperature=options.temperature,
-            exact=options.exact,
-            workspace_bytes=options.workspace_bytes,
-            row_weight_N=one_N,
+class Uld(Loss[UldOptions]):
+    """Sorted probabilities of positions or groups that face each other."""
+
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> UldPrepared:
+        """Find the positions that both answers have, and keep the teacher's states there."""
+        options = self.options
+        teacher = need_teacher(teacher, "baseline_uld")
+        answers = answer_tokens(batch, options.chunks)
+        groups = log_scale_N = None
+        if options.extended:
+            need_whole("baseline_uld with extended", context.student_head, teacher.head)
+            groups = extended_groups(batch, options.chunks, *answers, "bayesian")
+            rows = groups.rows
+            log_scale_N = log_scales(
+                teacher,
+                batch.teacher,
+                groups.teacher,
+                len(rows.teacher_N),
+                options.temperature,
+                options.workspace_bytes,
+            )
+        else:
+            rows = _predicting(*answers)
+        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
+        return UldPrepared(count, rows, teacher_NE, groups, log_scale_N)
+
+    def loss(
+        self, student: HiddenStates, prepared: UldPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed distance, of probabilities, and the number of positions or groups."""
+        options = self.options
+        student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
+        head = in_dtype(student.head, student_ND.dtype)
+        teacher_head = need_head(context.teacher_head, prepared.teacher_NE.dtype)
+        one_N = torch.ones(len(student_ND), device=student_ND.device)
+        if prepared.groups is None or prepared.teacher_log_scale_N is None:
+            total = sorted_distance(
+                student_ND,
+                head,
+                prepared.teacher_NE,
+                teacher_head,
+                temperature=options.temperature,
+                exact=options.exact,
+                workspace_bytes=options.workspace_bytes,
+                row_weight_N=one_N,
+            )
+            return LossTerm(total, prepared.count)
+        temperature, workspace_bytes = options.temperature, options.workspace_bytes
+        log_scale_N = log_scales(
+            student, batch.student, prepared.groups.student, len(student_ND), temperature, workspace_bytes
+        )
+        total = hybrid_distance(
+            (student_ND, head, log_scale_N),
+            (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
+            one_N,
+            measure=Measure(
+                exact=options.exact,
+                temperature=temperature,
+                teacher_temperature=temperature,
+                workspace_bytes=workspace_bytes,
+            ),
         )
         return LossTerm(total, prepared.count)
-    temperature, workspace_bytes = options.temperature, options.workspace_bytes
-    log_scale_N = log_scales(
-        student, batch.student, prepared.groups.student, len(student_ND), temperature, workspace_bytes
-    )
-    total = hybrid_distance(
-        (student_ND, head, log_scale_N),
-        (prepared.teacher_NE, teacher_head, prepared.teacher_log_scale_N),
-        one_N,
-        measure=Measure(
-            exact=options.exact,
-            temperature=temperature,
-            teacher_temperature=temperature,
-            workspace_bytes=workspace_bytes,
-        ),
-    )
-    return LossTerm(total, prepared.count)
-
-
-LOSS = Loss(prepare, function, UldOptions, chunks="unconstrained")
 
 
 def uld_loss(
-    student: HiddenStates, teacher: HiddenStates, batch: Batch, **options: Unpack[UldKeywords]
+    student: HiddenStates,
+    teacher: HiddenStates,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    exact: bool | None = None,
+    extended: bool = False,
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
-    """Compare sorted probabilities: the drop-in form. `options`: the fields of `UldOptions`.
+    """Compare sorted probabilities: the drop-in form.
+
+    Args:
+        student: hidden states and head of the student.
+        teacher: the same of the teacher, on its own tokens.
+        batch: both tokenizations and their chunks.
+        temperature: divides the logits of both models.
+        exact: sort (True), add up histograms (False), or sort where that is cheap (None).
+        extended: compare groups of tokens that end at the same byte, not token i with token i.
+        chunks: which of the batch's chunks are those groups.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, differentiable in the student's hidden states and head; count, positions, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, UldOptions(**options))
+    options = UldOptions(
+        temperature=temperature,
+        exact=exact,
+        extended=extended,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return Uld(options)(student, teacher, batch)

@@ -20,45 +20,17 @@ Dimensions: N chunks, V student vocabulary, W teacher vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.kernels.projected_divergence import Projection, projected_divergence
-from tokenkit.losses.registry import Loss, whole
-from tokenkit.losses.rows import RowPairs, check_temperatures, chunk_starts, need_head, need_teacher, take
+from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.options import WORKSPACE_BYTES, XTokenOptions
+from tokenkit.losses.rows import RowPairs, chunk_starts, need_head, need_teacher, take
 from tokenkit.losses.score import in_dtype
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class XTokenOptions:
-    """Where the student's tokens go, and how distributions are compared. ValueError names the field."""
-
-    projection: Projection
-    """Made by `tokenkit.kernels.projected_divergence.make_projection`."""
-    temperature: float = 1.0
-    """T: divides the logits of both models."""
-    teacher_temperature: float = 1.0
-    """Multiplies T for the teacher."""
-    chunks: ChunkKind = "unconstrained"
-    """Which of the batch's chunks."""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Memory for the heads beside results, bytes."""
-
-    def __post_init__(self) -> None:
-        check_temperatures(self)
-
-
-class XTokenKeywords(TypedDict, total=False):
-    """The fields of `XTokenOptions` beside the projection."""
-
-    temperature: float
-    teacher_temperature: float
-    chunks: ChunkKind
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +43,51 @@ class XTokenPrepared:
     teacher_NE: Tensor
 
 
-@torch.no_grad()
-def prepare(
-    teacher: HiddenStates | None, batch: Batch, options: XTokenOptions, context: Context = NO_CONTEXT
-) -> XTokenPrepared:
-    """Find the starts of chunks, and keep the teacher's states there."""
-    teacher = need_teacher(teacher, "baseline_xtoken")
-    rows = chunk_starts(batch, options.chunks)
-    count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
-    return XTokenPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N))
+class XToken(Loss[XTokenOptions]):
+    """Distributions over the teacher's vocabulary, the student's carried there.
 
+    Args:
+        options: how they are compared.
+        projection: made by `tokenkit.kernels.projected_divergence.make_projection`.
+    """
 
-def function(
-    student: HiddenStates,
-    prepared: XTokenPrepared,
-    batch: Batch,
-    options: XTokenOptions,
-    context: Context = NO_CONTEXT,
-) -> LossTerm:
-    """Return the summed divergence, nats, and the number of chunks."""
-    student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
-    total = projected_divergence(
-        student_ND,
-        in_dtype(student.head, student_ND.dtype),
-        prepared.teacher_NE,
-        need_head(context.teacher_head, prepared.teacher_NE.dtype),
-        options.projection.to(student_ND.device),
-        torch.ones(len(student_ND), device=student_ND.device),
-        temperature=options.temperature,
-        teacher_temperature=options.teacher_temperature,
-        workspace_bytes=options.workspace_bytes,
-    )
-    return LossTerm(total, prepared.count)
+    def __init__(self, options: XTokenOptions, projection: Projection):
+        super().__init__(options)
+        self.projection = projection
 
+    @classmethod
+    def resources(cls, options: XTokenOptions, pair: Pair) -> dict[str, Any]:
+        """Return where the student's tokens go."""
+        return {"projection": pair.projection()}
 
-LOSS = Loss(prepare, function, XTokenOptions, chunks="unconstrained")
+    @torch.no_grad()
+    def prepare(
+        self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
+    ) -> XTokenPrepared:
+        """Find the starts of chunks, and keep the teacher's states there."""
+        teacher = need_teacher(teacher, "baseline_xtoken")
+        rows = chunk_starts(batch, self.options.chunks)
+        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        return XTokenPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N))
+
+    def loss(
+        self, student: HiddenStates, prepared: XTokenPrepared, batch: Batch, context: Context = NO_CONTEXT
+    ) -> LossTerm:
+        """Return the summed divergence, nats, and the number of chunks."""
+        options = self.options
+        student_ND = take(student.hidden_BTD, batch.student, prepared.rows.student_N)
+        total = projected_divergence(
+            student_ND,
+            in_dtype(student.head, student_ND.dtype),
+            prepared.teacher_NE,
+            need_head(context.teacher_head, prepared.teacher_NE.dtype),
+            self.projection.to(student_ND.device),
+            torch.ones(len(student_ND), device=student_ND.device),
+            temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature,
+            workspace_bytes=options.workspace_bytes,
+        )
+        return LossTerm(total, prepared.count)
 
 
 def xtoken_loss(
@@ -113,7 +95,11 @@ def xtoken_loss(
     teacher: HiddenStates,
     batch: Batch,
     projection: Projection,
-    **options: Unpack[XTokenKeywords],
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    chunks: ChunkKind = "unconstrained",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> LossTerm:
     """Compare in the teacher's vocabulary: the drop-in form.
 
@@ -122,9 +108,18 @@ def xtoken_loss(
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations and their chunks.
         projection: from the student's vocabulary into the teacher's.
-        options: the other fields of `XTokenOptions`.
+        temperature: divides the logits of both models.
+        teacher_temperature: multiplies it for the teacher.
+        chunks: which of the batch's chunks.
+        workspace_bytes: memory for heads beside results, bytes.
 
     Returns:
         total, nats, differentiable in the student's hidden states and head; count, chunks, at least 1.
     """
-    return whole(LOSS, student, teacher, batch, XTokenOptions(projection, **options))
+    options = XTokenOptions(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        chunks=chunks,
+        workspace_bytes=workspace_bytes,
+    )
+    return XToken(options, projection)(student, teacher, batch)

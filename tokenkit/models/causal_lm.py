@@ -20,10 +20,15 @@ from torch.func import functional_call
 from tokenkit.models.check import HeadForm, guess_form, settle
 from tokenkit.models.collect import collecting, qkv_widths
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.options import Dtype
 from tokenkit.models.reading import read_model
 from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

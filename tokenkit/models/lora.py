@@ -9,45 +9,24 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from tokenkit.models.causal_lm import CausalLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """Which layers get an adapter, and how large it is."""
-
-    rank: int = 64
-    alpha: float | None = None
-    """Scales the adapter by alpha / rank; None: alpha = rank."""
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    """Module names; empty: every linear layer of the body, routers of experts with own code left out."""
-    target_regex: str | None = None
-    """A pattern on full module names, instead of `targets`."""
-    layers: str | None = None
-    """Layer range such as "0-8" or "0-3,10"; None: all."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole beside the adapters. Where input and output embedding are one matrix, either name
-    trains that one, and it stays one."""
+from tokenkit.models.options import LoraOptions
 
 
 def add_lora(student: CausalLM, options: LoraOptions) -> None:
     """Put adapters into `student`, in place. Everything else in it is frozen.
 
     Raises:
-        ValueError: a rank below 1, a range that names no layer, a target that names no module, or one
+        ValueError: a range that names no layer, a target that names no module, or one
             that names one use of a tied matrix: no merged model could be tied and have it.
     """
     from peft import LoraConfig, get_peft_model
 
-    if options.rank < 1:
-        raise ValueError(f"model_lora_rank must be at least 1, got {options.rank}")
     present = [f".{name}" for name, _ in student.causal_lm.named_modules()]
     for wanted in options.modules_to_save:  # peft itself passes over a name that it does not find
         if not any(name.endswith(f".{wanted}") for name in present):
@@ -92,16 +71,11 @@ def adapted_modules(student: CausalLM, options: LoraOptions) -> list[str]:
     """Return the full names of the modules that get an adapter.
 
     Raises:
-        ValueError: there are none, or the pattern is no regular expression.
+        ValueError: there are none.
     """
     layers = parse_layers(options.layers, len(student.layers))
     layer_of = {id(m): i for i, layer in enumerate(student.layers) for m in layer.modules()}
-    try:
-        pattern = None if options.target_regex is None else re.compile(options.target_regex)
-    except re.error as error:
-        raise ValueError(
-            f"model_lora_target_regex {options.target_regex!r} is no regular expression: {error}"
-        ) from error
+    pattern = None if options.target_regex is None else re.compile(options.target_regex)
 
     def is_meant(name: str, module: nn.Module) -> bool:
         layer = layer_of.get(id(module))

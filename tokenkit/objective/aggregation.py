@@ -15,82 +15,14 @@ Dimensions: J losses.
 
 from __future__ import annotations
 
-import difflib
-import math
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EXACT = ("gradmag", "gradclip", "pcgrad")
-"""They read the gradients of all parameters."""
-
-LAST_LAYER = ("gradnorm", "approx_gradmag", "approx_gradmag_preserve_mag")
-"""They read those of the last transformer layer."""
-
-AGGREGATIONS = EXACT + LAST_LAYER
+from tokenkit.objective.options import Part
 
 ROUNDING = 1e-3  # root of float32's: of a gradient that was projected away, that much may seem to be left
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One function of `multitask_aggregation_fn`."""
-
-    name: str
-    limit: float | None = None
-    """gradclip: the largest norm."""
-
-
-def parse_aggregation(text: str | None) -> tuple[Part, ...]:
-    """Read `multitask_aggregation_fn`: names joined with +, applied from left to right; None: no part.
-
-    Raises:
-        ValueError: an unknown name, with the nearest one; a limit that is missing, superfluous or not
-            positive; functions that undo one another.
-    """
-    parts = () if text is None else tuple(_parse_part(part.strip()) for part in text.split("+"))
-    names = [part.name for part in parts]
-    if len(set(names)) < len(names):
-        raise ValueError(f"multitask_aggregation_fn: {text!r} names a function twice")
-    alone = [name for name in names if name in LAST_LAYER]
-    if alone and len(names) > 1:
-        raise ValueError(
-            f"multitask_aggregation_fn: {alone[0]} cannot be joined with another function, got {text!r}: it "
-            "looks at the last layer alone, and no loss' own gradient is ever formed"
-        )
-    if {"gradmag", "gradclip"} <= set(names):
-        raise ValueError(
-            f"multitask_aggregation_fn: {text!r} sets the norm of each gradient twice; gradmag makes it 1, "
-            "gradclip bounds it: use one of them, with pcgrad or alone"
-        )
-    return parts
-
-
-def _parse_part(text: str) -> Part:
-    name, colon, value = text.partition(":")
-    if name not in AGGREGATIONS:
-        near = difflib.get_close_matches(name, AGGREGATIONS, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"multitask_aggregation_fn: {name!r} is unknown{hint}; expected gradclip:MAX or one of "
-            f"{', '.join(known for known in AGGREGATIONS if known != 'gradclip')}"
-        )
-    if name != "gradclip":
-        if colon:
-            raise ValueError(f"multitask_aggregation_fn: {name} takes no value, got {text!r}")
-        return Part(name)
-    try:
-        limit = float(value)
-    except ValueError:
-        limit = math.nan
-    if not (limit > 0 and math.isfinite(limit)):
-        raise ValueError(
-            f"multitask_aggregation_fn: gradclip takes the largest norm, a positive number, as in "
-            f"gradclip:1.0; got {text!r}"
-        )
-    return Part(name, limit)
 
 
 def mixing_matrix(parts: tuple[Part, ...], gram_JJ: Tensor, step: int, is_used_J: Tensor) -> Tensor:

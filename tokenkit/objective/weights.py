@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokenkit.objective.aggregation import LAST_LAYER, Part, mixing_matrix, parse_aggregation
+from tokenkit.objective.aggregation import mixing_matrix
+from tokenkit.objective.options import LAST_LAYER, ObjectiveOptions
 from tokenkit.objective.schedules import parse_schedule
 from tokenkit.structs import LossTerm
-
-WeightMode = Literal["static", "uncertainty", "balance", "ema"]
 
 Needs = Literal["nothing", "losses", "last_layer", "gradients"]
 
@@ -41,23 +39,6 @@ SMALLEST_LOSS = 1e-8  # nats; a loss below it is divided by this instead of by i
 SMALLEST_WEIGHT = 1e-3  # of gradnorm, whose weights have a mean of 1: none dies or turns negative
 LARGEST_S = 50.0  # of a loss of exactly 0, s falls for ever
 UNCERTAINTY_LR = 0.01  # of Adam on s: the weight e^(−s) moves by at most about 1 % per step
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """How weights move with the losses, and how gradients are joined."""
-
-    weight_mode: WeightMode = "static"
-    s_init: float | Sequence[float] | Mapping[str, float] = 0.0
-    """Where s_j starts, with `uncertainty`."""
-    ema_alpha: float = 0.99
-    """Share of the past in the running mean, with `ema`."""
-    aggregation: str | None = None
-    """See `aggregation.parse_aggregation`."""
-    gradnorm_alpha: float = 1.0
-    """0: gradients of equal norm; more: losses that lag behind pull harder."""
-    gradnorm_lr: float = 0.025
-    """Learning rate of the weights of gradnorm."""
 
 
 class Adam:
@@ -102,8 +83,7 @@ class Objective:
     ):
         self.names = list(names)
         self.options = options or ObjectiveOptions()
-        self.parts = parse_aggregation(self.options.aggregation)
-        _check(self.options, self.parts)
+        self.parts = self.options.parts
         static = _per_loss("loss_weights", weights, self.names, 1.0)
         moving = _per_loss("loss_schedules", schedules, self.names, "constant")
         start = _per_loss("uncertainty_s_init", _spread(self.options.s_init, self.names), self.names, 0.0)
@@ -278,25 +258,6 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)
-
-
-def _check(options: ObjectiveOptions, parts: tuple[Part, ...]) -> None:
-    mode = options.weight_mode
-    if mode not in get_args(WeightMode):
-        raise ValueError(f"loss_weight_mode must be one of {', '.join(get_args(WeightMode))}, got {mode!r}")
-    if not 0 <= options.ema_alpha < 1:
-        raise ValueError(f"ema_alpha must lie in [0, 1), got {options.ema_alpha}")
-    if not options.gradnorm_lr > 0 or not options.gradnorm_alpha >= 0:
-        raise ValueError(
-            "baseline.gradnorm_lr must be positive and baseline.gradnorm_alpha at least 0, got "
-            f"{options.gradnorm_lr} and {options.gradnorm_alpha}"
-        )
-    sets_scale = [part.name for part in parts if part.name != "pcgrad"]
-    if mode != "static" and sets_scale:
-        raise ValueError(
-            f"loss_weight_mode {mode} and multitask_aggregation_fn {sets_scale[0]} both set the scale of "
-            "each loss: use one of them; pcgrad goes with either"
-        )
 
 
 def _spread(given: float | Sequence[float] | Mapping[str, float], names: list[str]) -> object:

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.structs import ChunkKind, Tokens
 from tokenkit.tokenization.flat import Bools, FlatTokens, Ints, flatten
+from tokenkit.tokenization.options import SpecialTokensMode
 
 ChunkIds = NDArray[np.int32]
-SpecialTokensMode = Literal["identity", "ignore", "ignore_pad"]
 PairRule = Callable[[ChunkIds, ChunkIds], Bools]
 """(teacher ids [C], student ids [C]) -> bool [C]: whether this pair of last tokens closes a chunk."""
 

@@ -26,6 +26,7 @@ from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.families import BYTE_FAMILY, FAMILIES, Family
 from tokenkit.tokenization.flat import EncodedTexts, Ints, walked_texts
 from tokenkit.tokenization.generic import generic_family
+from tokenkit.tokenization.options import SPACE_BYTES, SPACE_MASK_PARTS
 from tokenkit.tokenization.prefix import Prefix, find_prefix
 from tokenkit.tokenization.saving import save, to_huggingface
 from tokenkit.tokenization.sources import read_files, read_object, well_formed
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-SPACE_BYTES = {"space": b" ", "tab": b"\t", "newline": b"\n"}
 MAX_ROUNDS = 8  # of normalisation, before text counts as one that never settles
 
 
@@ -212,8 +212,8 @@ class Tokenizer:
         """
         names = mode.split("+")
         for name in names:
-            if name not in (*SPACE_BYTES, "special"):
-                valid = ", ".join((*SPACE_BYTES, "special"))
+            if name not in SPACE_MASK_PARTS:
+                valid = ", ".join(SPACE_MASK_PARTS)
                 raise ValueError(f"space_mask_mode joins {valid} with '+': got {name!r} in {mode!r}")
         first = tuple(SPACE_BYTES[name] for name in names if name != "special")
         starts_V = np.array([raw.startswith(first) for raw in self.token_bytes]) & ~self.is_special_V

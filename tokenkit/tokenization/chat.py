@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tokenkit.tokenization.conversation import written_turns
 from tokenkit.tokenization.documents import Document, Message, document_from_row
 from tokenkit.tokenization.flat import EncodedTexts, FlatTokens, no_texts, split
 from tokenkit.tokenization.layout import Plan, layouts
+from tokenkit.tokenization.options import ChatTemplateMode, LossMaskMode
 
 __all__ = [
     "ChatTemplateMode",
@@ -33,14 +34,6 @@ __all__ = [
     "encode_flat",
 ]
 
-ChatTemplateMode = Literal[
-    "surround_instruct",
-    "direct_encode",
-    "direct_encode_no_force_eos",
-    "direct_encode_no_force_bos",
-    "direct_encode_no_force_bos_no_force_eos",
-]
-LossMaskMode = Literal["assistant", "all"]
 CANNOT_SPELL = "cannot spell"
 """In the reason why a document cannot be written: its vocabulary lacks bytes."""
 

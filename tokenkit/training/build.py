@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
 from tokenkit.export.rehearsal import rehearse
+from tokenkit.losses import Loss, make_loss
+from tokenkit.losses.latents import Latents
 from tokenkit.models.causal_lm import (
     DTYPES,
     CausalLM,
@@ -33,17 +35,17 @@ from tokenkit.models.causal_lm import (
     load_causal_lm,
 )
 from tokenkit.models.expansion import InputExpansion
-from tokenkit.models.lora import LoraOptions, add_lora
-from tokenkit.objective import Objective, ObjectiveOptions
-from tokenkit.optim import LearningRate, OptimizerOptions, ParamGroup, build_optimizer
+from tokenkit.models.lora import add_lora
+from tokenkit.objective.weights import Objective
+from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.tokenization.written import ids_by_bytes
-from tokenkit.training.distillation import ActiveLoss, Distillation
-from tokenkit.training.losses import active_losses, latents_options, read_biases
+from tokenkit.training.distillation import Distillation
+from tokenkit.training.pair import Pair
 from tokenkit.training.prefix_stage import PrefixStage, build_prefix_stage, prefix_options
 from tokenkit.training.step import LossScale, Run
 
@@ -105,11 +107,13 @@ def build(config: TrainConfig, world: World) -> Parts:
         config.objective.static_weights,
         config.objective.loss_schedules,
         main_steps,
-        ObjectiveOptions(**config.objective.weighing()),
+        config.objective.weighing,
     )
     tokenizers = load_tokenizers(config)
-    losses = active_losses(config, tokenizers.target, tokenizers.teacher, world.device)
-    collator = build_collator(config, tokenizers, losses)
+    paths = (config.objective.mined_mapping_path, config.objective.tokenizer_pair_data_path)
+    pair = Pair(tokenizers.target, tokenizers.teacher, world.device, *paths)
+    losses = build_losses(config, pair)
+    collator = build_collator(config, pair, losses)
     with blaming_data():
         mix, documents = open_data(config.data, config.run.seed)
         if config.evaluation.ppl_eval_data is not None:
@@ -125,14 +129,14 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     heldout = build_heldout(config, tokenizers, documents)
 
-    needs_teacher = prefix_steps > 0 or any(active.loss.needs_teacher for active in losses)
+    needs_teacher = prefix_steps > 0 or any(loss.needs_teacher for loss in losses.values())
     if config.teacher is not None and heldout:
         needs_teacher = True  # bits per byte are measured of it
     student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
     model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
     _place(model, world, config)
-    options = _optimizer_options(config)
+    options = config.optimizer
     run = Run(
         model=model,
         objective=objective,
@@ -203,21 +207,30 @@ def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
         )
 
 
-def build_collator(
-    config: TrainConfig, tokenizers: Tokenizers, losses: Sequence[ActiveLoss]
-) -> AlignedCollator:
+def build_losses(config: TrainConfig, pair: Pair) -> dict[str, Loss[Any]]:
+    """Return the losses by the names that the user gave; ValueError where what they read does not fit."""
+    workspace_bytes = config.training.loss_workspace_mib * 2**20
+    losses = {}
+    for name in config.objective.losses:
+        options = config.objective.options.of(name)
+        if "workspace_bytes" in options:
+            options["workspace_bytes"] = workspace_bytes
+        losses[name] = make_loss(name, pair, **options)
+    return losses
+
+
+def build_collator(config: TrainConfig, pair: Pair, losses: Mapping[str, Loss[Any]]) -> AlignedCollator:
     """Return the collator that makes the chunks which the losses ask for."""
-    asked = {kind for active in losses if (kind := active.chunks) is not None}
+    asked = {kind for loss in losses.values() if (kind := loss.chunks) is not None}
     if config.training.prefix.prefix_steps:
-        asked.add(latents_options(config.objective.latents).chunks)
+        asked.add(Latents(config.objective.options.latents).chunks)
     kinds = sorted(asked)
     unbiased = None
     if "unbiased" in kinds:
-        biases = read_biases(config, tokenizers.teacher, tokenizers.target)
-        unbiased = biases.rule(config.objective.alm.tokenizer_pair_bias_threshold)
+        unbiased = pair.biases.rule(config.objective.options.alm.space_threshold)
     return AlignedCollator(
-        tokenizers.target,
-        tokenizers.teacher,
+        pair.student,
+        pair.teacher,
         max_length_student=config.text.max_length_new,
         max_length_teacher=config.text.max_length_teacher,
         chunk_kinds=kinds,
@@ -227,7 +240,7 @@ def build_collator(
         use_chat_template=config.text.use_chat_template,
         unencodable=config.data.bad_rows.unencodable,
         special_tokens_mode=config.target.special_tokens_mode,
-        space_mask_mode=config.objective.alm.space_mask_mode,
+        space_mask_mode=config.objective.space_mask_mode,
     )
 
 
@@ -295,7 +308,7 @@ def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: 
         _float_norms(student)
     _check_lengths(config, student, teacher)
     if mode == "lora":
-        add_lora(student, _lora_options(config))
+        add_lora(student, config.training.lora)
     _set_trainable(student, config)
     if config.training.hypernet is not None and old:
         student.projector = build_projector(
@@ -325,19 +338,6 @@ def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype:
     )
     with blaming_data():
         return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
-
-
-def _lora_options(config: TrainConfig) -> LoraOptions:
-    lora = config.training.lora
-    return LoraOptions(
-        rank=lora.model_lora_rank,
-        alpha=lora.model_lora_alpha,
-        dropout=lora.model_lora_dropout,
-        targets=lora.model_lora_targets,
-        target_regex=lora.model_lora_target_regex,
-        layers=lora.model_lora_layers,
-        modules_to_save=lora.model_lora_modules_to_save,
-    )
 
 
 def _float_norms(student: CausalLM) -> None:
@@ -383,11 +383,3 @@ def _place(model: Distillation, world: World, config: TrainConfig) -> None:
     if isinstance(model.teacher, CausalLM):
         layers += model.teacher.layers
     shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute)
-
-
-def _optimizer_options(config: TrainConfig) -> OptimizerOptions:
-    values = {
-        field.name: getattr(config.optimizer, field.name) for field in dataclasses.fields(config.optimizer)
-    }
-    groups = tuple(ParamGroup(pattern=g.pattern, lr_scale=g.lr_scale) for g in config.optimizer.param_groups)
-    return OptimizerOptions(**{**values, "param_groups": groups})

@@ -8,7 +8,7 @@ Where a loss divides by a scale of the whole step, a call between the two counts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.not_finite import NotFiniteError
-from tokenkit.losses import LatentsOptions, Loss, clm_loss, latents
+from tokenkit.losses import Loss, Measured, clm_loss
+from tokenkit.losses.latents import Latents
 from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
-from tokenkit.structs import Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side, StateKind
+from tokenkit.structs import Batch, Context, Head, HiddenStates, LossTerm, Side, StateKind
 
 TEACHER = "#teacher"
 """What the teacher's half returns beside the losses: 0, or NaN where its states are not finite."""
@@ -35,22 +36,8 @@ class PrefixOptions:
     """What the halves of the prefix stage run and compare."""
 
     n_layers: int
-    latents: LatentsOptions
+    latents: Latents
     """Hidden states after layer `n_layers` stand in for the last ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveLoss:
-    """A loss of this run: its name, its two halves and their options."""
-
-    name: str
-    loss: Loss
-    options: Any
-
-    @property
-    def chunks(self) -> ChunkKind | None:
-        """The chunks that it reads."""
-        return self.loss.chunks_with(self.options)
 
 
 class Distillation(nn.Module):
@@ -60,7 +47,7 @@ class Distillation(nn.Module):
         student: the model that is trained.
         teacher: another model, or the old vocabulary of the student, whose body then serves both; None where
             no loss has one.
-        losses: in the order in which they are reported.
+        losses: by name, in the order in which they are reported.
         compute_dtype: autocast to this type (one process); None: as the parameters are.
         prefix: of a run whose first stage runs the first layers alone.
     """
@@ -72,17 +59,17 @@ class Distillation(nn.Module):
         self,
         student: CausalLM,
         teacher: CausalLM | Vocabulary | None,
-        losses: Sequence[ActiveLoss],
+        losses: Mapping[str, Loss[Any]],
         compute_dtype: torch.dtype | None = None,
         prefix: PrefixOptions | None = None,
     ):
         super().__init__()
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        self.losses = list(losses)
+        self.losses = dict(losses)
         self.compute_dtype = compute_dtype
         self.prefix = prefix
-        self.collect = frozenset[StateKind]().union(*(x.loss.states(x.options) for x in losses))
+        self.collect = frozenset[StateKind]().union(*(loss.states for loss in losses.values()))
         self.parts = self._make_parts()
 
     def train(self, mode: bool = True) -> Distillation:
@@ -137,7 +124,7 @@ class Distillation(nn.Module):
     @property
     def measuring(self) -> list[str]:
         """The losses that divide by a scale of the whole step, which must be known before they count."""
-        return [active.name for active in self.losses if active.loss.measure is not None]
+        return [name for name, loss in self.losses.items() if isinstance(loss, Measured)]
 
     @property
     def prefix_layers(self) -> list[nn.Module]:
@@ -147,34 +134,34 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
-        needed = any(active.loss.needs_teacher for active in self.losses)
+        needed = any(loss.needs_teacher for loss in self.losses.values())
         states = self._teacher_states(batch, self.collect) if needed else None
-        at_once = [active for active in self.losses if active.loss.measure is None]
+        at_once = [loss for loss in self.losses.values() if not isinstance(loss, Measured)]
         context = self._teacher_context(batch, states, at_once)
-        prepared = {
-            active.name: (active.loss.measure or active.loss.prepare)(
-                states, batch, active.options, self._with_parts(context, active)
-            )
-            for active in self.losses
-        }
+        prepared = {}
+        for name, loss in self.losses.items():
+            first = loss.measure if isinstance(loss, Measured) else loss.prepare
+            prepared[name] = first(states, batch, self._with_parts(context, name))
         return prepared | {TEACHER: None if states is None else states.spoiled}
 
     @torch.no_grad()
     def _settle(self, batch: Batch, measured: dict[str, tuple[Any, Tensor]]) -> dict[str, Any]:
-        active = [x for x in self.losses if x.name in measured]
-        context = self._teacher_context(batch, None, active)
-        settled = {}
-        for x in active:
-            assert x.loss.settle is not None
-            what, sum_K = measured[x.name]
-            settled[x.name] = x.loss.settle(what, sum_K, batch, x.options, self._with_parts(context, x))
-        return settled
+        active = {
+            name: loss
+            for name, loss in self.losses.items()
+            if name in measured and isinstance(loss, Measured)
+        }
+        context = self._teacher_context(batch, None, list(active.values()))
+        return {
+            name: loss.settle(*measured[name], batch, self._with_parts(context, name))
+            for name, loss in active.items()
+        }
 
     def _teacher_context(
-        self, batch: Batch, states: HiddenStates | None, readers: Sequence[ActiveLoss]
+        self, batch: Batch, states: HiddenStates | None, readers: Sequence[Loss[Any]]
     ) -> Context:
         """Return what losses may read in the first half, with the student's rows if one of `readers` asks."""
-        reads_rows = any("embedded" in x.loss.states(x.options) for x in readers)
+        reads_rows = any("embedded" in loss.states for loss in readers)
         # a projector runs over the whole vocabulary: not for those who want to know its size
         own = self.student.own() if reads_rows else OwnVocabulary(self.student, None)
         embedded_BTD = own.embedding(batch.student.ids_BT) if reads_rows else None
@@ -192,14 +179,14 @@ class Distillation(nn.Module):
             teacher_head=None if self.teacher is None else self._head(self.teacher.head(), states)
         )
         terms = {}
-        for active in self.losses:
-            ready, around = prepared[active.name], self._with_parts(context, active)
+        for name, loss in self.losses.items():
+            ready, around = prepared[name], self._with_parts(context, name)
             try:
-                term = active.loss.function(states, ready, batch, active.options, around)
+                term = loss.loss(states, ready, batch, around)
             except NotFiniteError:  # the other ranks take part in the backward, and hear of it behind that
                 term = _nan_term(states.hidden_BTD, ready.count)
-            terms[active.name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
-        inside = {active.name for active in self.losses if active.loss.states(active.options)}
+            terms[name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
+        inside = {name for name, loss in self.losses.items() if loss.states}
         return {
             name: _connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
         }
@@ -211,11 +198,11 @@ class Distillation(nn.Module):
             teacher = self.student.widths(self.teacher)
         else:
             teacher = student if self.teacher is None else self.teacher.widths()
-        made = {x.name: x.loss.modules(x.options, student, teacher) for x in self.losses}
+        made = {name: loss.modules(student, teacher) for name, loss in self.losses.items()}
         return nn.ModuleDict({name: module for name, module in made.items() if module is not None})
 
-    def _with_parts(self, context: Context, active: ActiveLoss) -> Context:
-        return replace(context, modules=dict(self.parts.items()).get(active.name))
+    def _with_parts(self, context: Context, name: str) -> Context:
+        return replace(context, modules=dict(self.parts.items()).get(name))
 
     @torch.no_grad()
     def _rows(self) -> list[Tensor] | None:
@@ -243,16 +230,16 @@ class Distillation(nn.Module):
                     states = prefix_states(self.student, ids_BS, n_layers, self.teacher)
             else:
                 states = prefix_states(self.teacher, ids_BS, n_layers)
-        return latents.measure(states, batch, self.prefix.latents)
+        return self.prefix.latents.measure(states, batch)
 
     def _prefix_student(self, batch: Batch, prepared: Any) -> LossTerm:
         assert self.prefix is not None
         with self._autocast(batch):
             states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
         measured, sum_K = prepared
-        settled = latents.settle(measured, sum_K, batch, self.prefix.latents)
+        settled = self.prefix.latents.settle(measured, sum_K, batch)
         try:
-            return latents.function(states, settled, batch, self.prefix.latents)
+            return self.prefix.latents.loss(states, settled, batch)
         except NotFiniteError:
             return _nan_term(states.layers_BTD[-1] if states.layers_BTD else states.hidden_BTD, settled.count)
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tokenkit.objective import Objective
 from tokenkit.objective.aggregation import norms
+from tokenkit.objective.weights import Objective
 from tokenkit.parallel import World, all_reduce_counts, set_gradient_sync
 from tokenkit.structs import Batch
 

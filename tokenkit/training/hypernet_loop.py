@@ -27,7 +27,8 @@ from tokenkit.embeddings.unigram_sampler import SamplerOptions
 from tokenkit.metrics import ExitCode, MetricsFile, Progress, draw_curves
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.fingerprint import model_fingerprint
-from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer
+from tokenkit.optim import LearningRate, build_optimizer
+from tokenkit.optim_options import OptimizerOptions
 from tokenkit.parallel import World, start
 from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.tokenization.byteify import load_tokenizer

@@ -22,12 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tokenkit.config import TrainConfig
+from tokenkit.losses.latents import Latents
 from tokenkit.models.causal_lm import CausalLM, Vocabulary, effective_weight
-from tokenkit.optim import LearningRate, OptimizerOptions, build_optimizer, set_learning_rate
+from tokenkit.optim import LearningRate, build_optimizer, set_learning_rate
+from tokenkit.optim_options import OptimizerOptions
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_gradient_sync
 from tokenkit.structs import Batch
 from tokenkit.training.distillation import Distillation, PrefixOptions
-from tokenkit.training.losses import latents_options
 from tokenkit.training.step import Run, StepReport, train_step, whether_skipped
 
 NAME = "prefix"
@@ -74,8 +75,8 @@ def prefix_options(
             f"the teacher's {widths[1]}: name the student's own model as teacher, or set prefix_steps and "
             "n_prefix_layers to 0"
         )
-    latents = latents_options(config.objective.latents)
-    return PrefixOptions(n_layers, replace(latents, align="last_hidden_state", project=False))
+    options = replace(config.objective.options.latents, align="last_hidden_state", project=False)
+    return PrefixOptions(n_layers, Latents(options))
 
 
 def build_prefix_stage(

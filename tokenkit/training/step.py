@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tokenkit.config.errors import DataError
 from tokenkit.kernels.not_finite import NotFiniteError
-from tokenkit.objective import Objective
+from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
 from tokenkit.structs import Batch
