@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.warm import warm_commands
 from tokenkit.config import ALIASES, TrainConfig
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.schema import heading, leaves
@@ -46,27 +47,33 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUNNABLE = [block for block in BLOCKS if block.runs and block.language in ("python", "bash")]
 
 
-def run(block, folder):
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """The folder of `python` and `tokenkit`."""
+    with warm_commands(ENVIRONMENT) as folder:
+        yield folder
+
+
+def run(block, folder, commands):
     """Run a block where the repository's folders are at hand but files that it writes stay away from them."""
     for name in ("configs", "examples", "docs", "bench", "tests"):
         (folder / name).symlink_to(ROOT / name)
     script = folder / f"block.{block.language}"
     script.write_text(block.code, encoding="utf-8")
-    command = (
-        [sys.executable, str(script)]
-        if block.language == "python"
-        else ["bash", "-euo", "pipefail", str(script)]
-    )
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [commands / "python"] if block.language == "python" else ["bash", "-euo", "pipefail"]
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = ENVIRONMENT | {"PATH": path}
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS, check=False
+        [*start, script], cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS, check=False
     )
 
 
 @pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: f"{block.page}:{block.line}")
-def test_a_code_block_runs(block, tmp_path):
-    result = run(block, tmp_path)
+def test_a_code_block_runs(block, tmp_path, commands):
+    result = run(block, tmp_path, commands)
     assert result.returncode == 0, f"{block.page}:{block.line}\n{result.stderr[-2000:]}"
 
 
