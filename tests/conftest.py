@@ -21,6 +21,17 @@ settings.load_profile("busy")
 
 OWN_DATA = Path(__file__).parent / "data"  # of the repository; tests/data/README.md says what is there
 VECTORS = OWN_DATA / "vectors" / "losses.npz"
+LONGEST = {
+    "test_aot.py",
+    "test_docs.py",
+    "test_expansion.py",
+    "test_kill.py",
+    "test_parity.py",
+    "test_ranks_agree.py",
+    "test_real_pairs.py",
+    "test_resume.py",
+    "test_unigram.py",
+}
 SHARED_DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -30,6 +41,11 @@ def tokenizer_folder(name: str) -> Path:
         if (root / "tokenizers" / name).is_dir():
             return root / "tokenizers" / name
     pytest.skip(f"the tokenizer {name} is absent: set TOKENKIT_DATA ({SHARED_DATA} does not hold it)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: at the end, one worker would wait for the other's."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
