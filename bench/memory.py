@@ -2,6 +2,7 @@
 
     python bench/memory.py --save bench/results/cpu/memory.json --plot docs/memory.png
     python bench/memory.py --only sorted_distance --vocab 32000 256000
+    python bench/memory.py --only gold --keep --save bench/results/cpu/memory.json --plot docs/memory.png
 
 Each figure is one forward and backward in a process of its own: the peak above inputs, less the gradients
 that it returns (those of a head are [V, D], whoever computes them). Eager is the same call on the definitions
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alm_step import Case as StepCase
 from alm_step import make_batch
-from harness import peak_bytes, save
+from harness import machine, peak_bytes, save
 
 from tests.losses import eager
 from tokenkit.kernels.linear_divergence import linear_divergence
@@ -178,6 +179,18 @@ def in_fresh_process(case: Case) -> float | None:
     return float(result.stdout.splitlines()[-1])
 
 
+def kept(path: Path, sizes: dict[str, Any]) -> tuple[dict[str, dict[int, float | None]], dict[str, str]]:
+    """Return the figures that a file holds and the commit of each row, where they are of the same sizes."""
+    saved = json.loads(path.read_text())
+    if saved["results"]["case"] != sizes:
+        raise SystemExit(
+            f"{path} holds figures of {saved['results']['case']}, not of {sizes}: leave out --keep"
+        )
+    rows = {name: {int(V): x for V, x in row.items()} for name, row in saved["results"]["MiB"].items()}
+    commits = saved["results"].get("commit", {})
+    return rows, {name: commits.get(name, saved["machine"]["commit"]) for name in rows}
+
+
 def print_markdown(rows: dict[str, dict[int, float | None]], vocabularies: list[int]) -> None:
     """Print MiB, one line per contender."""
     print("| MiB |", " | ".join(f"{V:,}" for V in vocabularies), "|")
@@ -227,6 +240,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--save", type=Path, help="JSON with every figure")
+    parser.add_argument("--keep", action="store_true", help="the other rows of --save stay as they are")
     parser.add_argument("--plot", type=Path, help="PNG")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -239,19 +253,20 @@ def main() -> None:
         "workspace": arguments.workspace * MIB,
         "device": arguments.device,
     }
-    rows: dict[str, dict[int, float | None]] = {}
+    rows, commits = kept(arguments.save, sizes) if arguments.keep and arguments.save else ({}, {})
     for name in arguments.only:
         for is_eager in (False, True):
             row = rows.setdefault(f"{name}, eager" if is_eager else name, {})
+            commits[f"{name}, eager" if is_eager else name] = machine(arguments.device)["commit"]
             for V in arguments.vocab:
                 row[V] = in_fresh_process(Case(name, V, is_eager, **sizes))
             print(f"{name}{', eager' if is_eager else ''}: {row}", file=sys.stderr, flush=True)
     print_markdown(rows, arguments.vocab)
     if arguments.save:
-        results = {"case": sizes, "MiB": rows}
+        results = {"case": sizes, "MiB": rows, "commit": commits}
         save(arguments.save, arguments.device, results)
     if arguments.plot:
-        plot(rows, arguments.only, arguments.plot)
+        plot(rows, [name for name in STEPS if name in rows], arguments.plot)
 
 
 if __name__ == "__main__":
