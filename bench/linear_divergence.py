@@ -219,7 +219,9 @@ def floors(problem: Problem, repetitions: int, device: str) -> dict[int, float]:
         "dX": lambda: torch.mm(logits, weight),
         "dW": lambda: torch.mm(logits.T, hidden),
     }
-    z, dx, dw = (t.median for t in time_interleaved(products, repetitions, device).values())
+    processor_time = device == "cpu" and torch.get_num_threads() == 1
+    timed = time_interleaved(products, repetitions, device, processor_time=processor_time)
+    z, dx, dw = (t.median for t in timed.values())
     return {2: 2 * z, 3: 2 * z + dx, 4: 2 * z + dx + dw, 6: 4 * z + dx + dw}
 
 
@@ -241,8 +243,14 @@ def measure(case: Case, device: str, repetitions: int) -> Rows:
         else:
             rows[name]["ms"] = "wrong: not timed"
     floor = floors(problem, repetitions, device)
+    processor_time = device == "cpu" and torch.get_num_threads() == 1
     both, alone = (
-        time_interleaved({name: make(problem, x) for name, x in sound.items()}, repetitions, device)
+        time_interleaved(
+            {name: make(problem, x) for name, x in sound.items()},
+            repetitions,
+            device,
+            processor_time=processor_time,
+        )
         for make in (step_of, forward_of)
     )
     for name, contender in sound.items():
@@ -250,9 +258,8 @@ def measure(case: Case, device: str, repetitions: int) -> Rows:
         outputs = (problem.hidden.nbytes + contender.train_head * problem.weight.nbytes) / 2**20
         rows[name] |= as_row(both[name]) | {
             "floor": both[name].median / floor[contender.gemms],
-            "of eager": both[name].median / both[f"eager {name.split(' ', 1)[1]}"].median
-            if name not in PEERS
-            else both[name].median / both["eager js"].median,
+            "of eager": both[name].median
+            / both[f"eager {contender.kind if name in PEERS else name.split(' ', 1)[1]}"].median,
             "forward ms": alone[name].median,
             "forward floor": alone[name].median / floor[2],
             "outputs MiB": outputs,
