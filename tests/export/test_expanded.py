@@ -148,7 +148,7 @@ def test_an_expanded_folder_is_no_student_and_no_other_kind_of_model(tmp_path):
     exported(*byte_student("llama", tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match="byte model with input-id expansion"):
         load_causal_lm(str(tmp_path / "out"), 261, LoadOptions(trust_remote_code=True))
-    with pytest.raises(ValueError, match="contains custom code"):
+    with pytest.raises(ValueError, match="brings code of its own"):
         load_causal_lm(str(tmp_path / "out"), 261, LoadOptions())
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)  # the body would read bytes alone

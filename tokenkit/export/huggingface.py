@@ -25,7 +25,7 @@ from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
 from tokenkit.models.expansion import InputExpansion
-from tokenkit.models.reading import quiet_off_terminal
+from tokenkit.models.reading import has_own_code, model_from_config, quiet_off_terminal
 from tokenkit.run_folder import staging_folder
 from tokenkit.tokenization.byteify import Tokenizer
 
@@ -88,8 +88,9 @@ def export_huggingface(
         written.save_pretrained(staging, safe_serialization=True, max_shard_size=request.max_shard_size)
         if expansion is not None:
             point_auto_classes(staging)
-        write_tokenizer(staging, tokenizer, has_own_class=expansion is not None)
-        card = model_card(request.facts, needs_code=expansion is not None)
+        needs_code = expansion is not None or has_own_code(model)
+        write_tokenizer(staging, tokenizer, has_own_class=needs_code)
+        card = model_card(request.facts, needs_code=needs_code)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if request.is_consumed:
             _check_consumed(staging, model, tokenizer)
@@ -130,10 +131,8 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
     Raises:
         ExportError: the state does not fit, or the merged model gives other log-probabilities.
     """
-    from transformers import AutoModelForCausalLM
-
     # merged in 16 bits, adapters would be rounded twice
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config), dtype=torch.float32)
+    model = model_from_config(student.causal_lm, copy.deepcopy(student.config), dtype=torch.float32)
     if not hasattr(student.model, "peft_config"):
         _load(model, state)
         return model.eval()
@@ -226,7 +225,8 @@ def _check(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    has_own_class = expansion is not None  # its code was written here, a moment ago
+    # its code was written here, a moment ago: ours, or the student's, which has run already
+    has_own_class = expansion is not None or has_own_code(model)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
@@ -249,7 +249,9 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     ids_BT = _sample_batch(model, tokenizer)
     expected_TV, dtype = model(input_ids=ids_BT, use_cache=False).logits[0].float(), model.dtype
     model.to("meta")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, dtype=dtype, trust_remote_code=has_own_code(model)
+    ).eval()
     got_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0].float()
     _check_agreement(got_TV.flatten(), expected_TV.flatten(), f"{folder}: the model, loaded back,")
 

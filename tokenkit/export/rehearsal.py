@@ -13,6 +13,7 @@ from tokenkit.export.huggingface import set_generation
 from tokenkit.export.tokenizer_folder import ExportError, write_tokenizer
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import positions_from_padding
+from tokenkit.models.reading import has_own_code, model_from_config
 from tokenkit.tokenization.byteify import Tokenizer
 
 
@@ -31,7 +32,7 @@ def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             _check_shapes(student, tokenizer, folder)
-            write_tokenizer(folder, tokenizer, has_own_class=False)
+            write_tokenizer(folder, tokenizer, has_own_class=has_own_code(student.causal_lm))
     except (ExportError, ValueError) as error:
         reason = str(error).replace(f"{name}: ", "")
         raise DataError(
@@ -41,21 +42,25 @@ def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:
 
 def _check_shapes(student: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Compare the student's tensors with those of a model that its configuration makes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    own = student.causal_lm
+    if has_own_code(own) and student.expansion is not None:
+        raise ExportError("expand_input_ids needs a model of transformers' own, not one that brings its code")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(student.config))
+        model = model_from_config(own, copy.deepcopy(student.config))
     set_generation(model, student, tokenizer)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    config = (type(student.config) if has_own_code(own) else AutoConfig).from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = model_from_config(own, config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    own = {name: tuple(tensor.shape) for name, tensor in student.causal_lm.state_dict().items()}
-    if wrong := sorted(name for name in wanted | own if wanted.get(name) != own.get(name)):
+    there = {name: tuple(tensor.shape) for name, tensor in own.state_dict().items()}
+    if wrong := sorted(name for name in wanted | there if wanted.get(name) != there.get(name)):
         raise ExportError(
             f"its configuration, written and read, makes {wrong[0]} {wanted.get(wrong[0], 'absent')}, and "
-            f"the model's is {own.get(wrong[0], 'absent')}"
+            f"the model's is {there.get(wrong[0], 'absent')}"
         )
 
 

@@ -60,11 +60,30 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
             model, info = kind.from_pretrained(name_or_path, **how)
     if getattr(config, "text_config", None) is not None:
         model._weight_conversions = None  # saving would give the tensors their names in the whole model again
-    if type(model).__module__.startswith("transformers."):
+    if not has_own_code(model):
         # where the repository has code of its own too: what is written here needs none and holds none
         model.config.__dict__.pop("auto_map", None)
     check_weights(name_or_path, model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
     return model
+
+
+def has_own_code(model: Any) -> bool:
+    """Whether a model's class came with its folder, which `trust_remote_code` allowed to run."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+def model_from_config(like: Any, config: Any, **more: Any) -> Any:
+    """Return a model of a configuration, as a plain user's `AutoModelForCausalLM` makes it.
+
+    Args:
+        like: of a model with code of its own, whose class is the one that has run already.
+        config: what its configuration became.
+        more: keyword arguments of `from_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    make = type(like)._from_config if has_own_code(like) else AutoModelForCausalLM.from_config
+    return make(config, **more)
 
 
 @contextmanager
@@ -77,6 +96,11 @@ def _one_line(name_or_path: str, options: LoadOptions) -> Iterator[None]:
         what = "it" if wanted is None else f"{wanted!r} attention"
         raise ValueError(f"{name_or_path!r}: {what} cannot be used here: {error}") from error
     except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{name_or_path!r} brings code of its own, which runs only with trust_remote_code: read it "
+                "before you set that"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
