@@ -65,6 +65,24 @@ def test_a_card_of_training_has_losses_results_and_names():
     assert "distillation" not in ModelCard(model_card(CardFacts(base="a/b", losses=("clm",)))).data.tags
 
 
+def test_names_with_the_signs_of_yaml_leave_a_card_that_can_be_read():
+    name, title = 'org/a: "b" #c', "run: 7 # 'last'"
+    facts = CardFacts(base=name, title=title, losses=("clm", "my.module:loss"), bits_per_byte=1.5)
+    card = ModelCard(model_card(facts))
+    assert (card.data.base_model, card.data.model_name) == (name, title)
+    assert card.data.eval_results[0].metric_value == 1.5
+    assert f"# {title}\n" in card.text
+    assert "clm, my.module:loss" in card.text
+
+
+def test_a_card_claims_no_measurement_and_no_teacher_that_there_was_not():
+    card = ModelCard(model_card(CardFacts(base="org/base", losses=("clm",), lines={"steps": "3"})))
+    assert card.data.eval_results is None
+    assert "teacher" not in card.text
+    assert "**steps**: 3" in card.text
+    assert "trust_remote_code" not in card.text
+
+
 @pytest.mark.parametrize("content", ["---\nlicense: [\n---\n", "no metadata", "---\nlanguage: 3\n---\n"])
 def test_a_card_that_cannot_be_read_is_passed_over(tmp_path, content):
     (tmp_path / "README.md").write_text(content, encoding="utf-8")

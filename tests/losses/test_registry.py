@@ -26,6 +26,18 @@ def uncounted(student, teacher, batch):
     return LossTerm(student.hidden_BTD.sum(), torch.tensor(12))
 
 
+def bare(student, teacher, batch):
+    return student.hidden_BTD.sum()
+
+
+def without_a_tensor(student, teacher, batch):
+    return LossTerm(1.0, torch.tensor(3))
+
+
+def without_a_return(student, teacher, batch):
+    student.hidden_BTD.sum()
+
+
 def of_the_teachers_head(student, teacher, batch):
     return LossTerm(teacher.head.weight_VD.abs().sum(), torch.tensor(12))
 
@@ -113,11 +125,24 @@ def test_a_users_loss_without_a_count_counts_scored_student_tokens():
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"), [("bare", "Tensor"), ("without_a_tensor", "LossTerm"), ("without_a_return", "NoneType")]
+)
+def test_what_a_users_loss_returns_is_a_loss_term(name, kind):
+    loss, batch = make_loss(f"tests.losses.test_registry:{name}"), make_batch()
+    student, teacher = make_states(batch)
+    prepared = loss.prepare(teacher, batch)
+    with pytest.raises(ValueError, match=rf"{name}' must return LossTerm\(total, count\).*got {kind}$"):
+        loss.loss(student, prepared, batch)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("alm_unconstraind", "did you mean alm_unconstrained.*expected one of clm, sft, alm_unconstrained"),
         ("no_such_module:loss", "no module 'no_such_module'"),
         ("tests.losses.example:nothing", "has no function 'nothing'"),
+        ("tests.losses.example:__name__", "has no function '__name__'"),
+        ("tests.no_such:loss", "no module 'tests.no_such'; it must be importable"),
     ],
 )
 def test_an_unknown_loss_is_named(name, message):

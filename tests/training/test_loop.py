@@ -145,6 +145,16 @@ def test_a_users_own_loss(make_config):
     assert report.losses[own] == pytest.approx(2 * report.losses["clm"], rel=1e-6)
 
 
+def test_the_weight_of_a_users_loss_multiplies_its_gradient(make_config):
+    own = "tests.training.own_losses:double_clm"
+    norms = []
+    for weights in ([1.0, 0.0], [0.0, 0.5]):  # half of twice the cross entropy
+        torch.manual_seed(0)  # adapters begin alike
+        parts = build(make_config(losses=["clm", own], loss_weights=weights), SINGLE)
+        norms.append(train_step(parts.run, next(parts.batches)).grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_a_users_loss_with_a_count_of_its_own_is_told_to_say_so(make_config):
     parts = build(make_config(losses=["tests.training.own_losses:wrong_count"]), SINGLE)
     with pytest.raises(ValueError, match=r"give the function an attribute `count\(teacher, batch\)`"):

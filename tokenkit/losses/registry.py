@@ -66,7 +66,7 @@ class Own(Loss[None]):
 
     def __init__(self, name: str, function: Callable[..., LossTerm]):
         super().__init__(None)
-        self.function = function
+        self.name, self.function = name, function
         self.needs_teacher = getattr(function, "needs_teacher", True)  # type: ignore[misc]
 
     @property
@@ -90,7 +90,13 @@ class Own(Loss[None]):
         teacher = prepared.teacher
         if teacher is not None and context.teacher_head is not None:
             teacher = replace(teacher, head=context.teacher_head)
-        return self.function(student, teacher, batch)
+        term = self.function(student, teacher, batch)
+        if not isinstance(term, LossTerm) or not isinstance(term.total, Tensor):
+            raise ValueError(
+                f"loss {self.name!r} must return LossTerm(total, count), a sum and how many things it sums "
+                f"over: got {type(term).__name__}"
+            )
+        return term
 
 
 def _import(name: str) -> Callable[..., LossTerm]:
