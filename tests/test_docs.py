@@ -77,11 +77,11 @@ def test_a_code_block_runs(block, tmp_path, commands):
     assert result.returncode == 0, f"{block.page}:{block.line}\n{result.stderr[-2000:]}"
 
 
-def test_the_notebook_gives_what_it_shows(tmp_path):
-    """In one process, as a script: seconds go into importing transformers."""
+def test_the_notebook_gives_what_it_shows(tmp_path, commands):
+    """Its cells, as one script."""
     cells = json.loads((ROOT / "examples" / "first_loss.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    result = run(Block("first_loss.ipynb", 0, "python", code, True), tmp_path)
+    result = run(Block("first_loss.ipynb", 0, "python", code, True), tmp_path, commands)
     assert result.returncode == 0, result.stderr[-2000:]
     shown = ["".join(output["text"]) for cell in cells for output in cell.get("outputs", [])]
     assert shown[-1] in result.stdout  # the alignment; rounding may differ elsewhere
