@@ -12,7 +12,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.losses.example import make_batch, make_context, make_options, run_loss
+from tests.losses.example import make, make_batch, make_context, run_loss
 from tests.losses.test_latents import with_layers
 from tokenkit.losses import latents_loss
 from tokenkit.losses.dskd import Projections
@@ -74,7 +74,7 @@ def test_dskd_is_its_definition(seed):
             states.hidden_BTD.normal_()
             states.embedded_BTD.normal_(3, 2)
             states.embedded_BTD[1, 7:] = 1e3  # padding
-    context = make_context("baseline_dskd", make_options("baseline_dskd"), student, teacher)
+    context = make_context(make("baseline_dskd"), student, teacher)
     _, mirrored = dskd(batch, student, teacher, context.modules)
     ids = batch.student.ids_BT.clone()
     for (b, i), label in mirrored.items():
