@@ -142,18 +142,45 @@ use_flash_attention = true
 expand_input_ids = true ; target_tokenizer_name=byte
 output_embeddings_mode = untie
 eval.tasks = [arc_easy,piqa] ! its feature comes with lm-eval
-model_config.hidden_size = 768 ! starts from a model
-model_config.peer_config.num_experts = 1048576 ! starts from a model
-model_config.mla_config.kv_lora_rank = 512 ! starts from a model
-train_config.learning_rate = 5e-5 ! it is optimizer.learning_rate
-train_config.per_device_train_batch_size = 16 ! it is batch_size
-train_config.max_steps = 100000 ! it is steps
-train_config.fp16 = true ! the fields of `tokenkit train` are
-dataset_config.max_seq_length = 2048 ! it is max_length_new
-dataset_config.datasets = [] ! it is data.datasets
-eval_config.evals = [mmlu] ! measured with ppl_eval_data
-wandb_config.project = llm-research ! report_to: wandb
-data_mixes = {} ! name one mix as data.datasets
+data.datasets = [{name: c4, path: allenai/c4, subset: en, split: train, streaming: true}] ; data=null
+data.datasets = [{path: a.jsonl, format: json, text_field: text, weight: 0.4}] ; data=null
+data.datasets = [{path: a, text_template: "{instruction} {output}", weight: 0.7}] ; data=null
+"""
+
+LM_TRAINER = """
+model_config: hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size
+    max_position_embeddings initializer_range layer_norm_eps use_peer peer_start_layer
+    peer_config.num_experts peer_config.num_experts_per_tok peer_config.num_heads
+    peer_config.expert_hidden_size peer_config.product_key_dim peer_config.query_dim
+    peer_config.batch_norm_query peer_config.log_expert_usage peer_config.log_freq
+    peer_config.usage_threshold mla_config.q_lora_rank mla_config.kv_lora_rank mla_config.qk_rope_head_dim
+    mla_config.v_head_dim mla_config.qk_nope_head_dim mla_config.rope_theta
+train_config: output_dir per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps learning_rate weight_decay max_grad_norm max_steps num_train_epochs
+    steps_per_epoch lr_scheduler_type warmup_ratio log_level logging_steps save_steps eval_steps seed fp16
+    bf16 tf32 resume_from_checkpoint
+dataset_config: datasets tokenizer_name max_seq_length
+eval_config: evals_registry_path evals eval_batch_size
+wandb_config: project entity name log_model
+data_mixes: mix.name mix.datasets
+"""
+"""Fields of a trainer of PEER and MLA language models, which this project has not: refused, each with the
+field that says it here, or with what there is."""
+
+LM_WORDS = """
+train_config.learning_rate = it is optimizer.learning_rate
+train_config.per_device_train_batch_size = it is batch_size
+train_config.max_steps = it is steps
+train_config.save_steps = it is save_interval
+train_config.output_dir = it is output_dir
+train_config.fp16 = the fields of tokenkit train are
+model_config.hidden_size = starts from a model
+model_config.peer_config.num_experts = starts from a model
+dataset_config.max_seq_length = it is max_length_new
+dataset_config.datasets = it is data.datasets
+eval_config.evals = measured with ppl_eval_data
+wandb_config.project = report_to: wandb
+data_mixes.mix.name = name one mix as data.datasets
 """
 
 ZETT = """

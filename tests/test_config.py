@@ -283,7 +283,7 @@ def test_settings_that_contradict_each_other_are_refused(fields, message):
 
 
 def test_a_missing_required_field_is_named_with_its_flag():
-    with pytest.raises(ConfigError, match=r"missing required field student.*--student\.pretrained"):
+    with pytest.raises(ConfigError, match=r"missing required field student\.pretrained.*--student VALUE"):
         read_config(TrainConfig, (), {"steps": 5})
 
 

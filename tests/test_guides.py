@@ -3,6 +3,7 @@
 The tables are in tests/guides.py. Hub names are not loaded here; where a folder is needed a stand-in is.
 """
 
+import re
 import shlex
 
 import pytest
@@ -93,6 +94,25 @@ def test_a_field_works_or_says_why_not(name, line, tmp_path):
     expected = as_list(value) if field == "losses" else wanted(DOORS[name][0], target, expected or value)
     for given in (words, from_file):
         assert read(name, given)[target] == expected
+
+
+def test_fields_of_a_trainer_of_language_models_are_refused_with_what_there_is():
+    reasons = dict(line.split(" = ") for line in guides.LM_WORDS.strip().splitlines())
+    for group, _, names in (part.partition(":") for part in re.split(r"\n(?=\w)", guides.LM_TRAINER.strip())):
+        for name in (f"{group}.{last}" for last in names.split()):
+            with pytest.raises(ConfigError) as caught:
+                read_config(TrainConfig, (), nested({name: 1}), aliases=ALIASES)
+            message = str(caught.value).replace("`", "")
+            assert f"unknown field {name}: " in message
+            assert reasons.get(name, "") in message
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "train"])
+def test_the_whole_file_of_a_command_is_read(name, tmp_path, capsys):
+    pairs = [line.partition(" -> ")[0].split(" = ") for line in TABLES[name].strip().splitlines()]
+    values = {field: yaml.safe_load(value) for field, value in pairs if not field.startswith("source_")}
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(nested(values)), encoding="utf-8")
+    assert set(values) <= set(read(name, ["--config", "whole.yaml"]))
 
 
 COMMANDS = [" ".join(command.split()) for command in guides.COMMANDS.split("\n\n")]

@@ -121,9 +121,11 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
     """
     missing = [leaf.name for leaf in _needed(schema, values) if leaf.name not in values]
     if missing:
+        pairs = [name.rpartition(".") for name in missing]
+        flags = [group if last in MAIN else group + dot + last for group, dot, last in pairs]
         raise ConfigError(
             f"missing required field {', '.join(missing)}: set it in a file given with --config, "
-            f"or pass {' '.join('--' + name.replace('_', '-') + ' VALUE' for name in missing)}"
+            f"or pass {' '.join('--' + flag.replace('_', '-') + ' VALUE' for flag in flags)}"
         )
     try:
         return _build(schema, values, "")

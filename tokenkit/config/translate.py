@@ -92,8 +92,10 @@ def _find_mapping(given: Given) -> str | None:
     """`mapping.pt` in a folder that `tokenkit mined-mapping` wrote is its mapping.npy."""
     value = given["mined_mapping_path"]
     path = Path(str(value)).expanduser()
+    if path.suffix != ".pt" or path.exists():
+        return None
     here = path.with_suffix(".npy")
-    if path.suffix != ".pt" or path.exists() or not here.is_file():
+    if not here.is_file():
         return None
     given["mined_mapping_path"] = str(here)
     return f"mined_mapping_path {value} does not exist, and {here} is read"
