@@ -20,7 +20,7 @@ from pathlib import Path
 from harness import machine
 from transfer import flags, run
 
-from tokenkit.losses import LOSSES
+from tokenkit.losses.options import CROSS_TOKENIZER
 
 ALM = ("alm_unconstrained", "alm_space", "alm_unbiased")
 WEIGHTS = dict.fromkeys(ALM, 100)  # their temperature of 100 divides the gradient
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--model", default="stories260K")
     parser.add_argument("--teacher", help="a model of DATA; without it the model teaches itself")
     parser.add_argument("--target", default="tinystories10k")
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", default=list(CROSS_TOKENIZER))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     arguments = parser.parse_args()

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from tokenkit.config.schema import flatten, leaves
 from tokenkit.embeddings.options import MethodName
-from tokenkit.losses.options import ALIASES, needs_teacher
+from tokenkit.losses.options import ALIASES, needs_teacher, readers
 from tokenkit.optim_options import SCHEDULES, LearningRateSchedule, OptimizerOptions
 
 Values = Mapping[str, Any]
@@ -92,15 +92,15 @@ def _side_path(mode: str) -> Callable[[Values], bool]:
     return lambda v: _has("alm_side_path")(v) and v["side_path_mapping_mode"] == mode
 
 
-DIVERGING = ("baseline_dskd", "baseline_mined")
+def _read_by_losses(flag: str, more: str = "", also: Callable[[Values], bool] = lambda v: True) -> Rule:
+    """An option of losses acts where one of those is there that have it, and `also` holds."""
+    names = readers(flag)
+    words = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return Rule((flag,), f"by {words}{more}", lambda v: _has(*names)(v) and also(v))
 
 
-def _diverging_with(*divergences: str) -> Callable[[Values], bool]:
-    return lambda v: _has(*DIVERGING)(v) and v["baseline.divergence"] in divergences
-
-
-def _has_tempered_baseline(v: Values) -> bool:
-    return any(name.startswith("baseline_") for name in _losses(v) - {"baseline_gold"})
+def _diverges_by(*divergences: str) -> Callable[[Values], bool]:
+    return lambda v: v["baseline.divergence"] in divergences
 
 
 def _needs_teacher(v: Values) -> bool:
@@ -268,31 +268,22 @@ TRAIN = (
         lambda v: _has("alm_latents")(v) or bool(v["prefix_steps"]),
     ),
     Rule(("latents_",), "by alm_latents", _has("alm_latents")),
-    Rule(
-        ("baseline.skew_lambda",), "by baseline_dskd and baseline_mined with divergence skl or srkl",
-        _diverging_with("skl", "srkl"),
+    _read_by_losses(
+        "baseline.skew_lambda", " with divergence skl or srkl", _diverges_by("skl", "srkl")
     ),
-    Rule(
-        ("baseline.adaptive_kl_alpha",), "by baseline_dskd and baseline_mined with divergence akl",
-        _diverging_with("akl"),
-    ),
-    Rule(("baseline.divergence",), "by baseline_dskd and baseline_mined", _has(*DIVERGING)),
-    Rule(("baseline.dskd_",), "by baseline_dskd", _has("baseline_dskd")),
-    Rule(("baseline.uld_extended",), "by baseline_uld", _has("baseline_uld")),
-    Rule(
-        ("baseline.exact_sort",), "by baseline_uld, baseline_gold and baseline_gold_js",
-        _has("baseline_uld", "baseline_gold", "baseline_gold_js"),
+    _read_by_losses("baseline.adaptive_kl_alpha", " with divergence akl", _diverges_by("akl")),
+    *map(
+        _read_by_losses,
+        (
+            "baseline.divergence", "baseline.dskd_use_causal_attention_mask", "baseline.uld_extended",
+            "baseline.exact_sort", "baseline.teacher_temperature", "baseline.kd_temp",
+        ),
     ),
     Rule(
         ("baseline.gold.uld_hybrid_", "baseline.gold.beta"), "by baseline_gold with uld_use_hybrid_loss",
         lambda v: _has("baseline_gold")(v) and v["baseline.gold.uld_use_hybrid_loss"],
     ),
     Rule(("baseline.gold.",), "by baseline_gold", _has("baseline_gold")),
-    Rule(
-        ("baseline.teacher_temperature",), "by every baseline but baseline_uld and baseline_gold",
-        lambda v: any(n.startswith("baseline_") for n in _losses(v) - {"baseline_uld", "baseline_gold"}),
-    ),
-    Rule(("baseline.kd_temp",), "by every baseline but baseline_gold", _has_tempered_baseline),
     Rule(
         ("baseline.gradnorm_",), "with multitask_aggregation_fn gradnorm",
         lambda v: "gradnorm" in _aggregation(v),

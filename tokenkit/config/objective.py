@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenkit.config.errors import ConfigError, at_least
-from tokenkit.losses.options import ALIASES, NAMES, LossOptions, find, needs_teacher
+from tokenkit.losses.options import ALIASES, NAMES, LossOptions, find, needs_teacher, titles
 from tokenkit.objective.options import ObjectiveOptions
 from tokenkit.options import check_parts, check_share, flat, option
 from tokenkit.tokenization.options import SPACE_MASK_PARTS
@@ -16,10 +16,11 @@ from tokenkit.tokenization.options import SPACE_MASK_PARTS
 class Objective:
     """The losses and how they add up."""
 
-    losses: tuple[str, ...] = ("alm_unconstrained",)
-    """clm (sft), alm_unconstrained (alm_greedy), alm_space, alm_unbiased (alm), alm_side_path, alm_latents,
-    baseline_uld, baseline_mined (baseline_minED), baseline_dskd, baseline_gold, baseline_gold_js,
-    baseline_xtoken; `module:function` for one's own."""
+    losses: tuple[str, ...] = field(
+        default=("alm_unconstrained",),
+        metadata={"help": f"{', '.join(titles())}; `module:function` for one's own."},
+    )
+    """Names or aliases of the table of losses, or functions of one's own."""
 
     loss_weights: tuple[float, ...] | Mapping[str, float] | None = None
     """One number per loss, or a mapping from loss to number (as flags: clm=1 alm_space=0.5). None: 1 each."""

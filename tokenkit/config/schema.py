@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, TypeVar, Union
 
 from tokenkit.config.errors import ConfigError
-from tokenkit.losses.options import HEADINGS
+from tokenkit.losses.shared_options import HEADINGS
 from tokenkit.options import OptionError, flag_of
 
 T = TypeVar("T")
@@ -62,7 +62,8 @@ def leaves(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        found.setdefault(name, Leaf(name, hints[field.name], default, docs.get(field.name, ""), schema))
+        told = field.metadata.get("help") or docs.get(field.name, "")
+        found.setdefault(name, Leaf(name, hints[field.name], default, told, schema))
     return tuple(found.values())
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from tokenkit.kernels.kinds import Difference, Divergence
+from tokenkit.kernels.kinds import Difference
+from tokenkit.losses.shared_options import WORKSPACE_BYTES as WORKSPACE_BYTES
+from tokenkit.losses.shared_options import Chunked, Diverging, Temperature, Temperatures, Workspace
 from tokenkit.options import (
-    ChunkKind,
     OptionError,
     check_at_least,
     check_choices,
@@ -24,11 +25,6 @@ from tokenkit.options import (
     option,
 )
 
-WORKSPACE_BYTES = 256 * 2**20
-
-HEADINGS = {"baseline": "Options of the baseline losses.", "baseline.gold": "Options of `baseline_gold`."}
-"""Of groups of flags that several records share."""
-
 ALM_MODES = ("append_space", "merge_by_space_prob", "eos_as_space", "none")
 Numerator = Literal["chunk_count", "token_count", "log1p_token_count"]
 Denominator = Literal["chunk_count", "token_count"]
@@ -38,70 +34,6 @@ Align = Literal["last_hidden_state", "all_hidden_states", "qkv"]
 Normalization = Literal["l1", "l2", "l1_channelwise", "l2_channelwise"]
 LatentChunks = Literal["naive", "space", "unconstrained", "unbiased"]
 Strategy = Literal["observed", "bayesian"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workspace:
-    """What every loss that multiplies with a head has."""
-
-    workspace_bytes: int = option(WORKSPACE_BYTES, None)
-    """Memory for heads beside results, bytes; more lets a loss keep what its backward would compute again."""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(self, 0, "workspace_bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunked(Workspace):
-    """Of losses that look at chunks."""
-
-    chunks: ChunkKind = option("unconstrained", None)
-    """Which of the batch's chunks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temperature(Workspace):
-    """Of losses that divide the logits of both models."""
-
-    temperature: float = option(1.0, "baseline.kd_temp")
-    """Temperature of both models in every baseline but baseline_gold, which has its own; positive."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "temperature")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temperatures(Temperature):
-    """Of losses whose teacher may have a temperature of its own."""
-
-    teacher_temperature: float = option(1.0, "baseline.teacher_temperature")
-    """Multiplies kd_temp for the teacher, but in baseline_uld and baseline_gold; positive."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "teacher_temperature")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diverging(Temperatures):
-    """Of losses that compare distributions by a divergence that one may choose."""
-
-    divergence: Divergence = option("kl", "baseline.divergence")
-    """Divergence of baseline_mined, and of baseline_dskd in the student's space."""
-
-    skew: float = option(0.1, "baseline.skew_lambda")
-    """Mixing share of skl and srkl, in [0, 1]."""
-
-    alpha: float = option(0.5, "baseline.adaptive_kl_alpha")
-    """Mass left to the tail in `akl`, in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share(self, "skew", "alpha")
-        if self.divergence == "akl" and self.alpha == 1:
-            raise OptionError("{alpha} must be below 1 for akl: divergence rkl is its limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +286,8 @@ class Entry:
     """Options that the name says."""
     aliases: tuple[str, ...] = ()
     needs_teacher: bool = True
+    one_tokenizer: bool = False
+    """It compares id with id, and is for models that share their tokenizer."""
 
 
 LOSSES: dict[str, Entry] = {
@@ -375,6 +309,19 @@ LOSSES: dict[str, Entry] = {
 ALIASES = {alias: name for name, entry in LOSSES.items() for alias in entry.aliases}
 NAMES = tuple(x for name, entry in LOSSES.items() for x in (name, *entry.aliases))
 """Names and aliases, in the order of the table."""
+
+
+CROSS_TOKENIZER = tuple(name for name, entry in LOSSES.items() if not entry.one_tokenizer)
+
+
+def titles() -> list[str]:
+    """Return each name with its aliases, as in `clm (sft)`."""
+    return [f"{x} ({', '.join(e.aliases)})" if e.aliases else x for x, e in LOSSES.items()]
+
+
+def readers(flag: str) -> tuple[str, ...]:
+    """Return the names of the losses that read the option of a flag."""
+    return tuple(x for x, entry in LOSSES.items() if flag in map(flag_of, fields(entry.options)))
 
 
 def find(name: str) -> Entry:

@@ -37,6 +37,11 @@ def make_loss(name: str, pair: Pair | None = None, **given: Any) -> Loss[Any]:
     if ":" in name:
         return Own(name, _import(name))
     entry = find(name)
+    if entry.one_tokenizer and pair is not None and not pair.are_one():
+        raise ValueError(
+            f"{name} compares student and teacher id by id, and their tokenizers differ: take an ALM loss or "
+            "a baseline, or give both the same tokenizer"
+        )
     module, _, kind_name = entry.place.partition(":")
     kind = getattr(importlib.import_module(f"tokenkit.losses.{module}"), kind_name)
     beside = {k: p for k, p in inspect.signature(kind).parameters.items() if k != "options"}
