@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from tokenkit.losses.gold import gold_loss
     from tokenkit.losses.gold_js import gold_js_loss
+    from tokenkit.losses.kl import kl_loss
     from tokenkit.losses.latents import latents_loss
     from tokenkit.losses.mined import mined_loss
     from tokenkit.losses.side_path import side_path_loss
@@ -67,6 +68,7 @@ PLACES = {
     "gold_js_loss": "losses.gold_js",
     "gold_loss": "losses.gold",
     "hidden_states": "integrations",
+    "kl_loss": "losses.kl",
     "latents_loss": "losses.latents",
     "linear_cross_entropy": "losses.fused",
     "linear_divergence": "kernels.linear_divergence",
@@ -103,6 +105,7 @@ __all__ = [
     "gold_js_loss",
     "gold_loss",
     "hidden_states",
+    "kl_loss",
     "latents_loss",
     "linear_cross_entropy",
     "linear_divergence",

@@ -271,6 +271,17 @@ def test_of_student_ids_with_one_nearest_teacher_id_the_one_of_its_bytes_is_its_
     assert (pairs["student_index"].tolist(), pairs["teacher_index"].tolist()) == ([2, 3], [1, 0])
 
 
+def test_kl_trains_between_models_of_one_tokenizer_and_refuses_two(config_of, files):
+    teacher = {"teacher__pretrained_model_name_or_path": files / "teacher"}
+    parts = build(config_of(losses=["kl"], target_tokenizer_name="null", **teacher), SINGLE)
+    micro_batches = next(parts.batches)
+    reports = [train_step(parts.run, micro_batches) for _ in range(4)]
+    assert reports[0].counts["kl"] > 0
+    assert reports[-1].losses["kl"] < reports[0].losses["kl"]
+    with pytest.raises(ValueError, match=r"kl compares .* id by id, and their tokenizers differ"):
+        build(config_of(losses=["kl"]), SINGLE)
+
+
 def test_options_of_baselines_reach_their_losses(config_of):
     """Each changes the first step's loss. Some seconds: seven runs are built."""
     srkl = {"baseline__divergence": "srkl"}

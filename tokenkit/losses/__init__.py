@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenkit.losses.dskd import dskd_loss
     from tokenkit.losses.gold import gold_loss
     from tokenkit.losses.gold_js import gold_js_loss
+    from tokenkit.losses.kl import kl_loss
     from tokenkit.losses.latents import latents_loss
     from tokenkit.losses.mined import mined_loss
     from tokenkit.losses.options import LOSSES
@@ -41,6 +42,7 @@ __all__ = [
     "dskd_loss",
     "gold_js_loss",
     "gold_loss",
+    "kl_loss",
     "latents_loss",
     "make_loss",
     "mined_loss",

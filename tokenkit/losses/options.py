@@ -243,6 +243,11 @@ class XTokenOptions(Temperatures, Chunked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KlOptions(Diverging):
+    """Options of `kl`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """The options of every loss, as one configuration sets them."""
 
@@ -256,6 +261,7 @@ class LossOptions:
     gold: GoldOptions = flat(GoldOptions)
     gold_js: GoldJsOptions = flat(GoldJsOptions)
     xtoken: XTokenOptions = flat(XTokenOptions)
+    kl: KlOptions = flat(KlOptions)
 
     def __post_init__(self) -> None:
         seen: dict[str, Any] = {}
@@ -303,6 +309,7 @@ LOSSES: dict[str, Entry] = {
     "baseline_gold": Entry("gold:Gold", GoldOptions),
     "baseline_gold_js": Entry("gold_js:GoldJs", GoldJsOptions),
     "baseline_xtoken": Entry("xtoken:XToken", XTokenOptions),
+    "kl": Entry("kl:Kl", KlOptions, one_tokenizer=True),
 }
 """By the name that a user gives. A new loss is its module, its options above and a line here."""
 
