@@ -61,6 +61,12 @@ def test_help_imports_nothing_heavy_and_lists_the_fields():
         assert flag in result.stdout
 
 
+def test_completion_imports_nothing_heavy():
+    result = tokenkit("tokenkit.cli", "completion", "bash")
+    assert result.stdout.endswith("complete -o default -F _tokenkit tokenkit\n")
+    assert not modules(result) & HEAVY
+
+
 def test_a_mistake_in_the_configuration_is_one_line_and_64_before_torch_is_imported():
     result = tokenkit("tokenkit.train", "--stesp", "3")
     assert result.returncode == EXIT_CONFIG

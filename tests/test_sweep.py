@@ -20,8 +20,10 @@ folder.mkdir(parents=True, exist_ok=True)
 with open("started.txt", "a") as file: file.write(folder.name + "\\n")
 if Path("fails.txt").exists() and config["seed"] == 1:
     print("out of luck"); sys.exit(70)
+if config["steps"] == 7: config["seed"] = float("nan")
 rate = config["optimizer"]["learning_rate"]
-lines = [{"step": 1, "loss": 2.0}, {"step": 2, "bits_per_byte/student": 1 + config["seed"] + rate}]
+lines = [{"step": 1, "loss": 2.0}, {"step": 2, "bits_per_byte/student": str(1 + config["seed"] + rate)
+    if config["steps"] == 7 else 1 + config["seed"] + rate}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (folder / "outcome.json").write_text(json.dumps({"code": 0, "outcome": "done"}))
 """
@@ -113,6 +115,13 @@ def test_finished_runs_stay_broken_ones_are_resumed_and_the_table_is_ordered(her
     config = read_config(TrainConfig, [here / "out" / "points" / "002_seed-1_learning_rate-1e-3.yaml"])
     assert (config.run.resume, config.run.seed, config.optimizer.learning_rate) == (True, 1, 1e-3)
     assert config.run.output_dir == str(here / "out" / "runs" / "002_seed-1_learning_rate-1e-3")
+
+
+def test_a_run_without_a_number_is_last(here, capsys):
+    assert sweep(f"--steps 7,8 --launch '{sys.executable} stub.py'") == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["001_steps-8", "000_steps-7"]
+    assert rows[1].split()[-1] == "nan"
 
 
 def test_another_sweep_or_other_files_are_not_written_over(here, capsys):

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -328,7 +329,8 @@ def print_table(folder: Path, metrics: str) -> None:
         rows.append({"run": name, **values, "state": state, "step": last.get("step", 0), **shown})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     first = [name for name in columns if (name + "/").startswith(wanted[0] + "/")]
-    rows.sort(key=lambda row: next((row[key] for key in first if key in row), float("inf")))
+    scores = [[row[key] for key in first if key in row and not math.isnan(row[key])] for row in rows]
+    rows = [row for _, row in sorted(zip(scores, rows, strict=True), key=lambda pair: pair[0] or [math.inf])]
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

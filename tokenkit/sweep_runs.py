@@ -109,7 +109,7 @@ def write_slurm(sweep: Sweep, options: SweepOptions) -> str:
     limits = [
         "--job-name=tokenkit-sweep",
         f"--array={','.join(indices)}" + (f"%{options.jobs}" if options.jobs > 1 else ""),
-        f"--output={sweep.folder}/logs/task_%a.log",
+        f"--output={shlex.quote(f'{sweep.folder}/logs/task_%a.log')}",
         "--open-mode=append",
         "--requeue",
         "--signal=B:TERM@120",
