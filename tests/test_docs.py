@@ -122,10 +122,11 @@ def test_relative_links_lead_somewhere(page):
     assert broken == []
 
 
-def test_every_page_of_docs_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+def test_every_page_of_docs_is_in_the_index_and_in_the_site():
+    index, site = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/index.md", "mkdocs.yml"))
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert [name for name in sorted(pages) if f"({name})" not in index] == []
+    assert [name for name in sorted(pages) if f": {name}\n" not in site] == []
 
 
 def test_the_readme_is_short():
