@@ -48,11 +48,12 @@ def main() -> None:
 
 def score(arguments: argparse.Namespace, target: str) -> dict:
     """Return bits per byte of FVT and of the hypernetwork under one target tokenizer."""
+    from tokenkit.data.collate import AlignedCollator
     from tokenkit.data.mix import read_documents
     from tokenkit.data.options import SourceOptions
     from tokenkit.embeddings.methods import InitOptions
     from tokenkit.embeddings.transfer import transfer_vocabulary
-    from tokenkit.evaluation.bits_per_byte import HeldoutOptions, bits_per_byte, heldout_batches
+    from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
     from tokenkit.parallel import start, stop
     from tokenkit.tokenization.byteify import load_tokenizer
@@ -64,9 +65,8 @@ def score(arguments: argparse.Namespace, target: str) -> dict:
     heldout = arguments.data / "text" / "tinystories.heldout.txt"
     documents = read_documents(SourceOptions(path=str(heldout)), arguments.stories)
     length = 512 if target == "byte" else 192
-    batches = heldout_batches(
-        documents, new, old, HeldoutOptions(max_length_student=length, max_length_teacher=256)
-    )
+    collator = AlignedCollator(new, old, max_length_student=length, max_length_teacher=256)
+    batches = heldout_batches(documents, collator)
     options = InitOptions(hypernet=str(arguments.hypernet))
     row: dict = {"target": target, "tokens": new.vocab_size}
     world = start()

@@ -21,6 +21,15 @@ T = TypeVar("T")
 
 ChunkKind = Literal["unconstrained", "space", "unbiased"]
 
+MOST_STEPS = 2**26 - 1
+"""Ranks compare their steps as float64 sums of squares, which are exact below."""
+
+MOST_DOCUMENTS = 2**20
+"""Of one step: they are read and tokenized together."""
+
+MOST_TOKENS = 2**20
+"""Of one document."""
+
 
 class OptionError(ValueError):
     """An option cannot be what it is.
@@ -124,12 +133,14 @@ def check_share(record: Any, *names: str) -> None:
             raise OptionError(f"{{{name}}} must lie in [0, 1], got {{}}", value)
 
 
-def check_at_least(record: Any, smallest: float, *names: str) -> None:
-    """Raise OptionError where a number is below `smallest`, or not finite; None passes."""
+def check_at_least(record: Any, smallest: float, *names: str, largest: float = math.inf) -> None:
+    """Raise OptionError where a number is below `smallest`, above `largest` or not finite; None passes."""
     for name in names:
         value = getattr(record, name)
         if value is not None and not smallest <= value < math.inf:
             raise OptionError(f"{{{name}}} must be at least {smallest}, got {{}}", value)
+        if value is not None and value > largest:
+            raise OptionError(f"{{{name}}} must be at most {largest}, got {{}}", value)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

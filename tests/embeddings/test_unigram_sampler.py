@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from tests.tiny import TEXT
+from tokenkit.embeddings.hypernet_options import SamplerOptions
 from tokenkit.embeddings.unigram_sampler import (
-    SamplerOptions,
     distractors,
     sample_tokenizer,
     substring_counts,

@@ -5,15 +5,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MOST_STEPS = 2**26 - 1
-"""Ranks compare their steps as float64 sums of squares, which are exact below."""
-
-MOST_DOCUMENTS = 2**20
-"""Of one step: they are read and tokenized together."""
-
-MOST_TOKENS = 2**20
-"""Of one document."""
-
 EXIT_CONFIG = 64
 """The configuration or the command line is at fault: repeating the run changes nothing."""
 

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from tokenkit.config.errors import (
-    MOST_DOCUMENTS,
-    MOST_STEPS,
-    MOST_TOKENS,
     ConfigError,
     at_least,
     names_a_folder,
@@ -19,7 +16,7 @@ from tokenkit.config.objective import Objective
 from tokenkit.config.schema import flatten
 from tokenkit.data.options import DataOptions
 from tokenkit.optim_options import OptimizerOptions
-from tokenkit.options import flat
+from tokenkit.options import MOST_DOCUMENTS, MOST_STEPS, MOST_TOKENS, flat
 from tokenkit.tokenization.options import ChatTemplateMode, LossMaskMode
 
 ALIASES = {

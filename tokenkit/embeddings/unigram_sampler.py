@@ -26,31 +26,12 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from tokenkit.embeddings.hypernet_options import SamplerOptions
+
 PATTERNS = (  # how byte-level BPE cuts words from punctuation and digits; how SentencePiece does not
     re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|_+|\s"),
     re.compile(r" ?\S+|\s"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerOptions:
-    """How tokenizers are drawn."""
-
-    min_tokens: int = 64
-    """Fewest tokens that segment text; all its characters are always among them."""
-    max_tokens: int = 4096
-    """Most of them. The number is drawn with equal chance for each order of magnitude."""
-    max_length: int = 16
-    """Characters of a token, at most."""
-    noise: float = 1.0
-    """Standard deviation of the noise on log(count), drawn anew between 0 and this for each tokenizer."""
-
-    def __post_init__(self) -> None:
-        """Check the sizes."""
-        if not 1 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(
-                f"min_tokens must lie in [1, max_tokens], got {self.min_tokens} and {self.max_tokens}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

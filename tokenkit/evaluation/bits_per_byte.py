@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.documents import Document
 from tokenkit.tokenization.flat import FlatTokens, joined
-from tokenkit.tokenization.unwritable import Unencodable
 
 logger = logging.getLogger(__name__)
 
@@ -52,38 +51,23 @@ class BitsPerByte:
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldoutOptions:
-    """How held-out documents become tokens."""
-
-    max_length_student: int
-    max_length_teacher: int
-    batch_size: int = 8
-    chat_template_mode: str = "direct_encode"
-    loss_mask_mode: str | None = None
-    use_chat_template: bool = True
-    unencodable: Unencodable = "skip"
-
-
 def heldout_batches(
-    documents: Sequence[Document], student: Tokenizer, teacher: Tokenizer, options: HeldoutOptions
+    documents: Sequence[Document], collator: AlignedCollator, batch_size: int = 8
 ) -> list[HeldoutBatch]:
     """Tokenize documents once for all measurements of a run. Documents that cannot be read are left out, and
     said.
 
+    Args:
+        documents: the text.
+        collator: says how it becomes tokens; what is left out here does not count there.
+        batch_size: documents of a batch.
+
     Raises:
         ValueError: no byte of the documents is scored by both models.
     """
-    collator = AlignedCollator(
-        student,
-        teacher,
-        max_length_student=options.max_length_student,
-        max_length_teacher=options.max_length_teacher,
-        chat_template_mode=options.chat_template_mode,
-        loss_mask_mode=options.loss_mask_mode,
-        use_chat_template=options.use_chat_template,
-        unencodable=options.unencodable,
-    )
+    collator = replace(collator)
+    student = collator.student_tokenizer
+    teacher = collator.teacher_tokenizer or student
     pairs = [sides for document in documents if (sides := collator.sides_of(document)) is not None]
     left_out = ", ".join(f"{count} {reason}" for reason, count in collator.skipped.items())
     if not pairs and left_out:
@@ -91,9 +75,9 @@ def heldout_batches(
     if left_out:
         logger.warning("of %d held-out documents some are not measured: %s", len(documents), left_out)
     pairs.sort(key=lambda pair: len(pair[0].ids_N))  # rows of one batch then need little padding
-    size = options.batch_size
     batches = [
-        heldout_batch(pairs[start : start + size], student, teacher) for start in range(0, len(pairs), size)
+        heldout_batch(pairs[start : start + batch_size], student, teacher)
+        for start in range(0, len(pairs), batch_size)
     ]
     batches = [batch for batch in batches if batch.num_bytes]
     if not batches:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenkit.evaluation.bits_per_byte import HeldoutOptions, bits_per_byte, heldout_batches
+from tokenkit.data.collate import AlignedCollator
+from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
 from tokenkit.models.causal_lm import effective_weight
 from tokenkit.parallel import World
 from tokenkit.training.distillation import Distillation
@@ -49,8 +50,8 @@ def compare_methods(
     """
     old, new = tokenizers
     limit = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
-    lengths = HeldoutOptions(max_length_student=limit, max_length_teacher=limit)
-    batches = heldout_batches(documents, new, old, lengths)
+    collator = AlignedCollator(new, old, max_length_student=limit, max_length_teacher=limit)
+    batches = heldout_batches(documents, collator)
     original = model.vocabulary()
     pair = Distillation(model, original, {})
     world = World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)

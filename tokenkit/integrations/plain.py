@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenkit.data.collate import AlignedCollator
 from tokenkit.embeddings import transfer
-from tokenkit.evaluation.bits_per_byte import HeldoutOptions, heldout_batches
+from tokenkit.evaluation.bits_per_byte import heldout_batches
 from tokenkit.export.card import CardFacts
 from tokenkit.export.huggingface import ExportRequest
 from tokenkit.export.huggingface import export_huggingface as write_folder
@@ -125,10 +126,8 @@ def bits_per_byte(
     documents = [Document(text=text) if isinstance(text, str) else document_from_row(text) for text in texts]
     if not documents:
         raise ValueError("texts is empty: give at least one document")
-    options = HeldoutOptions(
-        max_length_student=max_length, max_length_teacher=max_length, batch_size=batch_size
-    )
-    batches = heldout_batches(documents, ours, ours, options)
+    collator = AlignedCollator(ours, max_length_student=max_length, max_length_teacher=max_length)
+    batches = heldout_batches(documents, collator, batch_size)
     device = unwrapped(model).get_input_embeddings().weight.device
     was_training, nats = model.training, 0.0
     model.eval()

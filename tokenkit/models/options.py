@@ -40,9 +40,7 @@ class LoraOptions:
     """Modules that are trained whole beside the adapters."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "rank")
-        if self.rank > MOST_RANK:
-            raise OptionError("{rank} must be at most {}, got {}", MOST_RANK, self.rank)
+        check_at_least(self, 1, "rank", largest=MOST_RANK)
         if not 0 <= self.dropout < 1:
             raise OptionError("{dropout} must lie in [0, 1), got {}", self.dropout)
         if self.targets and self.target_regex is not None:

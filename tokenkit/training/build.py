@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from tokenkit.data.options import SourceOptions
 from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
-from tokenkit.evaluation.bits_per_byte import HeldoutBatch, HeldoutOptions, heldout_batches
+from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches
 from tokenkit.export.rehearsal import rehearse
 from tokenkit.losses import Loss, make_loss
 from tokenkit.losses.latents import Latents
@@ -40,7 +40,6 @@ from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
-from tokenkit.tokenization.chat import Document
 from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.spec import parse_spec
 from tokenkit.tokenization.written import ids_by_bytes
@@ -127,7 +126,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world=world.world_size,
         prefetch=config.data.num_workers,
     )
-    heldout = build_heldout(config, tokenizers, documents)
+    heldout = heldout_batches(documents, collator) if documents else []
 
     needs_teacher = prefix_steps > 0 or any(loss.needs_teacher for loss in losses.values())
     if config.teacher is not None and heldout:
@@ -242,23 +241,6 @@ def build_collator(config: TrainConfig, pair: Pair, losses: Mapping[str, Loss[An
         special_tokens_mode=config.target.special_tokens_mode,
         space_mask_mode=config.objective.space_mask_mode,
     )
-
-
-def build_heldout(
-    config: TrainConfig, tokenizers: Tokenizers, documents: Sequence[Document]
-) -> list[HeldoutBatch]:
-    """Tokenize the held-out documents; none where the data holds nothing out."""
-    if not documents:
-        return []
-    options = HeldoutOptions(
-        max_length_student=config.text.max_length_new,
-        max_length_teacher=config.text.max_length_teacher,
-        chat_template_mode=config.text.chat_template_mode,
-        loss_mask_mode=config.text.loss_mask_mode,
-        use_chat_template=config.text.use_chat_template,
-        unencodable=config.data.bad_rows.unencodable,
-    )
-    return heldout_batches(documents, tokenizers.target, tokenizers.teacher, options)
 
 
 def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: bool = True) -> Models:

@@ -29,10 +29,10 @@ from torch.func import functional_call
 
 from tokenkit.embeddings.fvt import write_with
 from tokenkit.embeddings.hypernet import Hypernet, Surfaces, mean_rows, surfaces
+from tokenkit.embeddings.hypernet_options import HypernetSchedule, SamplerOptions
 from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
 from tokenkit.embeddings.unigram_sampler import (
     SampledTokenizer,
-    SamplerOptions,
     distractors,
     sample_tokenizer,
 )
@@ -43,24 +43,6 @@ from tokenkit.structs import Head
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training_state import State
-
-
-@dataclass(frozen=True, kw_only=True)
-class HypernetTraining:
-    """How long, on what and towards what a hypernetwork is trained."""
-
-    identity_steps: int = 0
-    batch_size: int = 16
-    """Texts of a step."""
-    max_length: int = 256
-    """Tokens of a text; the rest is cut off."""
-    tokenizer_texts: int = 128
-    """Texts of which a tokenizer is drawn."""
-    resample_every: int = 1
-    distractors: int = 1024
-    """Tokens that no text has, in each sampled vocabulary, at most."""
-    lexical_weight: float = 0.1
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +138,8 @@ class HypernetTrainer:
         old: its tokenizer.
         hypernet: what is trained.
         texts: endless.
-        options: of the training.
+        options: how long, and towards what.
+        sampler: how tokenizers are drawn.
     """
 
     def __init__(
@@ -165,9 +148,11 @@ class HypernetTrainer:
         old: Tokenizer,
         hypernet: Hypernet,
         texts: Iterator[str],
-        options: HypernetTraining,
+        options: HypernetSchedule,
+        sampler: SamplerOptions,
     ):
         self.model, self.hypernet, self.options = model.requires_grad_(False).eval(), hypernet, options
+        self.sampler = sampler
         self.model.embedding.padding_idx = None  # ids are those of sampled tokenizers
         self.old_matrices, self.writer, self.texts = old_matrices(model, old), Writer(old), texts
         bias_W = head_bias(model.output)
@@ -179,16 +164,16 @@ class HypernetTrainer:
         self._pool: list[str] = []
         self._drawn_with = self.generator.getstate()
 
-    def loss(self, step: int, sampler: SamplerOptions) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of `step`, counted from 0, and what to report of it."""
         if step % self.options.resample_every == 0 or not self._pool:
-            self._pool = list(islice(self.texts, self.options.tokenizer_texts))
+            self._pool = list(islice(self.texts, self.sampler.texts))
             self._drawn_with = self.generator.getstate()
-            self._vocabulary = self._sampled(sampler, self.generator)
+            self._vocabulary = self._sampled(self.generator)
         elif self._vocabulary is None:  # resumed: draw it again, as it was drawn
             generator = random.Random()
             generator.setstate(self._drawn_with)
-            self._vocabulary = self._sampled(sampler, generator)
+            self._vocabulary = self._sampled(generator)
         vocabulary = self._vocabulary
         rows = self.hypernet(vocabulary.surfaces, self.old_matrices)
         which = [min(index, len(self.old_matrices) - 1) for index in range(len(rows))]
@@ -231,9 +216,9 @@ class HypernetTrainer:
         version, internal, gauss = state["generator"]
         self.generator.setstate((version, tuple(internal), gauss))
 
-    def _sampled(self, sampler: SamplerOptions, generator: random.Random) -> SampledVocabulary:
-        tokenizer = sample_tokenizer(self._pool, sampler, generator)
-        number = generator.randint(0, self.options.distractors)
+    def _sampled(self, generator: random.Random) -> SampledVocabulary:
+        tokenizer = sample_tokenizer(self._pool, self.sampler, generator)
+        number = generator.randint(0, self.sampler.distractors)
         more = distractors(self.pieces, number, 6, generator)
         found = self.writer.vocabulary(tokenizer, more, self.hypernet.max_pieces)
         return replace(found, surfaces=found.surfaces.to(self.device), same_V=found.same_V.to(self.device))
@@ -268,9 +253,7 @@ class HypernetTrainer:
         return nats, float(nats.detach()) / math.log(2)
 
 
-def take_step(
-    trainer: HypernetTrainer, state: State, sampler: SamplerOptions, rate: LearningRate
-) -> dict[str, float]:
+def take_step(trainer: HypernetTrainer, state: State, rate: LearningRate) -> dict[str, float]:
     """Run the step that is next, and return its figures.
 
     Raises:
@@ -279,7 +262,7 @@ def take_step(
     optimizer = state.optimizer
     assert optimizer is not None
     set_learning_rate(optimizer, rate(state.step))
-    loss, figures = trainer.loss(state.step, sampler)
+    loss, figures = trainer.loss(state.step)
     if not math.isfinite(float(loss.detach())):
         raise FloatingPointError(
             f"the loss of step {state.step + 1} is {float(loss.detach())}: lower learning_rate"

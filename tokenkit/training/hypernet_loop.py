@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import sys
@@ -23,7 +22,6 @@ from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
 from tokenkit.embeddings.hypernet import Hypernet
 from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest, save_hypernet
-from tokenkit.embeddings.unigram_sampler import SamplerOptions
 from tokenkit.metrics import ExitCode, MetricsFile, Progress, draw_curves
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.fingerprint import model_fingerprint
@@ -34,7 +32,7 @@ from tokenkit.run_folder import RunLock, prepare_output, write_durably
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import check_is_the_models_own
 from tokenkit.training.ending import Ending, begin_outcome, ending
-from tokenkit.training.hypernet import HypernetTrainer, HypernetTraining, old_matrices, take_step
+from tokenkit.training.hypernet import HypernetTrainer, old_matrices, take_step
 from tokenkit.training.signals import StopRequest
 
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
@@ -130,9 +128,6 @@ def _train(session: Session, seconds: float) -> tuple[ExitCode, str]:
     config, state, folder = session.config, session.state, session.folder
     schedule = config.schedule
     rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
-    sampler = SamplerOptions(
-        **{f.name: getattr(config.sampling, f.name) for f in dataclasses.fields(SamplerOptions)}
-    )
     metrics = MetricsFile(folder, step=state.step, is_main=True)
     progress = Progress(schedule.steps, state.step, is_main=True)
     began = time.perf_counter() - seconds
@@ -142,7 +137,7 @@ def _train(session: Session, seconds: float) -> tuple[ExitCode, str]:
             "all steps are taken; --resume takes those behind the last checkpoint"
         ):
             while state.step < schedule.steps:
-                figures = take_step(session.trainer, state, sampler, rate)
+                figures = take_step(session.trainer, state, rate)
                 session.ending.step = state.step
                 progress.update(state.step, loss=figures.get("loss/clm", figures.get("loss/identity")))
                 is_last = state.step == schedule.steps
@@ -208,16 +203,6 @@ def _trainer(config: TrainHypernetConfig, mix: Mix, world: World) -> tuple[Hyper
     writes = 2 if config.output_embeddings_mode == "untie" else len(matrices)
     torch.manual_seed(schedule.seed)
     hypernet = Hypernet(config.hypernet, matrices[0].shape[1], reads=len(matrices), writes=writes)
-    training = HypernetTraining(
-        identity_steps=schedule.identity_steps,
-        batch_size=schedule.batch_size,
-        max_length=schedule.max_length,
-        tokenizer_texts=config.sampling.texts,
-        resample_every=schedule.resample_every,
-        distractors=config.sampling.distractors,
-        lexical_weight=schedule.lexical_weight,
-        seed=schedule.seed,
-    )
     commit = getattr(model.config, "_commit_hash", None)
     about = {
         "base_model": {
@@ -229,7 +214,7 @@ def _trainer(config: TrainHypernetConfig, mix: Mix, world: World) -> tuple[Hyper
         "config": to_dict(config),
     }
     hypernet = hypernet.to(world.device).fit_scale(matrices)
-    return HypernetTrainer(model, old, hypernet, _texts(mix), training), about
+    return HypernetTrainer(model, old, hypernet, _texts(mix), schedule, config.sampling), about
 
 
 def _texts(mix: Mix) -> Iterator[str]:
