@@ -25,7 +25,7 @@ from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.trackers import run_name
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
-from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.step import train_step
 from tokenkit.zett import ZettConfig
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -172,7 +172,7 @@ def _fingerprint(settings, name):
         slow = {"gradnorm", "ema", "baseline_dskd"}  # what acts through later steps
         for _ in range(5 if slow & set(map(str, [*settings.values(), *settings["losses"]])) else 2):
             micro_batches = next(parts.batches)
-            reports.append(dataclasses.astuple(take_step(run, parts.prefix, micro_batches)))
+            reports.append(dataclasses.astuple(train_step(run, micro_batches)))
             batches.append([batch.student.ids_BT.shape for batch in micro_batches])
             run.step += 1
         parts.batches.close()

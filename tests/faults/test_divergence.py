@@ -11,7 +11,6 @@ from tokenkit import parallel
 from tokenkit.config.errors import exit_code
 from tokenkit.training import loop
 from tokenkit.training.build import build
-from tokenkit.training.prefix_stage import take_step
 from tokenkit.training.step import NonFiniteError, train_step, whether_skipped
 
 SINGLE = parallel.World(0, 1, torch.device("cpu"), None)
@@ -167,10 +166,10 @@ def test_the_prefix_stage_ends_or_skips_its_step_too(make_config, dtype):
     with torch.no_grad():
         parts.student.embedding.weight[5:].fill_(torch.nan)
     if dtype == "float16":
-        assert take_step(parts.run, parts.prefix, next(parts.batches)).skipped == "overflow"
+        assert train_step(parts.run, next(parts.batches)).skipped == "overflow"
         return
     with pytest.raises(NonFiniteError, match="loss prefix is not finite at step 0"):
-        take_step(parts.run, parts.prefix, next(parts.batches))
+        train_step(parts.run, next(parts.batches))
 
 
 @pytest.mark.parametrize(("dtype", "advises"), [("bfloat16", True), ("float32", False)])

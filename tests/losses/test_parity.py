@@ -27,6 +27,7 @@ from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
 from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.training.build import build
+from tokenkit.training.requests import Settle, StudentHalf, TeacherHalf
 from tokenkit.training.step import train_step
 
 STEPS = 50
@@ -131,10 +132,10 @@ def test_fifty_steps_give_the_same_curve_as_on_full_logits(config_of, monkeypatc
 def loss_and_gradient(model, batch, name):
     """Return the loss of one batch and, in float64, its gradient."""
     model.zero_grad()
-    prepared = model(batch, "teacher")
-    measured = {one: (prepared[one], prepared[one].sum_K) for one in model.measuring}
-    prepared |= model(batch, "settle", measured)
-    term = model(batch, "student", prepared)[name]
+    prepared = model(TeacherHalf(batch))
+    measured = {one: (prepared[one], prepared[one].sum_K) for one in model.measuring()}
+    prepared |= model(Settle(batch, measured))
+    term = model(StudentHalf(batch, prepared))[name]
     loss = (term.total / term.count.clamp_min(1)).mean()
     loss.backward()
     gradient = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]

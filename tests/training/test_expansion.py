@@ -18,8 +18,8 @@ from tokenkit.parallel import World
 from tokenkit.training import loop
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
-from tokenkit.training.prefix_stage import take_step
-from tokenkit.training.step import train_step
+from tokenkit.training.requests import Evaluate, StudentHalf
+from tokenkit.training.step import prepare, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 BYTES = {"target_tokenizer_name": "byte", "expand_input_ids": True, "max_length_new": 100}
@@ -111,7 +111,7 @@ def run_and_score(world, config):
 
     def score_and_export(session):
         batch = session.parts.heldout[0].batch
-        nats = session.parts.run.model(batch, "evaluate")[0]
+        nats = session.parts.run.model(Evaluate(batch))[0]
         scored.extend([batch.student.ids_BT, batch.student.trained_BT, nats])
         assert isinstance(session.parts.run.model, FSDPModule)
         export(session)
@@ -159,8 +159,8 @@ def prefix_steps(world, config):
     parts = build(config, world)
     before = {name: whole(p) for name, p in parts.run.model.named_parameters()}
     losses = []
-    for _ in range(parts.prefix.steps):
-        losses.append(take_step(parts.run, parts.prefix, next(parts.batches)).loss)
+    for _ in range(parts.run.main.first_step):
+        losses.append(train_step(parts.run, next(parts.batches)).loss)
         parts.run.step += 1
     after = {name: whole(p) for name, p in parts.run.model.named_parameters()}
     moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
@@ -179,9 +179,9 @@ def test_the_prefix_stage_reads_the_expansion_and_moves_byte_rows_alone(make_con
     config = make_config(**BYTES, **STAGE, train_model_mode=mode, batch_size=8)
     parts = build(config, SINGLE)
     (batch,) = next(parts.batches)
-    measured = parts.run.model(batch, "prefix_teacher")
-    prepared = (measured, measured.sum_K)  # this batch is the whole step
-    expanded = parts.run.model(batch, "prefix", prepared).total
+    (prepared,) = prepare(parts.run, [batch])
+    half = StudentHalf(batch, prepared, is_prefix=True)
+    expanded = parts.run.model(half)["prefix"].total
     student, ids = parts.student, batch.student.ids_BT
     embedded = student.embedding(ids) + student.expansion(ids)
     got = prefix_states(student, ids, 1).hidden_BTD
@@ -190,7 +190,7 @@ def test_the_prefix_stage_reads_the_expansion_and_moves_byte_rows_alone(make_con
     # the last of them is behind the final norm, which a prefix leaves out
     torch.testing.assert_close(student.body.norm(got), states.last_hidden_state)
     student.expansion = None
-    assert parts.run.model(batch, "prefix", prepared).total != expanded
+    assert parts.run.model(half)["prefix"].total != expanded
 
     moved, losses, _ = prefix_steps(SINGLE, config)
     assert len(moved) == 1, moved

@@ -12,6 +12,7 @@ from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.parallel import World
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
+from tokenkit.training.requests import StudentHalf, TeacherHalf
 from tokenkit.training.step import NonFiniteError, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -111,9 +112,9 @@ def test_the_teacher_does_without_dropout_while_the_student_has_it(make_config, 
     parts = build(make_config(**changes, train_model_mode="full"), SINGLE)
     (batch,) = next(parts.batches)
     assert parts.run.model.train().training
-    said = [parts.run.model(batch, "teacher")["alm_unconstrained"] for _ in range(2)]
+    said = [parts.run.model(TeacherHalf(batch))["alm_unconstrained"] for _ in range(2)]
     assert torch.equal(said[0].sizes[0].teacher_BC, said[1].sizes[0].teacher_BC)
-    totals = [parts.run.model(batch, "student", {"alm_unconstrained": said[0]}) for _ in range(2)]
+    totals = [parts.run.model(StudentHalf(batch, {"alm_unconstrained": said[0]})) for _ in range(2)]
     assert totals[0]["alm_unconstrained"].total != totals[1]["alm_unconstrained"].total
 
 
@@ -132,7 +133,7 @@ def test_each_step_runs_at_the_rate_of_its_own_number(make_config):
     for step in range(3):
         report = train_step(parts.run, next(parts.batches))
         parts.run.step += 1
-        assert report.learning_rate == parts.run.learning_rate(step)
+        assert report.learning_rate == parts.run.main.learning_rate(step)
         assert {group["lr"] for group in parts.run.optimizer.param_groups} == {report.learning_rate}
         rates.append(report.learning_rate)
     assert len(set(rates)) == 3

@@ -25,6 +25,7 @@ from tokenkit.structs import LossTerm
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
 from tokenkit.training.pair import Pair, read_mapping
+from tokenkit.training.requests import StudentHalf, TeacherHalf
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -296,7 +297,7 @@ def test_options_of_baselines_reach_their_losses(config_of):
             parts = build(config_of(losses=[name], **change), SINGLE)
             (batch,) = next(parts.batches)
             parts.batches.close()
-            term = parts.run.model(batch, "student", parts.run.model(batch, "teacher"))[name]
+            term = parts.run.model(StudentHalf(batch, parts.run.model(TeacherHalf(batch))))[name]
             values.append(round(float((term.total / term.count).mean().detach()), 5))
         assert len(set(values)) == len(values), (name, values)
     run = build(config_of(losses=["baseline_gold"], baseline__exact_sort="false"), SINGLE).run

@@ -12,7 +12,6 @@ from tokenkit.parallel import World
 from tokenkit.structs import LossTerm
 from tokenkit.training.build import build
 from tokenkit.training.notes import describe, small_losses, step_line
-from tokenkit.training.prefix_stage import take_step
 from tokenkit.training.step import StepReport, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -112,12 +111,12 @@ def test_shares_of_the_gradient_are_those_of_the_whole_step_and_change_nothing(m
     parts = build(make_config(losses=["clm", name], train_model_mode="full"), SINGLE)
     micro_batches = next(parts.batches)
     torch.manual_seed(5)
-    shares = dict(take_step(parts.run, None, micro_batches).gradient_shares)
+    shares = dict(train_step(parts.run, micro_batches).gradient_shares)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares[name] < 0.02
     assert f"loss {name} gives" in small_losses(shares)
     parts.run.step = 1
-    assert take_step(parts.run, None, micro_batches).gradient_shares == {}
+    assert train_step(parts.run, micro_batches).gradient_shares == {}
 
     bits = []
     for compares in (True, False):

@@ -10,7 +10,7 @@ from tests.training.test_resume import curve, run_in_rank
 from tokenkit.config.errors import ConfigError
 from tokenkit.metrics import ExitCode
 from tokenkit.training.build import build
-from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.step import train_step
 
 ALL = {**STAGE, "prefix_trainable": "all"}
 
@@ -22,7 +22,7 @@ def two_steps(world, config):
     named = dict(parts.run.model.named_parameters())
     before, numbers = {name: whole(parameter) for name, parameter in named.items()}, []
     for _ in range(2):
-        report = take_step(parts.run, parts.prefix, next(parts.batches))
+        report = train_step(parts.run, next(parts.batches))
         parts.run.step += 1
         numbers.append([report.loss, report.grad_norm])
     named = dict(parts.run.model.named_parameters())

@@ -7,7 +7,8 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_folder
 from tests.training.test_prefix_stage import SINGLE, STAGE, four_steps
 from tokenkit.training.build import build
-from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.requests import StudentHalf
+from tokenkit.training.step import prepare, train_step
 
 
 def moved(before, after):
@@ -45,16 +46,16 @@ def test_two_processes_in_float16_agree_with_one(make_config):
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(make_config):
     parts = build(make_config(**{**STAGE, "prefix_steps": 3}, dtype="float16"), SINGLE)
-    before = parts.prefix.embedding_VD.detach().clone()
+    before = parts.run.prefix.moving[0].detach().clone()
     parts.run.loss_scale.value = 2.0**60
-    report = take_step(parts.run, parts.prefix, next(parts.batches))
+    report = train_step(parts.run, next(parts.batches))
     assert report.skipped
     assert parts.run.loss_scale.value == 2.0**59
-    assert torch.equal(parts.prefix.embedding_VD, before)
+    assert torch.equal(parts.run.prefix.moving[0], before)
     parts.run.loss_scale.value = 2.0**10
-    report = take_step(parts.run, parts.prefix, next(parts.batches))
+    report = train_step(parts.run, next(parts.batches))
     assert not report.skipped
-    assert moved(before, parts.prefix.embedding_VD.detach()).any()
+    assert moved(before, parts.run.prefix.moving[0].detach()).any()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
@@ -76,9 +77,9 @@ def test_the_layers_of_the_prefix_are_recomputed_and_no_others(make_config):
         layer.mlp.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     (batch,) = next(parts.batches)
     parts.run.model.train()
-    measured = parts.run.model(batch, "prefix_teacher")
+    (prepared,) = prepare(parts.run, [batch])
     teacher_calls = calls[0]
-    parts.run.model(batch, "prefix", (measured, measured.sum_K)).total.backward()
+    parts.run.model(StudentHalf(batch, prepared, is_prefix=True))["prefix"].total.backward()
     assert calls == [teacher_calls + 2, 0]
 
 

@@ -16,7 +16,8 @@ from tokenkit.models.prefix import prefix_states
 from tokenkit.parallel import World
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
-from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.requests import StudentHalf
+from tokenkit.training.step import prepare, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 STAGE = {"n_prefix_layers": 1, "prefix_steps": 2, "prefix_lr": 0.01}
@@ -30,7 +31,7 @@ def four_steps(world, config):
     """Return the embedding before and after the stage, and the reports' numbers."""
     torch.manual_seed(0)
     parts = build(config, world)
-    weight = parts.prefix.embedding_VD
+    weight = parts.run.prefix.moving[0]
     before, numbers = whole(weight), []
     others = {
         name: whole(parameter)
@@ -38,10 +39,10 @@ def four_steps(world, config):
         if parameter.requires_grad and parameter is not weight
     }
     for _ in range(4):
-        if parts.run.step == parts.prefix.steps:
+        if parts.run.step == parts.run.main.first_step:
             after = whole(weight)
             still = all(torch.equal(whole(p), others[n]) for n, p in named(parts) if n in others)
-        report = take_step(parts.run, parts.prefix, next(parts.batches))
+        report = train_step(parts.run, next(parts.batches))
         parts.run.step += 1
         numbers.append([report.loss, report.grad_norm, report.learning_rate, sum(report.counts.values())])
     return before, after, still, numbers
@@ -66,7 +67,7 @@ def test_only_rows_of_new_tokens_move_and_the_others_keep_their_bits(make_config
     assert 0 < is_new_V.sum() < len(before)
     assert still, "something else than the embedding moved"
     assert [row[2] for row in numbers][:2] == [0.01, 0.005]
-    assert numbers[2][2] == parts.run.learning_rate(0)
+    assert numbers[2][2] == parts.run.main.learning_rate(0)
 
 
 def test_all_rows_that_are_read_move_where_asked_for(make_config):
@@ -96,7 +97,7 @@ def test_the_stage_brings_the_hidden_states_together(make_config):
     batch = next(parts.batches)
     losses = []
     for _ in range(40):
-        losses.append(take_step(parts.run, parts.prefix, batch).loss)
+        losses.append(train_step(parts.run, batch).loss)
         parts.run.step += 1
     assert losses[-1] < 0.5 * losses[0]
 
@@ -151,8 +152,8 @@ def test_no_layer_above_the_prefix_runs(make_config):
     for layer in parts.student.layers[1:]:
         layer.register_forward_hook(lambda *_: pytest.fail("a layer above the prefix ran"))
     (batch,) = next(parts.batches)
-    measured = parts.run.model(batch, "prefix_teacher")
-    assert parts.run.model(batch, "prefix", (measured, measured.sum_K)).total > 0
+    (prepared,) = prepare(parts.run, [batch])
+    assert parts.run.model(StudentHalf(batch, prepared, is_prefix=True))["prefix"].total > 0
 
 
 @pytest.mark.parametrize(

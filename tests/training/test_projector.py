@@ -18,6 +18,7 @@ from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.parallel import World
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
+from tokenkit.training.requests import Evaluate
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -279,7 +280,7 @@ def test_an_evaluation_runs_it_once_and_measures_what_the_model_uses(make_config
     calls, model = counted(parts), parts.run.model
     measured = bits_per_byte(model, heldout, SINGLE)
     assert len(calls) == 1
-    one_by_one = sum(float(model(batch.batch, "evaluate")[0]) for batch in heldout)
+    one_by_one = sum(float(model(Evaluate(batch.batch))[0]) for batch in heldout)
     assert len(calls) == 1 + len(heldout)
     assert measured.student == pytest.approx(one_by_one / measured.num_bytes / math.log(2), rel=1e-6)
 

@@ -12,7 +12,7 @@ from tests.training.test_gradients import WAYS
 from tokenkit.losses.options import CROSS_TOKENIZER
 from tokenkit.parallel import World
 from tokenkit.training.build import build
-from tokenkit.training.prefix_stage import take_step
+from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 SPLITS = ((2, 2), (4, 1))  # processes, micro-batches: batches of other lengths each
@@ -25,7 +25,7 @@ def steps(world, config, number=3):
     parts = build(config, world)
     reports = []
     for _ in range(number):
-        reports.append(take_step(parts.run, parts.prefix, next(parts.batches)))
+        reports.append(train_step(parts.run, next(parts.batches)))
         parts.run.step += 1
     sizes = [[*report.losses.values(), *report.counts.values()] for report in reports]
     return sizes, [[*r.weights.values(), r.grad_norm, r.learning_rate] for r in reports]

@@ -15,8 +15,7 @@ from tokenkit.config.errors import DataError
 from tokenkit.parallel import World
 from tokenkit.training import loop
 from tokenkit.training.build import build
-from tokenkit.training.prefix_stage import take_step
-from tokenkit.training.step import MOST_UNTRAINED
+from tokenkit.training.step import MOST_UNTRAINED, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 STAGE = {"n_prefix_layers": 1, "prefix_steps": 2, "prefix_lr": 0.01}
@@ -47,7 +46,7 @@ def steps(world, config, empty, only_rank=None):
         batches = next(parts.batches)
         if is_empty and only_rank in (None, world.rank):
             batches = untrained(batches)
-        report = take_step(run, parts.prefix, batches)
+        report = train_step(run, batches)
         run.step += 1
         after = [p.detach() for p in run.model.parameters() if p.requires_grad]
         moved = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
@@ -90,12 +89,12 @@ def test_many_in_a_row_end_the_run(make_config):
 
 
 def test_a_run_says_how_many_and_goes_on_counting(make_config, tmp_path, monkeypatch, capfd):
-    take = loop.take_step
+    take = loop.train_step
 
-    def take_one_in_two(run, stage, batches):
-        return take(run, stage, untrained(batches) if run.step % 2 else batches)
+    def take_one_in_two(run, batches):
+        return take(run, untrained(batches) if run.step % 2 else batches)
 
-    monkeypatch.setattr(loop, "take_step", take_one_in_two)
+    monkeypatch.setattr(loop, "train_step", take_one_in_two)
     assert loop.train(make_config(steps=4)) == 0
     assert "steps skipped, because no token of theirs is trained: 2" in capfd.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -26,6 +26,7 @@ from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.byteify import Tokenizer
 from tokenkit.tokenization.documents import Document
 from tokenkit.tokenization.flat import FlatTokens, joined
+from tokenkit.training.requests import Evaluate, WrittenRows, ask
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +140,11 @@ def bits_per_byte(
     model.eval()
     nats = torch.zeros(2, dtype=torch.float64, device=world.device)
     num_bytes = torch.zeros((), dtype=torch.float64, device=world.device)
-    rows = model(None, "rows")  # once, not for every batch
+    rows = ask(model, WrittenRows())  # once, not for every batch
     for start in range(0, len(batches), world.world_size):
         index = start + world.rank
         heldout = batches[min(index, len(batches) - 1)]
-        values = model(heldout.batch.to(world.device), "evaluate", rows).double()
+        values = ask(model, Evaluate(heldout.batch.to(world.device), rows)).double()
         if index < len(batches):
             nats += values
             num_bytes += heldout.num_bytes

@@ -28,6 +28,7 @@ from tokenkit.models.check import settle
 from tokenkit.structs import Batch, LossTerm
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import Pair
+from tokenkit.training.requests import Settle, StudentHalf, TeacherHalf, ask
 
 Counts = dict[str, Tensor]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,15 +107,17 @@ class Distiller:
             reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
         """
         with self.student.through(model):
-            prepared: list[dict[str, Any]] = [self.step(batch, "teacher") for batch in batches]
-            names = self.step.measuring
+            prepared = [ask(self.step, TeacherHalf(batch)) for batch in batches]
+            names = self.step.measuring()
             if not names:
                 return prepared
             local = {name: torch.stack([one[name].sum_K for one in prepared]).sum(0) for name in names}
             summed = (reduce or _sum_over_ranks)(torch.cat(list(local.values())))
             sums = dict(zip(names, summed.split([len(x) for x in local.values()]), strict=True))
             for batch, one in zip(batches, prepared, strict=True):
-                one |= self.step(batch, "settle", {name: (one[name], sums[name]) for name in names})
+                measured = {name: (one[name], sums[name]) for name in names}
+                settled = ask(self.step, Settle(batch, measured))
+                one |= settled
         return prepared
 
     def counts(
@@ -131,7 +134,7 @@ class Distiller:
     def loss(self, model: nn.Module, batch: Batch, prepared: Mapping[str, Any], counts: Counts) -> Weighted:
         """Return one micro-batch's part of the step's loss; those of all micro-batches add up to it."""
         with self.student.through(model):
-            terms = self.step(batch, "student", prepared)
+            terms = ask(self.step, StudentHalf(batch, prepared))
         parts = {name: (term.total / counts[name].clamp_min(1)).mean() for name, term in terms.items()}
         return Weighted(self.weigh(parts), {name: part.detach() for name, part in parts.items()})
 
@@ -144,8 +147,7 @@ class Distiller:
         """Return, by loss, what one batch adds up for an evaluation."""
         (prepared,) = self.prepare(model, [batch], reduce=lambda sums: sums)
         with self.student.through(model):
-            terms: dict[str, LossTerm] = self.step(batch, "student", prepared)
-        return terms
+            return ask(self.step, StudentHalf(batch, prepared))
 
     def evaluate(self, batches: Sequence[Mapping[str, LossTerm]]) -> dict[str, float]:
         """Return each loss over all batches of all processes, divided once, and "loss", their sum.

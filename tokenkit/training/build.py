@@ -45,8 +45,8 @@ from tokenkit.tokenization.spec import parse_spec
 from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import Pair
-from tokenkit.training.prefix_stage import PrefixStage, build_prefix_stage, prefix_options
-from tokenkit.training.step import LossScale, Run
+from tokenkit.training.prefix_stage import build_prefix_stage, prefix_options
+from tokenkit.training.step import LossScale, Run, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,6 @@ class Parts:
     batches: Batches
     collator: AlignedCollator
     heldout: list[HeldoutBatch]
-    prefix: PrefixStage | None
-    """The first stage, where there is one."""
     transfer: dict[str, int]
     """How many embedding rows were made in which way; empty where the tokenizer stays."""
     was_tied: bool
@@ -135,28 +133,41 @@ def build(config: TrainConfig, world: World) -> Parts:
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
     model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
     _place(model, world, config)
-    options = config.optimizer
     run = Run(
         model=model,
-        objective=objective,
-        optimizer=build_optimizer(model.named_parameters(), options),
-        learning_rate=LearningRate(options, main_steps, config.schedule.warmup_steps),
+        stages=_stages(config, model, objective, tokenizers, world),
         world=world,
         max_grad_norm=config.optimizer.max_grad_norm or None,
         is_float32=config.training.dtype == "float32",
         loss_scale=LossScale(enabled=config.training.dtype == "float16"),
-        first_step=prefix_steps,
     )
-    stage = None
-    if prefix_steps:
-        prefix = config.training.prefix
-        is_new_V = None
-        if prefix.prefix_trainable == "non_overlapping_embeddings":
-            is_new_V = torch.from_numpy(new_tokens(tokenizers.old, tokenizers.target))
-        options = dataclasses.replace(options, learning_rate=prefix.prefix_lr)
-        moves_layers = prefix.prefix_trainable == "all"
-        stage = build_prefix_stage(model, options, prefix_steps, is_new_V, world, moves_layers=moves_layers)
-    return Parts(run, student, tokenizers, batches, collator, heldout, stage, transfer, was_tied)
+    return Parts(run, student, tokenizers, batches, collator, heldout, transfer, was_tied)
+
+
+def _stages(
+    config: TrainConfig, model: Distillation, objective: Objective, tokenizers: Tokenizers, world: World
+) -> tuple[Stage, ...]:
+    """Return what is trained when, after sharding."""
+    options, prefix = config.optimizer, config.training.prefix
+    main = Stage(
+        objective=objective,
+        optimizer=build_optimizer(model.named_parameters(), options),
+        learning_rate=LearningRate(
+            options, config.schedule.steps - prefix.prefix_steps, config.schedule.warmup_steps
+        ),
+        first_step=prefix.prefix_steps,
+    )
+    if not prefix.prefix_steps:
+        return (main,)
+    is_new_V = None
+    if prefix.prefix_trainable == "non_overlapping_embeddings":
+        is_new_V = torch.from_numpy(new_tokens(tokenizers.old, tokenizers.target))
+    options = dataclasses.replace(options, learning_rate=prefix.prefix_lr)
+    moves_layers = prefix.prefix_trainable == "all"
+    first = build_prefix_stage(
+        model, options, prefix.prefix_steps, is_new_V, world, moves_layers=moves_layers
+    )
+    return first, main
 
 
 def load_tokenizers(config: TrainConfig) -> Tokenizers:

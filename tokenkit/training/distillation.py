@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,28 @@ from tokenkit.losses.score import in_dtype
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
-from tokenkit.structs import Batch, Context, Head, HiddenStates, LossTerm, Side, StateKind
+from tokenkit.structs import (
+    NO_CONTEXT,
+    Batch,
+    Context,
+    Head,
+    HiddenStates,
+    LossTerm,
+    Side,
+    StateKind,
+)
+from tokenkit.training.requests import (
+    PREFIX,
+    Evaluate,
+    Request,
+    Settle,
+    StudentHalf,
+    TeacherHalf,
+    WrittenRows,
+)
 
 TEACHER = "#teacher"
 """What the teacher's half returns beside the losses: 0, or NaN where its states are not finite."""
-
-Half = Literal["teacher", "settle", "student", "last_layer", "evaluate", "prefix_teacher", "prefix", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,52 +95,37 @@ class Distillation(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch | None, half: Half, prepared: Any = None) -> Any:
-        """Run one half of a step.
-
-        Args:
-            batch: on this module's device; None for "rows".
-            half: "teacher" returns, by loss, what the student's half needs, with its `.count`; of those in
-                `measuring`, what they measured; "settle" makes the former of the latter, `prepared` being,
-                by loss, what was measured and the sums of the whole step;
-                "student" returns, by loss, a `LossTerm`; "last_layer" the same with a graph that begins at
-                the student's last layer and leaves the head out; "evaluate" returns a float32 [2] tensor:
-                the nats of the trained tokens under student and teacher, NaN where there is none, `prepared`
-                being what "rows" returned; "prefix_teacher" and "prefix" are the two halves of the prefix
-                stage's only loss, which return what was measured, to be added up and given to the second with
-                its sums, and a `LossTerm`; "rows" returns what the student's projector writes, None where it
-                has none.
-            prepared: what the teacher's half returned for this batch.
-        """
-        if half == "rows":
-            return self._rows()
-        assert batch is not None
-        if half == "teacher":
-            return self._teacher_half(batch)
-        if half == "evaluate":
-            return self._evaluate(batch, prepared)
-        if half == "prefix_teacher":
-            return self._prefix_teacher(batch)
-        assert prepared is not None
-        if half == "settle":
-            return self._settle(batch, prepared)
-        if half == "prefix":
-            return self._prefix_student(batch, prepared)
-        if half == "last_layer":
-            with graph_from(self.last_layer):
-                states = self._student_states(batch, self.collect)
-            return self._losses(_with_frozen_head(states), batch, prepared)
-        return self._losses(self._student_states(batch, self.collect), batch, prepared)
+    def forward(self, request: Request[Any]) -> Any:
+        """Answer a request; see `requests` for what each is answered with."""
+        match request:
+            case TeacherHalf(batch, is_prefix):
+                return self._prefix_teacher(batch) if is_prefix else self._teacher_half(batch)
+            case Settle(batch, measured, is_prefix):
+                return self._settle(batch, measured, is_prefix=is_prefix)
+            case StudentHalf(batch, prepared, is_prefix):
+                return self._losses(self._states_for(request), batch, prepared, is_prefix=is_prefix)
+            case Evaluate(batch, rows):
+                return self._evaluate(batch, rows)
+            case WrittenRows():
+                return self._rows()
+        raise TypeError(f"no request: {type(request).__name__}")
 
     @property
     def last_layer(self) -> nn.Module:
         """The student's last transformer layer, where losses are compared."""
         return self.student.layers[-1]
 
-    @property
-    def measuring(self) -> list[str]:
-        """The losses that divide by a scale of the whole step, which must be known before they count."""
-        return [name for name, loss in self.losses.items() if isinstance(loss, Measured)]
+    def losses_of(self, *, is_prefix: bool = False) -> dict[str, Loss[Any]]:
+        """Return the losses of the main stage, or of the prefix stage."""
+        if not is_prefix:
+            return self.losses
+        assert self.prefix is not None
+        return {PREFIX: self.prefix.latents}
+
+    def measuring(self, *, is_prefix: bool = False) -> list[str]:
+        """Return the losses that divide by a scale of the whole step, to be known before they count."""
+        losses = self.losses_of(is_prefix=is_prefix)
+        return [name for name, loss in losses.items() if isinstance(loss, Measured)]
 
     @property
     def prefix_layers(self) -> list[nn.Module]:
@@ -145,13 +146,12 @@ class Distillation(nn.Module):
         return prepared | {TEACHER: None if states is None else states.spoiled}
 
     @torch.no_grad()
-    def _settle(self, batch: Batch, measured: dict[str, tuple[Any, Tensor]]) -> dict[str, Any]:
-        active = {
-            name: loss
-            for name, loss in self.losses.items()
-            if name in measured and isinstance(loss, Measured)
-        }
-        context = self._teacher_context(batch, None, list(active.values()))
+    def _settle(
+        self, batch: Batch, measured: Mapping[str, tuple[Any, Tensor]], *, is_prefix: bool
+    ) -> dict[str, Any]:
+        losses = self.losses_of(is_prefix=is_prefix).items()
+        active = {n: loss for n, loss in losses if n in measured and isinstance(loss, Measured)}
+        context = NO_CONTEXT if is_prefix else self._teacher_context(batch, None, list(active.values()))
         return {
             name: loss.settle(*measured[name], batch, self._with_parts(context, name))
             for name, loss in active.items()
@@ -173,20 +173,22 @@ class Distillation(nn.Module):
             student_embedded_BTD=embedded_BTD,
         )
 
-    def _losses(self, states: HiddenStates, batch: Batch, prepared: dict[str, Any]) -> dict[str, LossTerm]:
-        # read here: what the teacher's half read is freed under FSDP2
-        context = Context(
-            teacher_head=None if self.teacher is None else self._head(self.teacher.head(), states)
-        )
+    def _losses(
+        self, states: HiddenStates, batch: Batch, prepared: Mapping[str, Any], *, is_prefix: bool
+    ) -> dict[str, LossTerm]:
+        losses, context = self.losses_of(is_prefix=is_prefix), NO_CONTEXT
+        if not is_prefix and self.teacher is not None:
+            # read here: what the teacher's half read is freed under FSDP2
+            context = Context(teacher_head=self._head(self.teacher.head(), states))
         terms = {}
-        for name, loss in self.losses.items():
+        for name, loss in losses.items():
             ready, around = prepared[name], self._with_parts(context, name)
             try:
                 term = loss.loss(states, ready, batch, around)
             except NotFiniteError:  # the other ranks take part in the backward, and hear of it behind that
                 term = _nan_term(states.hidden_BTD, ready.count)
             terms[name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
-        inside = {name for name, loss in self.losses.items() if loss.states}
+        inside = {name for name, loss in losses.items() if loss.states}
         return {
             name: _connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
         }
@@ -210,7 +212,7 @@ class Distillation(nn.Module):
         return None if projector is None else projector(self.student.matrices())
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch, rows: list[Tensor] | None) -> Tensor:
+    def _evaluate(self, batch: Batch, rows: Sequence[Tensor] | None) -> Tensor:
         own = None if rows is None else OwnVocabulary(self.student, rows)
         student = _nats(self._student_states(batch, own=own), batch)
         if self.teacher is None:
@@ -220,7 +222,7 @@ class Distillation(nn.Module):
         return torch.stack([student, teacher])
 
     @torch.no_grad()
-    def _prefix_teacher(self, batch: Batch) -> Any:
+    def _prefix_teacher(self, batch: Batch) -> dict[str, Any]:
         assert self.prefix is not None
         assert self.teacher is not None
         ids_BS, n_layers = batch.teacher.ids_BT, self.prefix.n_layers
@@ -230,18 +232,20 @@ class Distillation(nn.Module):
                     states = prefix_states(self.student, ids_BS, n_layers, self.teacher)
             else:
                 states = prefix_states(self.teacher, ids_BS, n_layers)
-        return self.prefix.latents.measure(states, batch)
+        return {PREFIX: self.prefix.latents.measure(states, batch)}
 
-    def _prefix_student(self, batch: Batch, prepared: Any) -> LossTerm:
-        assert self.prefix is not None
-        with self._autocast(batch):
-            states = prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
-        measured, sum_K = prepared
-        settled = self.prefix.latents.settle(measured, sum_K, batch)
-        try:
-            return self.prefix.latents.loss(states, settled, batch)
-        except NotFiniteError:
-            return _nan_term(states.layers_BTD[-1] if states.layers_BTD else states.hidden_BTD, settled.count)
+    def _states_for(self, request: StudentHalf) -> HiddenStates:
+        """Run the student as far as the request's losses read it."""
+        batch = request.batch
+        if request.is_prefix:
+            assert self.prefix is not None
+            with self._autocast(batch):
+                return prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
+        if not request.from_last_layer:
+            return self._student_states(batch, self.collect)
+        with graph_from(self.last_layer):
+            states = self._student_states(batch, self.collect)
+        return _with_frozen_head(states)
 
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None

@@ -73,7 +73,7 @@ def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
     """
     run, extra = parts.run, state.extra
     run.step = state.step
-    take_over(run, parts.prefix)
+    take_over(run)
     try:
         value, good_steps = extra["loss_scale"]
         try:

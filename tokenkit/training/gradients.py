@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from tokenkit.objective.aggregation import norms
 from tokenkit.objective.weights import Objective
 from tokenkit.parallel import World, all_reduce_counts, set_gradient_sync
 from tokenkit.structs import Batch
+from tokenkit.training.requests import StudentHalf, ask
 
 LONGEST_DOT = 2**30  # elements; BLAS counts in 32 bits
 
@@ -53,10 +54,13 @@ class Passes:
     """What the teacher's half returned for each of them."""
     counts: dict[str, Tensor]
     """By loss, of the whole step."""
+    layers: Sequence[nn.Module] | None = None
+    """Those that a prefix stage runs; None: all."""
 
-    def means(self, index: int, half: Literal["student", "last_layer"] = "student") -> list[Tensor]:
+    def means(self, index: int, *, from_last_layer: bool = False) -> list[Tensor]:
         """Return the share of each loss that micro-batch `index` holds, differentiable."""
-        terms = self.model(self.batches[index], half, self.prepared[index])
+        batch, is_prefix = self.batches[index], self.layers is not None
+        terms = ask(self.model, StudentHalf(batch, self.prepared[index], is_prefix, from_last_layer))
         self._check_counts(terms, self.prepared[index])
         return self.objective.means(terms, self.counts)
 
@@ -146,7 +150,7 @@ def _weighted(passes: Passes, weight_J: Tensor) -> Tensor:
     """Forward and backward of every micro-batch, with weights that stand; return this rank's losses."""
     total_J = torch.zeros(len(weight_J), device=passes.world.device)
     for index in range(len(passes.batches)):
-        set_gradient_sync(passes.model, index == len(passes.batches) - 1)
+        set_gradient_sync(passes.model, index == len(passes.batches) - 1, layers=passes.layers)
         means = passes.means(index)
         _backward(means, weight_J, passes.scale)
         total_J += _detached(means)
@@ -262,7 +266,7 @@ def _last_layer_before(passes: Passes) -> Tensor:
     parameters = partial(last_layer_parameters, passes.model)
     with _same_random(passes.world.device):
         for index in range(len(passes.batches)):
-            _collect(passes, passes.means(index, "last_layer"), parameters, held)
+            _collect(passes, passes.means(index, from_last_layer=True), parameters, held)
     passes.model.zero_grad(set_to_none=True)  # of the final norm
     return _gram(held, passes)
 

@@ -49,10 +49,10 @@ from tokenkit.training.finished import (
     refuse_old_export,
 )
 from tokenkit.training.notes import describe
-from tokenkit.training.prefix_stage import current_optimizer, take_step
 from tokenkit.training.reports import Reports
+from tokenkit.training.requests import WrittenRows, ask
 from tokenkit.training.signals import StopRequest
-from tokenkit.training.step import NonFiniteError
+from tokenkit.training.step import NonFiniteError, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,9 @@ def _join(config: TrainConfig) -> World:
 def _dry_run(config: TrainConfig, world: World) -> int:
     """Load everything, run the first step of each stage, print its losses, write nothing."""
     parts = _build(config, world)
-    for first in sorted({0, parts.run.first_step}):
-        parts.run.step = first
-        report = take_step(parts.run, parts.prefix, next(parts.batches))
+    for stage in parts.run.stages:
+        parts.run.step = stage.first_step
+        report = train_step(parts.run, next(parts.batches))
         if report.skipped == "untrained":
             raise DataError(
                 "no token of the first step is trained: look at max_length_new, loss_mask_mode, data"
@@ -235,7 +235,7 @@ def _one_step(session: Session) -> None:
     schedule = config.schedule
     with blaming_data():
         micro_batches = next(session.parts.batches)
-    report = take_step(run, session.parts.prefix, micro_batches)
+    report = train_step(run, micro_batches)
     run.step += 1
     session.ending.step = run.step
     if report.skipped == "untrained":
@@ -288,7 +288,7 @@ def _save(session: Session) -> None:
     untokenized = _untokenized(session)
     session.reports.left_out(run.step, session.parts.batches.skipped + untokenized)
     session.reports.sync()
-    state.step, state.optimizer = run.step, current_optimizer(run, session.parts.prefix)
+    state.step, state.optimizer = run.step, run.stage.optimizer
     scale = (run.loss_scale.value, run.loss_scale.good_steps)
     state.extra = {
         "data": session.parts.batches.state_dict(),
@@ -344,7 +344,8 @@ def _export(session: Session) -> None:
 def _written_rows(session: Session) -> dict[str, Tensor]:
     """Return what the student's projector writes, by the names of these matrices; every rank calls it."""
     student = session.parts.student
-    rows: list[Tensor] = session.parts.run.model(None, "rows")
+    rows = ask(session.parts.run.model, WrittenRows())
+    assert rows is not None
     own = student.matrices()
     named = student.model.named_parameters(remove_duplicate=False)
     return {

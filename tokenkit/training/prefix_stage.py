@@ -12,43 +12,23 @@ The main stage then begins with an optimizer and a schedule of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from tokenkit.config import TrainConfig
 from tokenkit.losses.latents import Latents
 from tokenkit.models.causal_lm import CausalLM, Vocabulary, effective_weight
-from tokenkit.optim import LearningRate, build_optimizer, set_learning_rate
+from tokenkit.objective.weights import Objective
+from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.optim_options import OptimizerOptions
-from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm, set_gradient_sync
-from tokenkit.structs import Batch
+from tokenkit.parallel import World
 from tokenkit.training.distillation import Distillation, PrefixOptions
-from tokenkit.training.step import Run, StepReport, train_step, whether_skipped
-
-NAME = "prefix"
-"""Of its loss and its phase in metrics.jsonl."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixStage:
-    """What the first stage changes, and how."""
-
-    steps: int
-    optimizer: Optimizer
-    """Of what moves."""
-    learning_rate: LearningRate
-    embedding_VD: nn.Parameter
-    """The student's; this rank's shard where it is sharded."""
-    frozen_V: Tensor | None
-    """bool, true for the rows here that stay as they are. None: all move."""
-    layers: tuple[nn.Parameter, ...] = ()
-    """What moves in the first layers."""
+from tokenkit.training.requests import PREFIX
+from tokenkit.training.step import Run, Stage
 
 
 def prefix_options(
@@ -87,7 +67,7 @@ def build_prefix_stage(
     world: World,
     *,
     moves_layers: bool = False,
-) -> PrefixStage:
+) -> Stage:
     """Return the stage, after sharding.
 
     Args:
@@ -128,13 +108,14 @@ def build_prefix_stage(
         lr_min_ratio=0.0,
     )
     layers = _trained_layers(model) if moves_layers else {}
-    return PrefixStage(
-        steps=steps,
+    return Stage(
+        name=PREFIX,
+        objective=Objective([PREFIX], None, None, steps),
         optimizer=build_optimizer([("embedding", weight), *layers.items()], own),
         learning_rate=LearningRate(own, steps),
-        embedding_VD=weight,
-        frozen_V=frozen_V,
-        layers=tuple(layers.values()),
+        moving=(weight, *layers.values()),
+        frozen=None if frozen_V is None else (weight, frozen_V),
+        layers=tuple(model.prefix_layers),
     )
 
 
@@ -160,87 +141,11 @@ def _local_rows(values_V: Tensor, weight: Tensor, world: World) -> Tensor:
     return mine
 
 
-def take_step(run: Run, stage: PrefixStage | None, micro_batches: Sequence[Batch]) -> StepReport:
-    """Run the step that is next: one of the first stage while it lasts, else one of the main stage."""
-    if in_stage(run, stage):
-        assert stage is not None
-        return prefix_step(run, stage, micro_batches)
-    return train_step(run, micro_batches)
-
-
-def in_stage(run: Run, stage: PrefixStage | None) -> bool:
-    """Whether the next step belongs to the first stage."""
-    return stage is not None and run.step < stage.steps
-
-
-def current_optimizer(run: Run, stage: PrefixStage | None) -> Optimizer:
-    """Return the optimizer whose moments the next step needs."""
-    return stage.optimizer if stage is not None and in_stage(run, stage) else run.optimizer
-
-
-def take_over(run: Run, stage: PrefixStage | None) -> None:
+def take_over(run: Run) -> None:
     """Give the stage the moments that a checkpoint of it held.
 
     A checkpoint is read before its step is known, into the main optimizer, which holds the embedding too.
     """
-    if stage is not None and in_stage(run, stage):
+    if run.stage is not run.main:
         for parameter in list(run.optimizer.state):
-            stage.optimizer.state[parameter] = run.optimizer.state.pop(parameter)
-
-
-def prefix_step(run: Run, stage: PrefixStage, micro_batches: Sequence[Batch]) -> StepReport:
-    """Run one optimizer step of the first stage over this rank's micro-batches.
-
-    Raises:
-        NonFiniteError: the loss or the gradient norm is not finite; nothing was updated.
-        DataError: as `train_step`, where there is nothing to compare.
-    """
-    batches = [batch.to(run.world.device) for batch in micro_batches]
-    model: Any = run.model
-    measured = [model(batch, "prefix_teacher") for batch in batches]
-    local = torch.stack([m.sum_K for m in measured]).sum(0)
-    sum_K = all_reduce_counts({NAME: local}, run.step, run.world)[NAME]
-    count = sum_K[0]
-
-    # of the layers too: their gradients are made and not used. Not the module's own zero_grad: after a
-    # forward, FSDP2's root shows whole weights, and the shards' gradients would add up over steps
-    run.optimizer.zero_grad(set_to_none=True)
-    scale = run.loss_scale
-    total = torch.zeros((), device=run.world.device)
-    for index, batch in enumerate(batches):
-        set_gradient_sync(run.model, index == len(batches) - 1, layers=model.prefix_layers)
-        term = model(batch, "prefix", (measured[index], sum_K))
-        mean = term.total / count.to(term.total.dtype).clamp(min=1)
-        (mean * scale.factor).backward()
-        total += mean.detach()
-    grad_norm = _prepare_gradient(stage, run)
-    loss = all_reduce_counts({NAME: total}, run.step, run.world)[NAME].item()
-    norm = grad_norm.item()
-    skipped = whether_skipped(run, {NAME: loss}, norm, trained=count.item())
-    rate = stage.learning_rate(run.step)
-    if skipped is None:
-        set_learning_rate(stage.optimizer, rate)
-        stage.optimizer.step()
-    return StepReport(
-        loss=loss,
-        losses={NAME: loss},
-        counts={NAME: count.item()},
-        grad_norm=norm,
-        learning_rate=rate,
-        skipped=skipped,
-        phase=NAME,
-    )
-
-
-def _prepare_gradient(stage: PrefixStage, run: Run) -> Tensor:
-    """Unscale the gradients, empty the rows that stay, clip; return the norm before clipping."""
-    moving = [stage.embedding_VD, *stage.layers]
-    for parameter in moving:
-        if (gradient := parameter.grad) is None:
-            continue
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        if run.loss_scale.enabled:
-            local.div_(run.loss_scale.value)
-        if stage.frozen_V is not None and parameter is stage.embedding_VD:
-            local[stage.frozen_V] = 0.0
-    return clip_grad_norm(moving, run.max_grad_norm)
+            run.stage.optimizer.state[parameter] = run.optimizer.state.pop(parameter)

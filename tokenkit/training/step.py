@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tokenkit.config.errors import DataError
@@ -18,6 +19,7 @@ from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
 from tokenkit.structs import Batch
 from tokenkit.training.gradients import Passes, Sums, accumulate, gradient_shares, trained_parameters
+from tokenkit.training.requests import Settle, TeacherHalf, ask
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
@@ -65,14 +67,38 @@ class LossScale:
             self.value *= 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of steps: what moves in it, towards what and how fast."""
+
+    objective: Objective
+    optimizer: Optimizer
+    learning_rate: LearningRate
+    """By steps of the stage."""
+    first_step: int = 0
+    """Optimizer steps of the run before it."""
+    name: str | None = None
+    """Its phase in metrics.jsonl; None: the main stage."""
+    moving: tuple[nn.Parameter, ...] = ()
+    """What moves. Empty: all that is trained."""
+    frozen: tuple[nn.Parameter, Tensor] | None = None
+    """A parameter, and bool [rows here], true for the rows that stay as they are."""
+    layers: tuple[nn.Module, ...] | None = None
+    """The student's layers that it runs; None: all."""
+
+    @property
+    def is_prefix(self) -> bool:
+        """It runs the first layers alone."""
+        return self.layers is not None
+
+
 @dataclass(kw_only=True)
 class Run:
     """Everything that changes while training, hence everything that a checkpoint holds."""
 
     model: nn.Module
-    objective: Objective
-    optimizer: Optimizer
-    learning_rate: LearningRate
+    stages: tuple[Stage, ...]
+    """In order; the last is the main one."""
     world: World
     max_grad_norm: float | None
     is_float32: bool
@@ -86,13 +112,31 @@ class Run:
     """Such steps since the last other one, or since this process began."""
     has_compared: bool = False
     """The gradients of the losses were compared, which happens once."""
-    first_step: int = 0
-    """Where the main stage begins: schedules of rate and losses count from here."""
 
     @property
-    def main_step(self) -> int:
-        """Optimizer steps of the main stage that are done."""
-        return self.step - self.first_step
+    def stage(self) -> Stage:
+        """The stage of the step that is next."""
+        return next(stage for stage in reversed(self.stages) if stage.first_step <= self.step)
+
+    @property
+    def main(self) -> Stage:
+        """The stage of the losses that were asked for."""
+        return self.stages[-1]
+
+    @property
+    def prefix(self) -> Stage | None:
+        """The stage of the first layers, where there is one."""
+        return self.stages[0] if self.stages[0].is_prefix else None
+
+    @property
+    def objective(self) -> Objective:
+        """That of the main stage, which a checkpoint holds."""
+        return self.main.objective
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """That of the main stage, of all that is trained."""
+        return self.main.optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +165,7 @@ class StepReport:
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
-    """Run one optimizer step over this rank's micro-batches.
+    """Run the optimizer step that is next over this rank's micro-batches.
 
     The host waits for the device once, for the handful of numbers that decide whether the update may
     happen at all.
@@ -130,7 +174,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         NonFiniteError: a loss or the gradient norm is not finite; parameters and optimizer are untouched.
         DataError: no token of this step is trained, nor of the `MOST_UNTRAINED` - 1 steps before it.
     """
-    device = run.world.device
+    stage, device = run.stage, run.world.device
     batches = [batch.to(device) for batch in micro_batches]
     try:
         prepared = prepare(run, batches)
@@ -142,40 +186,46 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     counts = global_counts(prepared, run)
     passes = Passes(
         model=run.model,
-        objective=run.objective,
+        objective=stage.objective,
         world=run.world,
-        step=run.main_step,
+        step=run.step - stage.first_step,
         scale=run.loss_scale.factor,
         batches=batches,
         prepared=prepared,
         counts=counts,
+        layers=stage.layers,
     )
-    shares = gradient_shares(passes) if run.main_step == 0 and not run.has_compared else {}
-    run.has_compared = True
+    shares = {}
+    if stage is run.main and not passes.step and not run.has_compared:
+        shares, run.has_compared = gradient_shares(passes), True
+    # of all that is trained: a prefix stage makes gradients that it does not use. Not the module's own
+    # zero_grad: after a forward, FSDP2's root shows whole weights, and the shards' would add up over steps
     run.optimizer.zero_grad(set_to_none=True)
     sums = accumulate(passes)
-    grads = trained_parameters(run.model)
+    grads = list(stage.moving) or trained_parameters(run.model)
     _unscale(grads, run.loss_scale)
+    _empty_frozen_rows(stage)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
     about = _about_losses(prepared, counts) | {"#trained": _trained_tokens(batches)}
     report = replace(_report(run, sums, grad_norm, counts, about), gradient_shares=shares)
     if report.skipped is None:
-        set_learning_rate(run.optimizer, report.learning_rate)
-        run.optimizer.step()
+        set_learning_rate(stage.optimizer, report.learning_rate)
+        stage.optimizer.step()
     return report
 
 
 def prepare(run: Run, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Run the teacher's half of every micro-batch; where a loss measures a scale, all of them first."""
-    prepared = [run.model(batch, "teacher") for batch in batches]
     model: Any = run.model
-    names = model.measuring
+    is_prefix = run.stage.is_prefix
+    prepared = [ask(model, TeacherHalf(batch, is_prefix)) for batch in batches]
+    names = model.measuring(is_prefix=is_prefix)
     if not names:
         return prepared
     local = {name: torch.stack([p[name].sum_K for p in prepared]).sum(0) for name in names}
     sums = all_reduce_counts(local, run.step, run.world)
     measured = [{name: (p[name], sums[name]) for name in names} for p in prepared]
-    settled = [run.model(batch, "settle", m) for batch, m in zip(batches, measured, strict=True)]
+    settled = [ask(model, Settle(batch, m, is_prefix)) for batch, m in zip(batches, measured, strict=True)]
     return [before | after for before, after in zip(prepared, settled, strict=True)]
 
 
@@ -183,7 +233,7 @@ def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Ten
     """Return, by loss, the count of the whole optimizer step: all micro-batches, all ranks."""
     local = {
         name: torch.stack([torch.as_tensor(p[name].count).double() for p in prepared]).sum(0)
-        for name in run.objective.names
+        for name in run.stage.objective.names
     }
     return all_reduce_counts(local, run.step, run.world)
 
@@ -194,6 +244,14 @@ def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
     for param in params:
         if param.grad is not None:
             param.grad.div_(scale.value)
+
+
+def _empty_frozen_rows(stage: Stage) -> None:
+    """Take the gradient from the rows that stay: they keep their bits."""
+    if stage.frozen is None or (gradient := stage.frozen[0].grad) is None:
+        return
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    local[stage.frozen[1]] = 0.0
 
 
 def _trained_tokens(batches: Sequence[Batch]) -> Tensor:
@@ -216,7 +274,8 @@ def _report(
     run: Run, sums: Sums, grad_norm: Tensor, counts: dict[str, Tensor], about: dict[str, Tensor]
 ) -> StepReport:
     """Wait for the device, decide whether the step may be taken, and teach the objective."""
-    names, J = run.objective.names, len(run.objective.names)
+    stage, names = run.stage, run.stage.objective.names
+    J, step = len(names), run.step - stage.first_step
     local = {name: sums.mean_J[j].double() for j, name in enumerate(names)}
     added = all_reduce_counts({**local, **about}, run.step, run.world)
     device = run.world.device
@@ -227,16 +286,17 @@ def _report(
     values, sizes, weights, norms = (packed[k * J : (k + 1) * J] for k in range(4))
     losses, norm = dict(zip(names, values, strict=True)), packed[4 * J]
     known = dict(zip(about, packed[4 * J + 1 :], strict=True))
-    skipped = whether_skipped(run, losses, norm, trained=known["#trained"])
-    user = run.objective.weights(run.main_step)
+    trained = sum(sizes) if stage.is_prefix else known["#trained"]
+    skipped = whether_skipped(run, losses, norm, trained=trained)
+    user = stage.objective.weights(step)
     if skipped is None:
-        run.objective.update(run.main_step, values, sizes, norms)
+        stage.objective.update(step, values, sizes, norms)
     return StepReport(
         loss=sum(user[name] * losses[name] for name in names),
         losses=losses,
         counts=dict(zip(names, sizes, strict=True)),
         grad_norm=norm,
-        learning_rate=run.learning_rate(run.main_step),
+        learning_rate=stage.learning_rate(step),
         weights=dict(zip(names, weights, strict=True)),
         floors={name: known[f"floor#{name}"] for name in names if f"floor#{name}" in known},
         chunk_shares={
@@ -244,6 +304,7 @@ def _report(
             for name in names
             if f"used#{name}" in known
         },
+        phase=stage.name,
         skipped=skipped,
     )
 
