@@ -191,8 +191,9 @@ def test_an_error_with_a_remedy_is_one_line_and_the_code_of_its_kind(capsys, err
 
 @pytest.mark.parametrize("missing", ["yaml", "tyro"])
 def test_without_the_train_extra_the_commands_say_what_to_install(missing):
-    hidden = f"import sys; sys.modules[{missing!r}] = None"
-    program = f"{hidden}; from tokenkit.train import main; sys.exit(main(['-h']))"
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from tokenkit.train import main; sys.exit(main([]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )

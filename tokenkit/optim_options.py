@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenkit.options import OptionError, check_at_least, check_choices, check_positive, check_share
+from tokenkit.options import Checked, OptionError, check_at_least, check_choices, check_positive, check_share
 
 Shape = Literal["constant", "linear", "cosine"]
 LearningRateSchedule = Literal[
@@ -54,7 +54,7 @@ class ParamGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
+class OptimizerOptions(Checked):
     """AdamW and its learning rate."""
 
     name: Literal["adamw"] = "adamw"

@@ -14,8 +14,7 @@ import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -78,7 +77,20 @@ def flag_of(field: dataclasses.Field[Any]) -> str | None:
     return flag
 
 
-@cache
+class Checked:
+    """A record some of whose fields are `Literal`; `check_choices` knows them.
+
+    They are found where the class is made: an options record may be made inside `torch.compile`, which cannot
+    follow the reading of annotations.
+    """
+
+    __choices__: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.__choices__ = _choices(cls)
+
+
 def _choices(record: Any) -> dict[str, tuple[Any, ...]]:
     """The allowed values of fields that are `Literal`, or that or None."""
     found = {}
@@ -91,10 +103,9 @@ def _choices(record: Any) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def check_choices(record: Any) -> None:
+def check_choices(record: Checked) -> None:
     """Raise OptionError where a field holds none of the words that its type allows."""
-    kind: Any = type(record)
-    for name, valid in _choices(kind).items():
+    for name, valid in record.__choices__.items():
         value = getattr(record, name)
         if value not in valid:
             words = ", ".join(str(x) for x in valid)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenkit.cli import run
 from tokenkit.config import ALIASES, ConfigError, TrainConfig, read_config, to_dict, to_yaml
-from tokenkit.config.command_line import WITH_COMMAS, from_words, named_words
+from tokenkit.config.command_line import WITH_COMMAS, canonical_flag, from_words
 from tokenkit.config.errors import at_least
 from tokenkit.config.forms import Words, short_forms, sort_words, split_commas
 from tokenkit.config.paths import check_paths
@@ -226,7 +226,16 @@ def read_words(words: Words) -> tuple[dict[str, Any], dict[str, tuple[list[str],
         ConfigError: an unknown field, an empty value, or one that an axis has twice.
     """
     types = {leaf.name: leaf.type for leaf in leaves(TrainConfig)}
-    pairs = named_words(TrainConfig, words.flags, ALIASES, {})
+    pairs: list[tuple[str, list[str]]] = []
+    for word in words.flags:
+        flag = canonical_flag(TrainConfig, word, ALIASES, {})
+        if flag.startswith("--"):
+            name, equals, value = flag[2:].partition("=")
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(word)
+        else:
+            raise ConfigError(f"unexpected argument {word!r}: flags begin with --")
     pairs += [(name, [value]) for name, value in words.others.items()]
     fixed: dict[str, Any] = {}
     axes: dict[str, tuple[list[str], list[Any]]] = {}

@@ -1,7 +1,7 @@
 """Flags and help of a configuration, through tyro. One flag per field, `--a-b` and `--a_b` alike.
 
-tyro writes the help; values go through the same rules as YAML, so that a wrong one gives the same message
-from either side.
+tyro splits the command line and writes the help; values go through the same rules as YAML, so that a
+wrong one gives the same message from either side.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
-from functools import cache
-from typing import Annotated, Any, NoReturn, TypeVar
+from functools import cache, reduce
+from typing import Annotated, Any, TypeVar
 
 from tokenkit.config.errors import ConfigError
 from tokenkit.config.forms import short_forms, sort_words, split_commas
@@ -23,6 +23,8 @@ from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
 
 T = TypeVar("T")
+
+_NOT_GIVEN = ("",)
 
 WITH_COMMAS = ("tokens_to_add",)
 """Lists whose items may hold a comma: on the command line only spaces part them."""
@@ -47,15 +49,9 @@ def parse_command_line(
     shorts = short_forms(schema)
     given = sys.argv[1:] if arguments is None else arguments
     words = sort_words(given, schema, lambda name: shorts.get(name) or canonical(name, aliases))
-    if {"-h", "--help"} & set(words.flags):
-        _print_help(schema, program, _description(schema, aliases))
     used: dict[str, str] = {}
-    types = {leaf.name: leaf.type for leaf in leaves(schema)}  # type: ignore[arg-type]
-    overrides: dict[str, Any] = dict(words.others)
-    for name, values in named_words(schema, words.flags, aliases, used):
-        if name not in types:
-            raise ConfigError(unknown_field(schema, name, "command line"))
-        overrides[name] = from_words(types[name], values, name)
+    flags = [canonical_flag(schema, flag, aliases, used) for flag in words.flags]
+    overrides = _flags(schema, flags, program, _description(schema, aliases)) | words.others
     for alias, name in used.items():
         _say(f"tokenkit: --{alias} is read as --{name}")
     config = read_config(schema, words.files, overrides, aliases=aliases, folders=words.folders, say=_say)
@@ -91,36 +87,38 @@ def canonical_flag(schema: type, argument: str, aliases: Mapping[str, str], used
     return "--" + known.replace("_", "-") + equals + value
 
 
-def named_words(
-    schema: type, flags: Sequence[str], aliases: Mapping[str, str], used: dict[str, str]
-) -> list[tuple[str, list[str]]]:
-    """Each flag by the dotted name of its field, with the words behind it; `used` takes the aliases.
-
-    Raises:
-        ConfigError: a word that belongs to no flag, or a flag of one dash.
-    """
-    found: list[tuple[str, list[str]]] = []
-    for word in flags:
-        if word.startswith("--"):
-            name, equals, value = canonical_flag(schema, word, aliases, used)[2:].partition("=")
-            found.append((name.replace("-", "_"), [value] if equals else []))
-        elif re.match(r"-[A-Za-z]", word):
-            raise ConfigError(unknown_field(schema, word[1:].partition("=")[0], "command line"))
-        elif found:
-            found[-1][1].append(word)
-        else:
-            is_file = word.endswith((".yaml", ".yml"))
-            hint = "pass configuration files with --config" if is_file else "flags begin with --"
-            raise ConfigError(f"unexpected argument {word!r}: {hint}")
-    return found
-
-
-def _print_help(schema: type, program: str, description: str) -> NoReturn:
-    """Print the list of flags, and end the process with 0."""
+def _flags(schema: type, arguments: list[str], program: str, description: str) -> dict[str, Any]:
+    """What the command line sets, by dotted name, as YAML would hold it."""
     import tyro
 
-    tyro.cli(_view(schema), args=["--help"], prog=program, description=description)
-    raise SystemExit(0)
+    values, unknown = tyro.cli(
+        _view(schema),
+        args=arguments,
+        prog=program,
+        description=description,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise ConfigError(_unknown_argument(schema, unknown))
+    given: dict[str, Any] = {}
+    types = {leaf.name: leaf.type for leaf in leaves(schema)}
+    for name, words in _collect(schema, values):
+        if words is not _NOT_GIVEN:
+            given[name] = from_words(types[name], words, name)
+    return given
+
+
+def _unknown_argument(schema: type, unknown: Sequence[str]) -> str:
+    first = unknown[0]
+    if first.startswith("-"):
+        name = first.lstrip("-").partition("=")[0]
+        return unknown_field(schema, name.replace("-", "_"), "command line")
+    hint = (
+        "pass configuration files with --config"
+        if first.endswith((".yaml", ".yml"))
+        else "flags begin with --"
+    )
+    return f"unexpected argument {first!r}: {hint}"
 
 
 def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
@@ -161,13 +159,13 @@ def _takes_many(hint: Any) -> bool:
 
 @cache
 def _view(schema: type, prefix: str = "") -> Any:
-    """A dataclass for tyro: the tree that the names make, every value a list of words."""
+    """A dataclass for tyro: the tree that the names make, every value a list of words, or _NOT_GIVEN."""
     fields: dict[str, Any] = {}
     inside = [leaf for leaf in leaves(schema) if leaf.name.startswith(prefix)]
     for leaf in inside:
         first, dot, _ = leaf.name[len(prefix) :].partition(".")
         if not dot:
-            fields[first] = (first, _view_leaf(leaf), dataclasses.field(default=()))
+            fields[first] = (first, _view_leaf(leaf), dataclasses.field(default=_NOT_GIVEN))
         elif first not in fields:
             view = _view(schema, f"{prefix}{first}.")
             fields[first] = (first, view, dataclasses.field(default_factory=view))
@@ -215,6 +213,11 @@ def _metavar(hint: Any) -> str:
         elif dataclasses.is_dataclass(option):
             words.append("{FIELD: VALUE}")
     return " | ".join(words)
+
+
+def _collect(schema: type, view: Any) -> list[tuple[str, Any]]:
+    """Read what tyro filled, by the names that the schema knows."""
+    return [(leaf.name, reduce(getattr, leaf.name.split("."), view)) for leaf in leaves(schema)]
 
 
 def _description(schema: type, aliases: Mapping[str, str]) -> str:

@@ -24,7 +24,7 @@ from tokenkit.kernels.alm_difference import alm_difference
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join
 from tokenkit.kernels.kinds import Difference
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
-from tokenkit.losses.base import Loss
+from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, AlmOptions, Denominator, Numerator
 from tokenkit.losses.rows import need_teacher, valid_chunks
 from tokenkit.losses.score import Rows, Scores, score, select_rows
@@ -77,7 +77,7 @@ def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | 
 class Alm(Loss[AlmOptions]):
     """Likelihoods of chunks, the student's against the teacher's."""
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> AlmPrepared:

@@ -8,7 +8,9 @@ teacher's that is the whole step's too: theirs is a first half in two.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,20 @@ from tokenkit.kernels.projected_divergence import Projection
 from tokenkit.losses.score import check_states
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, StateKind, Widths
 
+P = ParamSpec("P")
+T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741 -- options
+
+
+def without_gradient(method: Callable[P, T]) -> Callable[P, T]:
+    """Run a method under `no_grad`. Unlike `torch.no_grad()` on a method, `torch.compile` can follow this."""
+
+    @functools.wraps(method)
+    def inner(*args: P.args, **keywords: P.kwargs) -> T:
+        with torch.no_grad():
+            return method(*args, **keywords)
+
+    return inner
 
 
 class Pair(Protocol):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from tokenkit.kernels.kinds import Divergence
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.losses.base import Measured
+from tokenkit.losses.base import Measured, without_gradient
 from tokenkit.losses.dskd_masks import Masks, attend, attention_masks
 from tokenkit.losses.options import WORKSPACE_BYTES, DskdOptions
 from tokenkit.losses.rows import (
@@ -202,7 +202,7 @@ class Dskd(Measured[DskdOptions]):
         """Return the maps between the spaces."""
         return Projections(student, teacher)
 
-    @torch.no_grad()
+    @without_gradient
     def measure(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> DskdMeasured:
@@ -217,7 +217,7 @@ class Dskd(Measured[DskdOptions]):
         ]
         return DskdMeasured(torch.cat(moments), teacher.hidden_BTD, teacher.embedded_BTD)
 
-    @torch.no_grad()
+    @without_gradient
     def settle(
         self, measured: DskdMeasured, sum_K: Tensor, batch: Batch, context: Context = NO_CONTEXT
     ) -> DskdPrepared:

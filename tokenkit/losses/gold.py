@@ -40,7 +40,7 @@ from tokenkit.losses.answers import (
     positional_groups,
     without_last,
 )
-from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldOptions, Strategy
 from tokenkit.losses.rows import check_pairs, need_head, need_teacher, take
 from tokenkit.losses.score import Rows, in_dtype, score, scored_tokens, select_rows
@@ -118,7 +118,7 @@ class Gold(Loss[GoldOptions]):
         """Return the pairs of ids, where they are compared."""
         return pair.published() if options.uld_use_hybrid_loss else {}
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> GoldPrepared:

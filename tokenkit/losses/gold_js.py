@@ -28,7 +28,7 @@ from torch import Tensor
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.sorted_distance import sorted_distance
-from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldJsOptions
 from tokenkit.losses.rows import (
     RowPairs,
@@ -98,7 +98,7 @@ class GoldJs(Loss[GoldJsOptions]):
         """Return the tokens of the same bytes."""
         return pair.matching()
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> GoldJsPrepared:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenkit.kernels.kinds import Divergence
 from tokenkit.kernels.vocabulary_parallel import vocab_size
-from tokenkit.losses.base import Loss
+from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, KlOptions
 from tokenkit.losses.rows import RowPairs, need_head, need_teacher, summed_divergence, take
 from tokenkit.losses.score import scored_tokens
@@ -41,7 +41,7 @@ class KlPrepared:
 class Kl(Loss[KlOptions]):
     """Next-token distributions of two models on one tokenization."""
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> KlPrepared:

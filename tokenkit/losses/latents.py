@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.divergence_checks import check_hidden
-from tokenkit.losses.base import Measured
+from tokenkit.losses.base import Measured, without_gradient
 from tokenkit.losses.options import Align, LatentChunks, LatentsOptions, Normalization
 from tokenkit.losses.rows import RowPairs, chunk_ends, need_teacher, take
 from tokenkit.structs import (
@@ -168,7 +168,7 @@ class Latents(Measured[LatentsOptions]):
             )
         return nn.ModuleDict(found) if found else None
 
-    @torch.no_grad()
+    @without_gradient
     def measure(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> LatentsMeasured:
@@ -188,7 +188,7 @@ class Latents(Measured[LatentsOptions]):
             sizes.append(size_E if _is_channelwise(options) else size_E.mean(0, keepdim=True))
         return LatentsMeasured(torch.cat(sizes), rows, tuple(latents))
 
-    @torch.no_grad()
+    @without_gradient
     def settle(
         self, measured: LatentsMeasured, sum_K: Tensor, batch: Batch, context: Context = NO_CONTEXT
     ) -> LatentsPrepared:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tokenkit.kernels.kinds import Divergence
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, MinedOptions
 from tokenkit.losses.rows import (
     RowPairs,
@@ -94,7 +94,7 @@ class Mined(Loss[MinedOptions]):
         """Return the mined mapping."""
         return {"teacher_index": pair.mapping()}
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> MinedPrepared:

@@ -13,6 +13,7 @@ from tokenkit.kernels.kinds import Difference
 from tokenkit.losses.shared_options import WORKSPACE_BYTES as WORKSPACE_BYTES
 from tokenkit.losses.shared_options import Chunked, Diverging, Temperature, Temperatures, Workspace
 from tokenkit.options import (
+    Checked,
     OptionError,
     check_at_least,
     check_choices,
@@ -116,7 +117,7 @@ class SidePathOptions(Chunked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentsOptions:
+class LatentsOptions(Checked):
     """Options of `alm_latents`."""
 
     align: Align = option("last_hidden_state", "latents_to_align")

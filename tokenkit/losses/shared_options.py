@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tokenkit.kernels.kinds import Divergence
 from tokenkit.options import (
+    Checked,
     ChunkKind,
     OptionError,
     check_at_least,
@@ -22,7 +23,7 @@ HEADINGS = {"baseline": "Options of the baseline losses.", "baseline.gold": "Opt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workspace:
+class Workspace(Checked):
     """What every loss that multiplies with a head has."""
 
     workspace_bytes: int = option(WORKSPACE_BYTES, None)

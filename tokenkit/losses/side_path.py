@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.outcomes import Outcomes
-from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, Distance, SidePathOptions
 from tokenkit.losses.rows import (
     RowPairs,
@@ -88,7 +88,7 @@ class SidePath(Loss[SidePathOptions]):
             case "mined":
                 return pair.nearest()
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> SidePathPrepared:

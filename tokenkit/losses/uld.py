@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenkit.kernels.hybrid_distance import Measure, hybrid_distance
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.answers import Groups, answer_tokens, by_position, extended_groups
-from tokenkit.losses.base import Loss
+from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.gold import log_scales, need_whole
 from tokenkit.losses.options import WORKSPACE_BYTES, UldOptions
 from tokenkit.losses.rows import RowPairs, need_head, need_teacher, take
@@ -64,7 +64,7 @@ def _predicting(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
 class Uld(Loss[UldOptions]):
     """Sorted probabilities of positions or groups that face each other."""
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> UldPrepared:

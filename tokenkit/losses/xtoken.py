@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.projected_divergence import Projection, projected_divergence
-from tokenkit.losses.base import Loss, Pair
+from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, XTokenOptions
 from tokenkit.losses.rows import RowPairs, chunk_starts, need_head, need_teacher, take
 from tokenkit.losses.score import in_dtype
@@ -60,7 +60,7 @@ class XToken(Loss[XTokenOptions]):
         """Return where the student's tokens go."""
         return {"projection": pair.projection()}
 
-    @torch.no_grad()
+    @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> XTokenPrepared:

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenkit.options import OptionError, check_at_least, check_choices, check_positive, nearest, option
+from tokenkit.options import (
+    Checked,
+    OptionError,
+    check_at_least,
+    check_choices,
+    check_positive,
+    nearest,
+    option,
+)
 
 WeightMode = Literal["static", "uncertainty", "balance", "ema"]
 
@@ -21,7 +29,7 @@ AGGREGATIONS = EXACT + LAST_LAYER
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
+class ObjectiveOptions(Checked):
     """Which losses, with which weights and options."""
 
     weight_mode: WeightMode | None = option(None, "loss_weight_mode")
