@@ -23,7 +23,7 @@ import tokenizers
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.pairing.align import align_batch
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PAIRS = [("llama3", "qwen2.5"), ("llama2", "gpt2")]

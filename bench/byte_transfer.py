@@ -20,7 +20,7 @@ from typing import Any
 
 from harness import save
 
-from tokenkit.metrics import read_metrics
+from tokenkit.run.metrics import read_metrics
 
 # the temperature of 100 divides ALM's gradient: the weight gives it back
 PLAIN = ["--losses", "clm", "alm_unconstrained", "--loss-weights", "1", "100"]

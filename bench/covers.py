@@ -16,9 +16,9 @@ import numpy as np
 from harness import print_table, save
 from numpy.typing import NDArray
 
-from tokenkit.pairing.covers import Covers, find_covers
-from tokenkit.pairing.writing import ByWriting
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.pairing.bias.covers import Covers, find_covers
+from tokenkit.pairing.bias.writing import ByWriting
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 TOKENIZERS = ("t5-small", "qwen2.5-sub8000")
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from harness import machine
 
-from tokenkit.metrics import read_metrics
+from tokenkit.run.metrics import read_metrics
 from tokenkit.train import main as train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cross_tokenizer_distill.yaml"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenkit.embeddings.fvt import row_sources
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PAIRS = [("llama3", "qwen2.5"), ("llama2", "gpt2"), ("t5-small", "llama3")]

@@ -72,7 +72,7 @@ def make_inputs(folder: Path, *, small: bool) -> None:
     """Write a random Llama, a byte tokenizer's vocabulary beside it, and text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("byte")
     tokenizer.save(folder / "model")

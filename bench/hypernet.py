@@ -56,7 +56,7 @@ def score(arguments: argparse.Namespace, target: str) -> dict:
     from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
     from tokenkit.parallel import start, stop
-    from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.tokenizer import load_tokenizer
     from tokenkit.training.distillation import Distillation
 
     folder = arguments.data / "models" / arguments.model

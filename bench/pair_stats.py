@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from harness import print_table, run_command, save
 
-from tokenkit.pairing.bias_files import load_biases
-from tokenkit.pairing.writing import Writer
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.pairing.bias.files import load_biases
+from tokenkit.pairing.bias.writing import Writer
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 PAIRS = ("llama3,qwen2.5", "llama2,gpt2", "qwen2.5,byte")
 SMOOTHING = 1e-9

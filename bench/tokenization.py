@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from tokenkit.tokenization.byteify import canonical_text, load_tokenizer
-from tokenkit.tokenization.chat import Document, encode_documents
+from tokenkit.tokenization.chat.encode import Document, encode_documents
+from tokenkit.tokenization.tokenizer import canonical_text, load_tokenizer
 from tokenkit.tokenization.vocabulary import read_vocabulary
 
 DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))

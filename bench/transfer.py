@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness import machine
 
-from tokenkit.metrics import read_metrics
+from tokenkit.run.metrics import read_metrics
 
 LOSSES = {
     "CLM": ["--losses", "clm"],

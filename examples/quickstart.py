@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from tokenkit.metrics import read_metrics
 from tokenkit.models.reading import quiet_off_terminal
+from tokenkit.run.metrics import read_metrics
 
 TEACHER_VOCABULARY = 1_000
 TARGET_VOCABULARY = 3_000

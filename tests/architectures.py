@@ -152,7 +152,7 @@ def randomise(model: Any) -> Any:
 
 def tokenizers(root: Path) -> tuple[Any, Any, torch.Tensor]:
     """Return a tokenizer, the same with other ids, and the new id of each old one."""
-    from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.tokenizer import load_tokenizer
 
     old, new = root / "old", root / "new"
     for folder in (old, new):

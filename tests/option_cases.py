@@ -1,16 +1,16 @@
 """For every option: a setting under which nothing reads it, and one under which it changes a run.
 
-`tests/test_effects.py` walks these tables. A new field needs an entry in ACTS or ELSEWHERE, and one in IDLE
-where it acts only beside others.
+`tests/config/test_effects.py` walks these tables. A new field needs an entry in ACTS or ELSEWHERE, and in
+IDLE where it acts only beside others.
 """
 
-from tokenkit.align import AlignOptions
+from tokenkit.commands.align import AlignOptions
+from tokenkit.commands.mined_mapping import MinedMappingConfig
+from tokenkit.commands.pair_stats import PairStatsConfig
+from tokenkit.commands.zett import ZettConfig
 from tokenkit.config import TrainConfig
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.config.schema import leaves
-from tokenkit.mined_mapping import MinedMappingConfig
-from tokenkit.pair_stats import PairStatsConfig
-from tokenkit.zett import ZettConfig
 
 NEEDED = {
     TrainConfig: {
@@ -222,18 +222,18 @@ ACTS = {
 
 ELSEWHERE = {
     TrainConfig: {
-        "name": "test_effects.py::test_a_run_is_called_what_the_user_calls_it",
+        "name": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",
         "output_dir": "training/test_loop.py::test_a_run_lowers_its_losses_and_exports_a_model_that_loads",
         "resume": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
         "dry_run": "training/test_loop.py::test_a_dry_run_writes_nothing",
         "debug": "test_cli.py::test_debug_shows_the_traceback_too",
-        "export_to": "test_effects.py::test_a_run_is_called_what_the_user_calls_it",
-        "report_to": "test_metrics.py::test_wandb_works_offline_and_no_key_reaches_any_file",
-        "trust_remote_code": "test_config.py::test_settings_that_contradict_each_other_are_refused",
+        "export_to": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",
+        "report_to": "run/test_metrics.py::test_wandb_works_offline_and_no_key_reaches_any_file",
+        "trust_remote_code": "config/test_config.py::test_settings_that_contradict_each_other_are_refused",
         "student.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "teacher.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "save_interval": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
-        "logging_interval": "test_effects.py::test_a_run_is_called_what_the_user_calls_it",
+        "logging_interval": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",
         "eval_interval": "training/test_loop.py::test_a_run_lowers_its_losses_and_exports_a_model_that_loads",
         "eval_at_step_zero": "training/test_resume.py::test_a_resume_from_step_zero_evaluates_it_once",
         "save_at_step_zero": "training/test_resume.py::test_a_resume_from_step_zero_evaluates_it_once",
@@ -245,29 +245,30 @@ ELSEWHERE = {
             "data/test_unwritable.py::test_the_row_or_its_characters_are_left_out",
         "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
-        "use_flash_attention": "test_effects.py::test_flash_attention_is_the_attention_of_that_name",
+        "use_flash_attention": "config/test_effects.py::test_flash_attention_is_the_attention_of_that_name",
         "data.split": "data/test_mix.py::test_hub_data_sets_resume_like_local_ones",
         "data.dataset_config_name": "data/test_mix.py::test_hub_data_sets_resume_like_local_ones",
         "optimizer.name": "test_optim.py::test_bad_options_name_the_field_and_the_rule",
     },
     ZettConfig: {
         "convert_by_special": "embeddings/test_methods.py::test_what_is_not_to_be_copied_is_made_otherwise",
-        "output": "test_zett.py::test_an_output_that_is_not_empty_is_left_alone",
-        "model.pretrained_model_name_or_path": "test_zett.py::test_the_folder_loads_and_holds_the_rows",
-        "model.tokenizer_name": "test_zett.py::test_a_tokenizer_with_more_ids_than_rows_is_refused",
+        "output": "commands/test_zett.py::test_an_output_that_is_not_empty_is_left_alone",
+        "model.pretrained_model_name_or_path":
+            "commands/test_zett.py::test_the_folder_loads_and_holds_the_rows",
+        "model.tokenizer_name": "commands/test_zett.py::test_a_tokenizer_with_more_ids_than_rows_is_refused",
         "model.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
-        "target_tokenizer_name": "test_zett.py::test_the_folder_loads_and_holds_the_rows",
-        "dtype": "test_zett.py::test_a_model_keeps_its_dtype_and_its_tied_head",
-        "trust_remote_code": "test_config.py::test_settings_that_contradict_each_other_are_refused",
-        "data": "test_zett.py::test_methods_are_compared",
+        "target_tokenizer_name": "commands/test_zett.py::test_the_folder_loads_and_holds_the_rows",
+        "dtype": "commands/test_zett.py::test_a_model_keeps_its_dtype_and_its_tied_head",
+        "trust_remote_code": "config/test_config.py::test_settings_that_contradict_each_other_are_refused",
+        "data": "commands/test_zett.py::test_methods_are_compared",
         "hypernet": "test_train_hypernet.py::test_the_door_of_zett_applies_it",
-        "auxiliary_model": "test_zett.py::test_bad_input_is_one_line",
-        "compare": "test_zett.py::test_methods_are_compared",
-        "ppl_eval_data": "test_zett.py::test_methods_are_compared",
-        "max_eval_documents": "test_zett.py::test_methods_are_compared",
-        "max_length": "test_zett.py::test_methods_are_compared",
+        "auxiliary_model": "commands/test_zett.py::test_bad_input_is_one_line",
+        "compare": "commands/test_zett.py::test_methods_are_compared",
+        "ppl_eval_data": "commands/test_zett.py::test_methods_are_compared",
+        "max_eval_documents": "commands/test_zett.py::test_methods_are_compared",
+        "max_length": "commands/test_zett.py::test_methods_are_compared",
         **{
-            name: "test_effects.py::test_what_zett_reads_changes_the_rows" for name in (
+            name: "config/test_effects.py::test_what_zett_reads_changes_the_rows" for name in (
                 "method", "extend_output_embeddings", "combine_output_embed_with_input",
                 "convert_by_matching", "convert_bos_eos", "output_embeddings_mode", "tokens_to_add",
                 "pad_to_multiple_of", "num_atoms", "seed",
@@ -276,7 +277,7 @@ ELSEWHERE = {
     },
     PairStatsConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(PairStatsConfig)],
-        "pairing/test_pair_stats_door.py::test_what_is_written_is_read_again",
+        "commands/test_pair_stats.py::test_what_is_written_is_read_again",
     ),
     MinedMappingConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(MinedMappingConfig)],
@@ -288,7 +289,7 @@ ELSEWHERE = {
     ),
     AlignOptions: dict.fromkeys(
         [leaf.name for leaf in leaves(AlignOptions)],
-        "pairing/test_align_door.py::test_a_text_is_shown_with_its_numbers",
+        "commands/test_align.py::test_a_text_is_shown_with_its_numbers",
     ),
 }  # fmt: skip
 """Where a test shows it of a field that moves no number of a step."""

@@ -12,8 +12,8 @@ import pytest
 
 from tokenkit import cli, train
 from tokenkit.cli import DOORS, EXIT_PIPE, exit_code, main, run
-from tokenkit.config import EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS, ConfigError
-from tokenkit.config.errors import DataError, blaming_data
+from tokenkit.config import ConfigError
+from tokenkit.errors import DataError, ExitCode, blaming_data
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "triton", "transformers", "datasets", "peft", "numpy", "matplotlib", "wandb"}
@@ -69,7 +69,7 @@ def test_completion_imports_nothing_heavy():
 
 def test_a_mistake_in_the_configuration_is_one_line_and_64_before_torch_is_imported():
     result = tokenkit("tokenkit.train", "--stesp", "3")
-    assert result.returncode == EXIT_CONFIG
+    assert result.returncode == ExitCode.CONFIG
     assert complaint(result) == ["tokenkit: unknown field stesp (command line), did you mean steps?"]
     assert not modules(result) & HEAVY
 
@@ -114,7 +114,7 @@ def test_print_config_prints_what_reads_back_the_same(tmp_path, capsys):
     ],
 )
 def test_a_wrong_flag_is_one_line(capsys, arguments, message):
-    assert train.main(arguments) == EXIT_CONFIG
+    assert train.main(arguments) == ExitCode.CONFIG
     error = capsys.readouterr().err
     assert error.startswith("tokenkit: ")
     assert message in error
@@ -129,7 +129,7 @@ def test_the_list_of_commands_names_every_door(capsys):
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
-    assert main(["trian"]) == EXIT_CONFIG
+    assert main(["trian"]) == ExitCode.CONFIG
     assert "'trian' is no command, did you mean train?" in capsys.readouterr().err
 
 
@@ -163,22 +163,22 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (ConfigError("a\nb"), EXIT_CONFIG, "a b"),
-        (ValueError("losses are wrong: do this"), EXIT_CONFIG, "losses are wrong: do this"),
-        (FileNotFoundError(2, "No such file", "x.txt"), EXIT_DATA, "x.txt: No such file"),
-        (FileExistsError("out holds a run: pass --resume"), EXIT_DATA, "out holds a run: pass --resume"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), EXIT_DATA, "can't decode byte 0xff"),
+        (ConfigError("a\nb"), ExitCode.CONFIG, "a b"),
+        (ValueError("losses are wrong: do this"), ExitCode.CONFIG, "losses are wrong: do this"),
+        (FileNotFoundError(2, "No such file", "x.txt"), ExitCode.DATA, "x.txt: No such file"),
+        (FileExistsError("out holds a run: pass --resume"), ExitCode.DATA, "out holds a run: pass --resume"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), ExitCode.DATA, "can't decode byte 0xff"),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
-            EXIT_CONFIG,
+            ExitCode.CONFIG,
             "pip install 'tokenkit-torch[train]'",
         ),
         (
             ModuleNotFoundError("No module named 'wandb'", name="wandb"),
-            EXIT_CONFIG,
+            ExitCode.CONFIG,
             "'tokenkit-torch[track]'",
         ),
-        (FloatingPointError("loss clm is not finite"), EXIT_NUMERICS, "loss clm is not finite"),
+        (FloatingPointError("loss clm is not finite"), ExitCode.NUMERICS, "loss clm is not finite"),
     ],
 )
 def test_an_error_with_a_remedy_is_one_line_and_the_code_of_its_kind(capsys, error, code, text):
@@ -203,7 +203,7 @@ def test_without_the_train_extra_the_commands_say_what_to_install(missing):
 
 
 def test_debug_shows_the_traceback_too(capsys):
-    assert run(raising(ValueError("wrong")), debug=True) == EXIT_CONFIG
+    assert run(raising(ValueError("wrong")), debug=True) == ExitCode.CONFIG
     written = capsys.readouterr().err
     assert "Traceback" in written
     assert written.endswith("tokenkit: wrong\n")
@@ -236,7 +236,7 @@ def test_an_error_that_every_rank_has_is_said_once(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (("0", "tokenkit: data set x is empty\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert run(raising(error)) == EXIT_DATA
+        assert run(raising(error)) == ExitCode.DATA
         assert capsys.readouterr().err == said
 
 
@@ -253,7 +253,7 @@ def test_a_reader_that_goes_away_is_no_error(arguments):
 
 
 def test_another_pipe_that_breaks_is_an_error(capsys):
-    assert run(raising(BrokenPipeError(32, "Broken pipe", "the tracker"))) == EXIT_DATA
+    assert run(raising(BrokenPipeError(32, "Broken pipe", "the tracker"))) == ExitCode.DATA
     assert "the tracker: Broken pipe" in capsys.readouterr().err
 
 
@@ -269,22 +269,25 @@ def test_an_error_may_carry_its_own_exit_code():
 def test_data_is_blamed_for_what_reading_it_raises():
     with pytest.raises(DataError, match="empty") as caught, blaming_data():
         raise ValueError("data set x is empty")
-    assert exit_code(caught.value) == EXIT_DATA
+    assert exit_code(caught.value) == ExitCode.DATA
     with pytest.raises(ConfigError), blaming_data():
         raise ConfigError("steps must be at least 1")
     with pytest.raises(ValueError, match="flash") as caught, blaming_data():
         raise ValueError("no flash attention") from ImportError("flash_attn")
-    assert exit_code(caught.value) == EXIT_CONFIG
+    assert exit_code(caught.value) == ExitCode.CONFIG
 
 
 def test_exit_codes_are_those_that_the_outcome_records():
-    from tokenkit.metrics import ExitCode
-    from tokenkit.parallel import OtherRankError
+    from tokenkit.errors import ExitCode, OtherRankError
 
     assert ExitCode(1) == ExitCode(17) == ExitCode.FAULT
     assert ExitCode(exit_code(KeyboardInterrupt())) == ExitCode.INTERRUPTED
     assert ExitCode(exit_code(OtherRankError("rank 1 failed"))) == ExitCode.OTHER_RANK
-    assert (EXIT_CONFIG, EXIT_DATA, EXIT_NUMERICS) == (ExitCode.CONFIG, ExitCode.DATA, ExitCode.NUMERICS)
+    assert (ExitCode.CONFIG, ExitCode.DATA, ExitCode.NUMERICS) == (
+        ExitCode.CONFIG,
+        ExitCode.DATA,
+        ExitCode.NUMERICS,
+    )
 
 
 def test_an_interruption_is_130(capsys):

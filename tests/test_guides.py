@@ -11,15 +11,16 @@ import yaml
 
 from tests import guides
 from tokenkit.cli import door, main
-from tokenkit.config import ALIASES, EXIT_CONFIG, ConfigError, TrainConfig, parse_command_line, read_config
+from tokenkit.commands.mined_mapping import MinedMappingConfig
+from tokenkit.commands.pair_stats import PairStatsConfig
+from tokenkit.commands.zett import ALIASES as ZETT_ALIASES
+from tokenkit.commands.zett import ZettConfig
+from tokenkit.config import ALIASES, ConfigError, TrainConfig, parse_command_line, read_config
 from tokenkit.config.read import nested, to_dict
 from tokenkit.config.schema import leaves
 from tokenkit.config.values import coerce, plain
 from tokenkit.config.yaml_files import load_yaml
-from tokenkit.mined_mapping import MinedMappingConfig
-from tokenkit.pair_stats import PairStatsConfig
-from tokenkit.zett import ALIASES as ZETT_ALIASES
-from tokenkit.zett import ZettConfig
+from tokenkit.errors import ExitCode
 
 MODEL = "pretrained_model_name_or_path"
 PAIR = {"teacher_tokenizer_name": "byte", "target_tokenizer_name": "byte", "output": "o"}
@@ -130,7 +131,7 @@ def test_a_command_comes_to_what_it_says(command):
 
 @pytest.mark.parametrize("line", guides.ABSENT.strip().splitlines(), ids=lambda line: line.split()[0])
 def test_a_command_that_is_not_here_says_why(line, capsys):
-    assert main(line.split()) == EXIT_CONFIG
+    assert main(line.split()) == ExitCode.CONFIG
     error = capsys.readouterr().err
     assert f"{line.split()[0]} is no command: " in error
     assert error.count("\n") == 1

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tokenkit"
 
 LAYERS = [
-    {"options"},
-    {"structs", "file_locks", "optim_options"},
+    {"errors"},
+    {"options", "disk"},
+    {"structs", "optim_options"},
     {"kernels"},
     {"tokenization"},
     {"pairing"},
@@ -26,9 +27,6 @@ LAYERS = [
     {"doors", "integrations"},
 ]
 """Lowest first. A module imports its own room and lower layers; see docs/architecture.md."""
-
-RUN = {"checkpoint", "safe_dcp", "training_state", "run_folder", "metrics", "trackers", "redaction"}
-"""Files that together write a run's folder: one room."""
 
 SIBLINGS = {"evaluation", "export", "training"}
 """The loop calls evaluation and export: within this layer only cycles are refused."""
@@ -104,12 +102,10 @@ def modules():
 
 
 def room(module):
-    """The room of `tokenkit.a.b`: `a`; of a file of the run folder `run`; of a file at the top `doors`."""
+    """The room of `tokenkit.a.b`: `a`; of `commands` and of a file at the top `doors`."""
     parts = module.split(".")
     if len(parts) == 1:
         return "structs"  # the package itself: a docstring and a version
-    if parts[1] in RUN:
-        return "run"
     known = set().union(*LAYERS)
     return parts[1] if parts[1] in known else "doors"
 
@@ -253,4 +249,4 @@ def test_only_the_safe_reader_touches_pickle():
     users = {
         name for name, file in modules().items() if any(t.split(".")[0] == "pickle" for t, _ in imports(file))
     }
-    assert users <= {"tokenkit.safe_dcp"}
+    assert users <= {"tokenkit.run.safe_dcp"}

@@ -23,7 +23,7 @@ from tokenkit.kernels.linear_divergence import linear_divergence
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.losses import alm_loss, clm_loss, uld_loss
 from tokenkit.structs import Head, HiddenStates
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 tokenizers = [load_tokenizer(target), load_tokenizer(model)]
 batch = AlignedCollator(*tokenizers)([{"text": "The cats sat on the mat, and the dog ran after them."}])
@@ -40,8 +40,9 @@ frozen = Head(student.weight.detach())
 rows = linear_divergence(student.weight[:5], Head(student.weight), frozen.weight_VD[5:10], frozen, "js")
 rows.sum().backward()
 
-import tokenkit.train, tokenkit.training.loop, tokenkit.train_hypernet, tokenkit.pair_stats
-from tokenkit import align, zett
+import tokenkit.train, tokenkit.training.loop, tokenkit.train_hypernet, tokenkit.commands.pair_stats
+from tokenkit.commands import align
+from tokenkit.commands import zett
 
 assert align.main(["--student", target, "--teacher", model, "--text", "the cat"]) == 0
 flags = ["--model.pretrained-model-name-or-path", model, "--target-tokenizer-name", target]

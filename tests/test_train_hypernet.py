@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.faults.registry import fault
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
-from tokenkit.config import EXIT_DATA
+from tokenkit.commands.zett import main as zett
 from tokenkit.embeddings.hypernet_files import hypernet_rows, load_hypernet
 from tokenkit.embeddings.methods import InitOptions
 from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.errors import ExitCode
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.train_hypernet import main
-from tokenkit.zett import main as zett
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_the_door_of_zett_refuses_another_one(root, capsys, model, folder, messa
         shutil.copytree(root / "first", root / "damaged")
         (root / "damaged" / "hypernet.safetensors").write_bytes(b"no weights")
     words = zett_flags(root, "refused", "--hypernet", str(root / folder), model=model)
-    assert zett(words) == EXIT_DATA
+    assert zett(words) == ExitCode.DATA
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1

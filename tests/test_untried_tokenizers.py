@@ -10,10 +10,11 @@ import json
 import numpy as np
 import pytest
 
-from tokenkit import align, train, zett
-from tokenkit.tokenization import byteify
-from tokenkit.tokenization.chat import document_from_row, encode_documents
-from tokenkit.tokenization.template_check import differences
+from tokenkit import train
+from tokenkit.commands import align, zett
+from tokenkit.tokenization import tokenizer as byteify
+from tokenkit.tokenization.chat.encode import document_from_row, encode_documents
+from tokenkit.tokenization.chat.template_check import differences
 
 SPECS = {  # with what AutoTokenizer of the export cuts otherwise
     "gemma3": [],

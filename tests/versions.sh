@@ -12,9 +12,9 @@ cd "$root"
 fast=()
 if [ "${1:-}" = --fast ]; then
   shift
-  fast=(tests/data/test_collate.py tests/losses/test_vectors.py tests/losses/test_dropin.py tests/test_checkpoint.py
-    tests/test_config.py tests/test_metrics.py tests/test_platforms.py tests/test_run_folder.py
-    tests/tokenization/test_byteify.py)
+  fast=(tests/data/test_collate.py tests/losses/test_vectors.py tests/losses/test_dropin.py tests/run/test_checkpoint.py
+    tests/config/test_config.py tests/run/test_metrics.py tests/test_platforms.py tests/run/test_folder.py
+    tests/tokenization/test_tokenizer.py)
 fi
 wanted=("$@")
 [ "${#wanted[@]}" -gt 0 ] || wanted=(3.11 3.12 3.13 3.13:newest)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tokenkit.losses.xtoken import xtoken_loss
     from tokenkit.models.causal_lm import load_causal_lm
     from tokenkit.structs import Batch, Head, HiddenStates, LossTerm
-    from tokenkit.tokenization.byteify import load_tokenizer
+    from tokenkit.tokenization.tokenizer import load_tokenizer
 
 PLACES = {
     "AlignedCollator": "data.collate",
@@ -74,7 +74,7 @@ PLACES = {
     "linear_divergence": "kernels.linear_divergence",
     "linear_logprob": "kernels.linear_logprob",
     "load_causal_lm": "models.causal_lm",
-    "load_tokenizer": "tokenization.byteify",
+    "load_tokenizer": "tokenization.tokenizer",
     "mined_loss": "losses.mined",
     "projected_divergence": "kernels.projected_divergence",
     "side_path_loss": "losses.side_path",

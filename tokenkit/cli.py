@@ -9,17 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from tokenkit.options import nearest
-from tokenkit.redaction import complain, redact_logs, shortened
+from tokenkit.errors import MEMORY_REMEDY, ExitCode, exit_code, is_out_of_memory, nearest
+from tokenkit.run.redaction import complain, redact_logs, shortened
 
 try:
-    from tokenkit.config.errors import (
-        EXIT_CONFIG,
-        MEMORY_REMEDY,
-        ConfigError,
-        exit_code,
-        is_out_of_memory,
-    )
+    from tokenkit.config import ConfigError
 except ModuleNotFoundError as missing:  # installed for the losses alone, with torch and triton
     raise SystemExit(
         f"tokenkit: the commands need the package {missing.name}: pip install 'tokenkit-torch[train]'"
@@ -27,17 +21,29 @@ except ModuleNotFoundError as missing:  # installed for the losses alone, with t
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
-    "align": ("tokenkit.align:main", "show where two tokenizers cut the same text alike"),
-    "pair-stats": ("tokenkit.pair_stats:main", "measure the tokenization biases of a pair of tokenizers"),
-    "zett": ("tokenkit.zett:main", "move a model to another tokenizer without training, or compare the ways"),
-    "mined-mapping": ("tokenkit.mined_mapping:main", "find the nearest teacher token of every student token"),
+    "align": ("tokenkit.commands.align:main", "show where two tokenizers cut the same text alike"),
+    "pair-stats": (
+        "tokenkit.commands.pair_stats:main",
+        "measure the tokenization biases of a pair of tokenizers",
+    ),
+    "zett": (
+        "tokenkit.commands.zett:main",
+        "move a model to another tokenizer without training, or compare the ways",
+    ),
+    "mined-mapping": (
+        "tokenkit.commands.mined_mapping:main",
+        "find the nearest teacher token of every student token",
+    ),
     "train-hypernet": (
         "tokenkit.train_hypernet:main",
         "train a network that writes embeddings for new tokens",
     ),
-    "sweep": ("tokenkit.sweep:main", "train with all combinations of several values, and compare them"),
-    "configs": ("tokenkit.config_files:main", "list, show, copy and convert configuration files"),
-    "completion": ("tokenkit.completion:main", "write the completion of a shell: bash, zsh or fish"),
+    "sweep": (
+        "tokenkit.commands.sweep:main",
+        "train with all combinations of several values, and compare them",
+    ),
+    "configs": ("tokenkit.commands.config_files:main", "list, show, copy and convert configuration files"),
+    "completion": ("tokenkit.commands.completion:main", "write the completion of a shell: bash, zsh or fish"),
 }
 """Name: (module:function taking the arguments and returning an exit code, one line about it)."""
 
@@ -101,7 +107,7 @@ def _open(argv: Sequence[str] | None) -> int:
         why = ABSENT.get(script, "")
         words = f"{name} is no command: {why}" if why else f"{name!r} is no command{nearest(name, DOORS)}"
         print(f"tokenkit: {words}{'' if why else f'; commands: {known}'}", file=sys.stderr)
-        return EXIT_CONFIG
+        return ExitCode.CONFIG
     module, function = DOORS[name][0].split(":")
     return int(getattr(importlib.import_module(module), function)(rest) or 0)
 

@@ -8,13 +8,14 @@ that users know (`baseline.kd_temp`): an error is written once, with `{temperatu
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, Union
+
+from tokenkit.errors import nearest
 
 T = TypeVar("T")
 
@@ -152,9 +153,3 @@ def check_at_least(record: Any, smallest: float, *names: str, largest: float = m
             raise OptionError(f"{{{name}}} must be at least {smallest}, got {{}}", value)
         if value is not None and value > largest:
             raise OptionError(f"{{{name}}} must be at most {largest}, got {{}}", value)
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return `, did you mean X?`, or nothing where no valid name is close."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else ""

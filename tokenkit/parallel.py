@@ -25,17 +25,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tokenkit.errors import OtherRankError
+
 Backend = Literal["nccl", "gloo"]
 
 
 ON_EVERY_RANK = "is_on_every_rank"  # `tokenkit.cli` reads it, without importing torch
-
-
-class OtherRankError(RuntimeError):
-    """Another rank failed: this rank stops with it instead of waiting for it in the next collective."""
-
-    exit_code = 69  # that rank says what was wrong, with a code of its own
-    is_told = True
 
 
 @dataclass(frozen=True, slots=True)

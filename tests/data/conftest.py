@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 settings.register_profile("tokenkit", deadline=None)  # machines that test are often busy
 settings.load_profile("tokenkit")

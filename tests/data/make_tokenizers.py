@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.tokenization.tiny import CHATML
-from tokenkit.tokenization.sentencepiece_model import sentencepiece_document
+from tokenkit.tokenization.files.sentencepiece_model import sentencepiece_document
 
 DATA = Path(__file__).parent
 ROOT = DATA.parents[1]

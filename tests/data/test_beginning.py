@@ -11,10 +11,10 @@ from tests.conftest import OWN_DATA, SHARED_DATA, tokenizer_folder
 from tests.tokenization import tiny
 from tokenkit.data.beginning import beginning
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.chat import encode_flat
-from tokenkit.tokenization.documents import Document, Message
-from tokenkit.tokenization.flat import cut
+from tokenkit.tokenization.chat.documents import Document, Message
+from tokenkit.tokenization.chat.encode import encode_flat
+from tokenkit.tokenization.ragged import cut
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 KINDS = (tiny.byte_level, tiny.sentencepiece_bpe, tiny.unigram, tiny.metaspace)
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from tests.tiny import byte_level_bpe
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.documents import Document
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 CHAT = {
     "messages": [

@@ -8,7 +8,7 @@ from tests.tiny import TEXT, byte_level_bpe
 from tokenkit.data import token_counts
 from tokenkit.data.options import DataOptions
 from tokenkit.data.token_counts import Counted, count_tokens
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tokenization.tiny import lacking_bytes
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.tokenization.unwritable import writable_text
 
 

@@ -13,7 +13,7 @@ from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.rows import LABELS
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

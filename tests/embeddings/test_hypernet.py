@@ -24,7 +24,7 @@ from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.methods import InitOptions
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 ARCHITECTURES = ["identity", "linear", "mlp", "transformer"]
 WIDTH = 32

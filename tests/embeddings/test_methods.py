@@ -13,7 +13,7 @@ from tokenkit.embeddings.methods import METHODS, InitOptions
 from tokenkit.embeddings.rows import LABELS, Matrices, from_lists, mean_row
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 ALONE = ("fvt", "mean", "overlap", "random_normal")
 """Methods that need nothing beside the two tokenizers."""

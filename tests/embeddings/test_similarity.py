@@ -10,7 +10,7 @@ from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.methods import METHODS, InitOptions
 from tokenkit.embeddings.rows import Matrices
 from tokenkit.embeddings.similarity import focus_weights, omp_weights, sparsemax
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tokenkit.evaluation import bits_per_byte as module
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World, shard
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
-from tokenkit.tokenization.chat import Document
-from tokenkit.tokenization.documents import Message
+from tokenkit.tokenization.chat.documents import Message
+from tokenkit.tokenization.chat.encode import Document
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.distillation import Distillation
 
 SINGLE = World(0, 1, torch.device("cpu"), None)

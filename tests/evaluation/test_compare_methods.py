@@ -11,8 +11,8 @@ from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.evaluation.compare_methods import compare_methods
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.chat import Document
+from tokenkit.tokenization.chat.encode import Document
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 ROWS = 320  # 20 of padding
 

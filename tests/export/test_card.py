@@ -9,10 +9,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tests.tiny import sentencepiece_bpe, tiny_folder
+from tokenkit.commands.zett import main
 from tokenkit.export.card import CardFacts, model_card, public_name
 from tokenkit.export.padding import PADDING, padding_id
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.zett import main
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en, de]\n---\n# Base\n"
 

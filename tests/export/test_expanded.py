@@ -15,8 +15,8 @@ from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.lora import add_lora
 from tokenkit.models.options import LoraOptions
-from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.expansion import expansion_tables
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 
 TEXTS = ["The cats sat on the mat", "naïve", "Once upon a time"]

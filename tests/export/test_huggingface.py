@@ -5,11 +5,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import ARCHITECTURES, byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings.transfer import transfer_vocabulary
-from tokenkit.export.huggingface import ExportError, ExportRequest, export_huggingface
+from tokenkit.errors import ExportError
+from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.lora import add_lora
 from tokenkit.models.options import LoraOptions
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 TEXT = "The cats sat on the mat — naïve."
 

@@ -8,10 +8,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import sentencepiece_bpe, tiny_folder
+from tokenkit.commands.zett import main
 from tokenkit.export.rehearsal import rehearse
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.zett import main
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

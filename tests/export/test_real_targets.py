@@ -12,9 +12,9 @@ from tests.tiny import byte_level_bpe, tiny_model
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.chat import Document, document_from_row, encode_documents
-from tokenkit.tokenization.families import FAMILIES
+from tokenkit.tokenization.chat.encode import Document, document_from_row, encode_documents
+from tokenkit.tokenization.chat.families import FAMILIES
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be terse; naïve café."},

@@ -6,10 +6,10 @@ import pytest
 
 from tests.tiny import tiny_folder, tiny_model
 from tests.tokenization.tiny import byte_level
-from tokenkit.config.errors import exit_code
-from tokenkit.export.tokenizer_folder import ExportError, sample_ids, write_tokenizer
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.zett import main as zett
+from tokenkit.commands.zett import main as zett
+from tokenkit.errors import ExportError, exit_code
+from tokenkit.export.tokenizer_folder import sample_ids, write_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,24 @@ import torch
 from tests.faults.registry import fault
 from tests.ranks import start_ranks, wait_ranks
 from tests.tiny import tiny_folder
-from tokenkit import checkpoint, cli, parallel, run_folder, trackers
-from tokenkit.checkpoint import CheckpointError, Identity, State
+from tokenkit import cli, parallel
+from tokenkit.commands.pair_stats import PairStatsConfig
+from tokenkit.commands.zett import ZettConfig
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
-from tokenkit.config.errors import ConfigError, exit_code
 from tokenkit.config.read import read_config
 from tokenkit.config.yaml_files import parse_yaml
 from tokenkit.data.mix import open_data
 from tokenkit.data.options import DataOptions
-from tokenkit.metrics import read_metrics
+from tokenkit.errors import CheckpointError, ConfigError, exit_code
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-from tokenkit.pair_stats import PairStatsConfig
-from tokenkit.redaction import is_secret_name
-from tokenkit.run_folder import staging_folder
+from tokenkit.run import checkpoint, trackers
+from tokenkit.run import folder as run_folder
+from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.folder import staging_folder
+from tokenkit.run.metrics import read_metrics
+from tokenkit.run.redaction import is_secret_name
 from tokenkit.training.finished import go_on
 from tokenkit.training.reports import _measurements
-from tokenkit.zett import ZettConfig
 
 BASE = {"student.pretrained_model_name_or_path": "m", "data.dataset_name": "d", "losses": "clm"}
 BASE |= {"target_tokenizer_name": "t"}

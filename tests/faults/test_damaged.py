@@ -10,8 +10,10 @@ from torch import nn
 
 from tests.faults import tiny_run
 from tests.ranks import run_ranks
-from tokenkit import checkpoint, parallel, safe_dcp
-from tokenkit.checkpoint import CheckpointError, Identity, State
+from tokenkit import parallel
+from tokenkit.errors import CheckpointError
+from tokenkit.run import checkpoint, safe_dcp
+from tokenkit.run.checkpoint import Identity, State
 
 ALONE = parallel.World(0, 1, torch.device("cpu"), None)
 

@@ -10,10 +10,13 @@ import pytest
 
 from tests.faults.registry import fault
 from tests.ranks import run_ranks, start_ranks, wait_ranks
-from tokenkit import cli, metrics, run_folder
-from tokenkit.checkpoint import CheckpointError
-from tokenkit.metrics import ExitCode, MetricsFile, Outcome, read_outcome, write_outcome
-from tokenkit.run_folder import DiskError, RunLock, blaming_disk, is_disk_trouble, prepare_output
+from tokenkit import cli
+from tokenkit.disk import blaming_disk, is_disk_trouble
+from tokenkit.errors import CheckpointError, DiskError, ExitCode
+from tokenkit.run import folder as run_folder
+from tokenkit.run import metrics
+from tokenkit.run.folder import RunLock, prepare_output
+from tokenkit.run.metrics import MetricsFile, Outcome, read_outcome, write_outcome
 from tokenkit.training import loop
 from tokenkit.training.ending import begin_outcome
 from tokenkit.training.reports import Reports

@@ -8,10 +8,10 @@ import torch
 from tests.faults.registry import fault
 from tests.ranks import run_ranks
 from tokenkit import parallel
-from tokenkit.config.errors import exit_code
+from tokenkit.errors import NonFiniteError, exit_code
 from tokenkit.training import loop
 from tokenkit.training.build import build
-from tokenkit.training.step import NonFiniteError, train_step, whether_skipped
+from tokenkit.training.step import train_step, whether_skipped
 
 SINGLE = parallel.World(0, 1, torch.device("cpu"), None)
 

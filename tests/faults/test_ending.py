@@ -10,15 +10,21 @@ import torch
 from tests.faults.registry import fault
 from tests.ranks import KILLED, start_ranks, wait_ranks
 from tokenkit import parallel
-from tokenkit.config.errors import DataError, SilenceError, StoppedError, exit_code
-from tokenkit.data.batches import StuckError
 from tokenkit.data.mix import Mix
-from tokenkit.metrics import ExitCode, Outcome, read_outcome, write_outcome
-from tokenkit.parallel import OtherRankError
+from tokenkit.errors import (
+    DataError,
+    ExitCode,
+    OtherRankError,
+    SilenceError,
+    StoppedError,
+    StuckError,
+    exit_code,
+)
+from tokenkit.run.metrics import Outcome, read_outcome, write_outcome
+from tokenkit.run.signals import StopRequest
 from tokenkit.training import loop
 from tokenkit.training.ending import Ending, _Beats, _first_line, _record, begin_outcome, ending
 from tokenkit.training.reports import Reports
-from tokenkit.training.signals import StopRequest
 
 
 def fail(world):
@@ -254,7 +260,7 @@ def test_the_second_interruption_is_not_asked_to_wait(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == "SIGINT"
-        monkeypatch.setattr("tokenkit.training.signals.SAME_SECONDS", 0.0)
+        monkeypatch.setattr("tokenkit.run.signals.SAME_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt, match="interrupted again") as caught:
             os.kill(os.getpid(), signal.SIGINT)
     assert exit_code(caught.value) == 130

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from tokenkit import checkpoint, parallel, safe_dcp
-from tokenkit.checkpoint import CheckpointError, Identity, State
+from tokenkit import parallel
+from tokenkit.errors import CheckpointError
+from tokenkit.run import checkpoint, safe_dcp
+from tokenkit.run.checkpoint import Identity, State
 
 ALONE = parallel.World(0, 1, torch.device("cpu"), None)
 

@@ -13,7 +13,8 @@ import torch
 
 from tests.faults import tiny_run
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
-from tokenkit import checkpoint, parallel
+from tokenkit import parallel
+from tokenkit.run import checkpoint
 
 ALONE = parallel.World(0, 1, torch.device("cpu"), None)
 KILLS = int(os.environ.get("TOKENKIT_KILLS", "10"))

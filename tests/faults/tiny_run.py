@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tokenkit import checkpoint, parallel
-from tokenkit.metrics import read_metrics, truncate_metrics
+from tokenkit import parallel
 from tokenkit.optim import LearningRate, build_optimizer, set_learning_rate
 from tokenkit.optim_options import OptimizerOptions, ParamGroup
-from tokenkit.training_state import tensors_to_save
+from tokenkit.run import checkpoint
+from tokenkit.run.metrics import read_metrics, truncate_metrics
+from tokenkit.run.state import tensors_to_save
 
 VOCAB, WIDTH, STEPS, SAVE_EVERY = 31, 12, 12, 3
 CONFIG = {"optimizer": {"learning_rate": 0.02}, "steps": STEPS, "logging_interval": 1}

@@ -5,7 +5,7 @@ import pytest
 from tests.integrations.material import randomised
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tokenkit.losses import gold, gold_loss
 from tokenkit.losses.answers import answer_tokens, extended_groups, without_last
 from tokenkit.pairing.matching import matching_tokens, published_pairs
 from tokenkit.structs import Batch, Chunks, Context
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 VALUES = json.loads(FROZEN.read_text(encoding="utf-8"))["values"]
 

@@ -25,7 +25,7 @@ from tests.tiny import byte_level_bpe, tiny_model
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.build import build
 from tokenkit.training.requests import Settle, StudentHalf, TeacherHalf
 from tokenkit.training.step import train_step

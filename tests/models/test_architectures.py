@@ -9,17 +9,17 @@ from transformers import AutoModelForCausalLM
 from tests.architectures import study, tiny, tokenizers
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder, tiny_model
 from tokenkit.cli import run
-from tokenkit.config import ALIASES, EXIT_DATA, TrainConfig, parse_command_line
-from tokenkit.config.errors import DataError
+from tokenkit.commands.zett import main
+from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 from tokenkit.embeddings.transfer import old_matrices, transfer_vocabulary
+from tokenkit.errors import DataError, ExitCode
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.export.rehearsal import rehearse
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.lora import add_lora
 from tokenkit.models.options import LoraOptions
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.loop import train
-from tokenkit.zett import main
 
 IDS = torch.arange(3, 20)[None]
 
@@ -138,11 +138,11 @@ def test_generation_settings_that_contradict_each_other_stop_nothing(settings, r
 
 def test_a_model_that_is_refused_ends_with_65_and_writes_nothing(root, tmp_path, capsys):
     folder = saved(tiny("bert"), tmp_path / "model")
-    assert zett(root, folder, tmp_path / "zett") == EXIT_DATA
-    assert trained(root, folder, tmp_path / "run") == EXIT_DATA
+    assert zett(root, folder, tmp_path / "zett") == ExitCode.DATA
+    assert trained(root, folder, tmp_path / "run") == ExitCode.DATA
     llama = tiny_folder(tmp_path / "llama")
     teacher = ["--teacher.pretrained-model-name-or-path", str(folder), "--losses", "clm", "alm_unconstrained"]
-    assert trained(root, llama, tmp_path / "taught", *teacher) == EXIT_DATA
+    assert trained(root, llama, tmp_path / "taught", *teacher) == ExitCode.DATA
     errors = capsys.readouterr().err.split("tokenkit: ")[1:]
     assert len(errors) == 3
     assert all("depends on the tokens after it" in error for error in errors)

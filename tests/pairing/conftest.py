@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from tests.conftest import tokenizer_folder
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 settings.register_profile("tokenkit", deadline=None)  # machines that test are often busy
 settings.load_profile("tokenkit")

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from functools import lru_cache
 from itertools import islice, takewhile
 
-from tokenkit.pairing.writing import Writer
+from tokenkit.pairing.bias.writing import Writer
 
 
 @lru_cache(maxsize=4)

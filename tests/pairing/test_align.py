@@ -19,7 +19,7 @@ from tokenkit.pairing.align import (
     token_spans,
 )
 from tokenkit.structs import UNPAIRED
-from tokenkit.tokenization.flat import flatten
+from tokenkit.tokenization.ragged import flatten
 
 
 def rows(chunk_N, offset_B):

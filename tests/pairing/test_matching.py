@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe
 from tokenkit.pairing.matching import matching_tokens, projection_entries
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import pytest
 
 from tests.tiny import byte_level_bpe, sentencepiece_bpe
 from tests.tokenization.tiny import write
-from tokenkit.config import EXIT_CONFIG, EXIT_DATA
-from tokenkit.mined_mapping import main
+from tokenkit.commands.mined_mapping import main
+from tokenkit.errors import ExitCode
 from tokenkit.pairing import mining
 from tokenkit.pairing.mining import mine_mapping
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +123,13 @@ def test_counts_that_are_no_numbers_are_named(content, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--output", " "], EXIT_CONFIG, "output must name a folder"),
-        (["--num-workers", "100000"], EXIT_CONFIG, "num_workers must lie in [0, 1024], got 100000"),
-        (["--num-workers", "-1"], EXIT_CONFIG, "num_workers must lie in [0, 1024], got -1"),
-        (["--output", "{root}/counts.npy/below"], EXIT_DATA, "counts.npy: is a file, so --output"),
-        (["--teacher-tokenizer-name", "{root}/absent"], EXIT_DATA, "there is no tokenizer folder"),
-        (["--teacher-counts", "{root}/absent.npy"], EXIT_DATA, "absent.npy"),
-        (["--teacher-counts", "{root}/counts.npy"], EXIT_DATA, "got a negative number or NaN"),
+        (["--output", " "], ExitCode.CONFIG, "output must name a folder"),
+        (["--num-workers", "100000"], ExitCode.CONFIG, "num_workers must lie in [0, 1024], got 100000"),
+        (["--num-workers", "-1"], ExitCode.CONFIG, "num_workers must lie in [0, 1024], got -1"),
+        (["--output", "{root}/counts.npy/below"], ExitCode.DATA, "counts.npy: is a file, so --output"),
+        (["--teacher-tokenizer-name", "{root}/absent"], ExitCode.DATA, "there is no tokenizer folder"),
+        (["--teacher-counts", "{root}/absent.npy"], ExitCode.DATA, "absent.npy"),
+        (["--teacher-counts", "{root}/counts.npy"], ExitCode.DATA, "got a negative number or NaN"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, words, code, message):
@@ -149,7 +149,7 @@ def test_a_pair_without_shared_bytes_is_refused(tmp_path, capsys):
         model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
         write(tmp_path / name, {"model": model, "added_tokens": []}, unk_token="<unk>", eos_token="<unk>")
     flags = ["--teacher-tokenizer-name", str(tmp_path / "teacher"), "--output", str(tmp_path / "out")]
-    assert main([*flags, "--target-tokenizer-name", str(tmp_path / "student")]) == EXIT_CONFIG
+    assert main([*flags, "--target-tokenizer-name", str(tmp_path / "student")]) == ExitCode.CONFIG
     error = capsys.readouterr().err
     assert "share no bytes" in error
     assert len(error.strip().splitlines()) == 1

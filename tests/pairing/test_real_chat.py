@@ -6,8 +6,8 @@ from itertools import pairwise, permutations
 import pytest
 
 from tokenkit.pairing.align import SideRules, align_kinds, token_spans
-from tokenkit.tokenization.chat import document_from_row, encode_flat
-from tokenkit.tokenization.flat import FlatTokens
+from tokenkit.tokenization.chat.encode import document_from_row, encode_flat
+from tokenkit.tokenization.ragged import FlatTokens
 
 SPECS = {
     "llama3": "llama3",

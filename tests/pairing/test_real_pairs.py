@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import OWN_DATA, SHARED_DATA
 from tokenkit.pairing.align import SideRules, align_kinds, chunk_spans
-from tokenkit.tokenization.byteify import canonical_text, load_tokenizer
-from tokenkit.tokenization.flat import flatten
+from tokenkit.tokenization.ragged import flatten
+from tokenkit.tokenization.tokenizer import canonical_text, load_tokenizer
 
 SPACES = "space+tab+newline"
 COMPLETE = {"bytelevel2k", "spm1k"}  # every text has bytes under these

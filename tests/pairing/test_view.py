@@ -21,7 +21,7 @@ from tokenkit.pairing.view import (
     visible,
     wrapped,
 )
-from tokenkit.tokenization.flat import flatten
+from tokenkit.tokenization.ragged import flatten
 
 ROW = [Cell(("<s>",), (), -1), Cell(("·the", "·c"), ("·the·c",), 0), Cell(("<b>&",), ("<b>", "&"), 1)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tokenization.tiny import KINDS
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tokenkit.tokenization.byteify import load_tokenizer
 from tokenkit.tokenization.expansion import NONE, expand, expansion_tables
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from tests.tokenization.tiny import CHATML, write
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.saving import explain_saving
+from tokenkit.tokenization.files.saving import explain_saving
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 TEXT = "The cat sat; concat a cat on the catalog  cat word word"

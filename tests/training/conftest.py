@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder, tiny_model
+from tokenkit.commands.pair_stats import main as pair_stats
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
-from tokenkit.pair_stats import main as pair_stats
 from tokenkit.pairing.mining import mine_mapping
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.tiny import TEXT
 from tests.training.test_resume import run_in_rank
 from tokenkit.embeddings.fvt import row_sources
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
-from tokenkit.tokenization.chat import document_from_row, encode_documents
+from tokenkit.tokenization.chat.encode import document_from_row, encode_documents
 from tokenkit.training.build import build
 
 SINGLE = World(0, 1, torch.device("cpu"), None)

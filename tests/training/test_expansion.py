@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.training.test_resume import curve, run_in_rank
-from tokenkit.config.errors import ConfigError
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ConfigError, ExitCode
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.models.prefix import first_layers, prefix_states
 from tokenkit.parallel import World

@@ -6,11 +6,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
 from tests.tiny import tiny_folder
+from tokenkit.errors import NonFiniteError
 from tokenkit.losses.options import CROSS_TOKENIZER
 from tokenkit.parallel import World, set_gradient_sync
 from tokenkit.training.build import build
 from tokenkit.training.gradients import Passes, accumulate, trained_parameters
-from tokenkit.training.step import NonFiniteError, global_counts, prepare, train_step
+from tokenkit.training.step import global_counts, prepare, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 

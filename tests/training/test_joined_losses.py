@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 from tests.training.test_gradients import WAYS
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
 from tokenkit.training import loop
 from tokenkit.training.build import build

@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import sentencepiece_bpe, tiny_folder, tiny_model
-from tokenkit.config.errors import exit_code
+from tokenkit.errors import NonFiniteError, exit_code
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.parallel import World
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
 from tokenkit.training.requests import StudentHalf, TeacherHalf
-from tokenkit.training.step import NonFiniteError, train_step
+from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.training.test_resume import curve, run_in_rank
+from tokenkit.commands.mined_mapping import main as mined_mapping
 from tokenkit.config import ConfigError
-from tokenkit.metrics import ExitCode
-from tokenkit.mined_mapping import main as mined_mapping
+from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
 from tokenkit.structs import LossTerm
 from tokenkit.training.build import build

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.tiny import tiny_folder
-from tokenkit.metrics import Progress, _spelled
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World
+from tokenkit.run.metrics import Progress, _spelled
 from tokenkit.structs import LossTerm
 from tokenkit.training.build import build
 from tokenkit.training.notes import describe, small_losses, step_line

@@ -9,8 +9,8 @@ import torch
 
 from tests.conftest import OWN_DATA
 from tests.tiny import tiny_model
-from tokenkit import mined_mapping, pair_stats
-from tokenkit.config import EXIT_DATA
+from tokenkit.commands import mined_mapping, pair_stats
+from tokenkit.errors import ExitCode
 from tokenkit.train import main
 
 TARGET = str(OWN_DATA / "tokenizers" / "bytelevel2k")
@@ -73,7 +73,7 @@ def test_what_belongs_to_another_pair_ends_the_run_in_one_line(made, tmp_path, c
         words = ["--losses", "baseline_mined", "--mined-mapping-path", str(tmp_path / "other")]
         message = "was mined for another teacher tokenizer (byte)"
     capfd.readouterr()
-    assert main(flags(made, tmp_path / "run", *words)) == EXIT_DATA
+    assert main(flags(made, tmp_path / "run", *words)) == ExitCode.DATA
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tokenkit: ")]
     assert len(errors) == 1
     assert message in errors[0]

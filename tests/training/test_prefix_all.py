@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.training.test_prefix_stage import SINGLE, STAGE, whole
 from tests.training.test_resume import curve, run_in_rank
-from tokenkit.config.errors import ConfigError
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ConfigError, ExitCode
 from tokenkit.training.build import build
 from tokenkit.training.step import train_step
 

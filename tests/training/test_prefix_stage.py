@@ -8,9 +8,8 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.tiny import tiny_folder, tiny_model
 from tests.training.test_resume import curve, run_in_rank
-from tokenkit.config.errors import ConfigError
 from tokenkit.embeddings.overlap import new_tokens
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ConfigError, ExitCode
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.prefix import prefix_states
 from tokenkit.parallel import World

@@ -11,9 +11,9 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_folder
 from tests.training.test_expansion import three_steps
 from tests.training.test_resume import run_in_rank
-from tokenkit.config.errors import ConfigError
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import surfaces
+from tokenkit.errors import ConfigError
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.parallel import World
 from tokenkit.training.build import build

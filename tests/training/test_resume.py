@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
-from tokenkit.metrics import ExitCode
+from tokenkit.errors import ExitCode
 from tokenkit.training import build, loop
 from tokenkit.training.reports import Reports
 from tokenkit.training.step import LossScale

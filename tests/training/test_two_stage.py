@@ -13,7 +13,7 @@ from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.train import main
 from tokenkit.training.build import build
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tokenkit.config.errors import DataError
+from tokenkit.errors import DataError
 from tokenkit.parallel import World
 from tokenkit.training import loop
 from tokenkit.training.build import build

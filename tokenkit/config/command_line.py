@@ -13,7 +13,6 @@ from dataclasses import MISSING
 from functools import cache, reduce
 from typing import Annotated, Any, TypeVar
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.forms import short_forms, sort_words, split_commas
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.paths import check_paths
@@ -21,6 +20,7 @@ from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
 from tokenkit.config.schema import Leaf, heading, leaves, main_field, options
 from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
+from tokenkit.errors import ConfigError
 
 T = TypeVar("T")
 

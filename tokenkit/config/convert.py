@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.read import canonical, looks_secret, nested, read_config
 from tokenkit.config.schema import group_prefixes, leaves
 from tokenkit.config.train import ALIASES, TrainConfig
 from tokenkit.config.yaml_files import dump_yaml, read_yaml
-from tokenkit.options import nearest
+from tokenkit.errors import ConfigError, nearest
 
 RENAMED = {
     "optimizer.b1": "optimizer.beta1",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import group_prefixes, leaves, main_field, options
 from tokenkit.config.shipped import find_config
+from tokenkit.errors import ConfigError
 
 SHORT = {
     "student": (

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tokenkit.config.errors import ConfigError, at_least
 from tokenkit.config.models import ModelSource
 from tokenkit.data.options import DataOptions
 from tokenkit.embeddings.hypernet_options import HypernetOptions, HypernetSchedule, SamplerOptions
+from tokenkit.errors import ConfigError, at_least
 from tokenkit.options import flat
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import leaves
+from tokenkit.errors import ConfigError
 
 LATER = {
     "do_cost_analysis": "`tokenkit estimate`",

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenkit.config.errors import ConfigError, at_least
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.errors import ConfigError, at_least
 from tokenkit.models.options import Attention, Dtype, LoraOptions
 from tokenkit.options import flat
 from tokenkit.tokenization.options import SpecialTokensMode

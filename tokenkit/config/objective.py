@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenkit.config.errors import ConfigError, at_least
+from tokenkit.errors import ConfigError, at_least
 from tokenkit.losses.options import ALIASES, NAMES, LossOptions, find, needs_teacher, titles
 from tokenkit.objective.options import ObjectiveOptions
 from tokenkit.options import check_parts, check_share, flat, option

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenkit.config.effects import without_effect
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.later import foreign
 from tokenkit.config.schema import Leaf, build, flatten, group_prefixes, leaves, main_field, options
 from tokenkit.config.shipped import Written, read_configs
 from tokenkit.config.translate import translate
 from tokenkit.config.values import coerce, plain
 from tokenkit.config.yaml_files import dump_yaml
-from tokenkit.options import nearest
-from tokenkit.redaction import has_secret, is_secret_name
+from tokenkit.errors import ConfigError, nearest
+from tokenkit.run.redaction import has_secret, is_secret_name
 
 T = TypeVar("T")
 

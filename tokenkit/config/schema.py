@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, TypeVar, Union
 
-from tokenkit.config.errors import ConfigError
+from tokenkit.errors import ConfigError
 from tokenkit.losses.shared_options import HEADINGS
 from tokenkit.options import OptionError, flag_of
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.yaml_files import read_yaml
-from tokenkit.options import nearest
+from tokenkit.errors import ConfigError, nearest
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 MOST_FILES = 100

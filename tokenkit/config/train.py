@@ -5,16 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tokenkit.config.errors import (
-    ConfigError,
-    at_least,
-    names_a_folder,
-)
 from tokenkit.config.later import refuse_later
 from tokenkit.config.models import ModelSource, Target, Training
 from tokenkit.config.objective import Objective
 from tokenkit.config.schema import flatten
 from tokenkit.data.options import DataOptions
+from tokenkit.errors import ConfigError, at_least, names_a_folder
 from tokenkit.optim_options import OptimizerOptions
 from tokenkit.options import MOST_DOCUMENTS, MOST_STEPS, MOST_TOKENS, flat
 from tokenkit.tokenization.options import ChatTemplateMode, LossMaskMode

@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import leaves
 from tokenkit.config.yaml_files import load_yaml
+from tokenkit.errors import ConfigError
 from tokenkit.losses.options import ALIASES, NAMES
 from tokenkit.tokenization.spec import TokenizerSpec, parse_spec
 

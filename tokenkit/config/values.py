@@ -7,9 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tokenkit.config.errors import ConfigError
 from tokenkit.config.schema import options
-from tokenkit.options import nearest
+from tokenkit.errors import ConfigError, nearest
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "yes": True, "no": False}

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tokenkit.config.errors import ConfigError
+from tokenkit.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000

@@ -19,17 +19,11 @@ from typing import Any, NamedTuple
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import Mix
+from tokenkit.errors import StuckError
 from tokenkit.structs import Batch
 
 _LOOK_SECONDS = 0.2  # between two looks at whether somebody wants the run to stop
 _LEAVE_SECONDS = 1.0  # that the end of a run waits for its thread
-
-
-class StuckError(TimeoutError):
-    """The data does not come. The words say who waits, and for what."""
-
-    exit_code = 1
-    is_told = True
 
 
 class _Step(NamedTuple):

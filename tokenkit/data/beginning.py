@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokenkit.tokenization.documents import Document
-from tokenkit.tokenization.flat import FlatTokens, split
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.ragged import FlatTokens, split
 
 CHARACTERS = 16  # of the first cut, for each token that is wanted: 3 to 5 are usual
 _LEAST = 2048  # characters of the first cut

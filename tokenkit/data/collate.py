@@ -20,10 +20,10 @@ from torch import Tensor
 from tokenkit.data.beginning import beginning
 from tokenkit.pairing.align import Alignment, PairRule, SideRules, SpecialTokensMode, align_kinds
 from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
-from tokenkit.tokenization.chat import CANNOT_SPELL, encode_flat
-from tokenkit.tokenization.documents import Document, document_from_row
-from tokenkit.tokenization.flat import FlatTokens, cut, joined
+from tokenkit.tokenization.chat.documents import Document, document_from_row
+from tokenkit.tokenization.chat.encode import CANNOT_SPELL, encode_flat
+from tokenkit.tokenization.ragged import FlatTokens, cut, joined
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.tokenization.unwritable import Unencodable, check_unencodable, writable_document
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ class AlignedCollator:
     chunk_kinds: Iterable[ChunkKind] = ("unconstrained",)
     """The chunks that the losses look at: `unconstrained`, `space`, `unbiased`."""
     unbiased: PairRule | None = None
-    """Which pairs of last tokens close an `unbiased` chunk; see `pairing.bias.PairBiases.rule`."""
+    """Which pairs of last tokens close an `unbiased` chunk; see `pairing.bias.bias.PairBiases.rule`."""
     chat_template_mode: str = "direct_encode"
-    """How plain text becomes a document; see `tokenization.chat.encode_flat`."""
+    """How plain text becomes a document; see `tokenization.chat.encode.encode_flat`."""
     use_chat_template: bool = True
-    """False: conversations are written without a template; see `tokenization.chat.encode_flat`."""
+    """False: conversations are written without a template; see `tokenization.chat.encode.encode_flat`."""
     loss_mask_mode: str | None = None
-    """Which tokens are trained; see `tokenization.chat.encode_flat`."""
+    """Which tokens are trained; see `tokenization.chat.encode.encode_flat`."""
     special_tokens_mode: SpecialTokensMode = "identity"
     """Whether special tokens that both sides write are chunks; see `pairing.align.align_kinds`."""
     space_mask_mode: str = "space+tab+newline+special"

@@ -18,7 +18,7 @@ import numpy as np
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.places import place_of
 from tokenkit.data.sources import Source, check_count, hash64
-from tokenkit.tokenization.documents import Document
+from tokenkit.tokenization.chat.documents import Document
 
 
 class Mix:

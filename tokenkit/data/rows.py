@@ -6,7 +6,7 @@ import string
 
 from tokenkit.data.files import BadRow, Row
 from tokenkit.data.options import SourceOptions
-from tokenkit.tokenization.documents import KNOWN_FIELDS, Document, document_from_row
+from tokenkit.tokenization.chat.documents import KNOWN_FIELDS, Document, document_from_row
 
 
 def check_fields(first: Row, options: SourceOptions, name: str) -> None:

@@ -20,7 +20,7 @@ from tokenkit.data.files import BadRow, Row
 from tokenkit.data.options import BadRowOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.places import place_of
 from tokenkit.data.rows import check_fields, document_of
-from tokenkit.tokenization.documents import Document
+from tokenkit.tokenization.chat.documents import Document
 
 logger = logging.getLogger(__name__)
 

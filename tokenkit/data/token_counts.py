@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,9 @@ from numpy.typing import NDArray
 from tokenkit.data.fingerprints import file_digest
 from tokenkit.data.mix import local_files, open_data
 from tokenkit.data.options import DataOptions, HeldoutOptions
-from tokenkit.file_locks import fsync_folder
-from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.documents import Document
+from tokenkit.disk import write_durably
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 BATCH = 512  # documents that are encoded in one call, on all cores
 SAVE_EVERY = 20  # batches
@@ -198,19 +197,8 @@ def _save(folder: Path, state: dict[str, Any], counts: Mapping[str, Counts]) -> 
     name = f"counting_{state['mix']['documents']}.npz"
     content = io.BytesIO()
     np.savez(content, **dict(counts))  # type: ignore[arg-type]  # no name is allow_pickle
-    _replace(folder / name, content.getvalue())
-    _replace(folder / STATE, json.dumps({**state, "counts": name}).encode())
+    write_durably(folder / name, content.getvalue())
+    write_durably(folder / STATE, json.dumps({**state, "counts": name}).encode())
     for old in folder.glob("counting_*.npz"):
         if old.name != name:
             old.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash the old content is there, or all of the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 WINDOW, SMOOTHING, MIN_COUNT, SIZE = 5, 0.75, 5, 128
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.disk import write_durably
 from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.embeddings.matching import Matching
 from tokenkit.embeddings.rows import RowSources
-from tokenkit.run_folder import write_durably
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 WEIGHTS, ABOUT = "hypernet.safetensors", "hypernet.json"
 FORMAT = 1
@@ -55,20 +53,12 @@ def save_hypernet(folder: Path, hypernet: Hypernet, about: Mapping[str, Any]) ->
     Raises:
         FileExistsError: the folder holds one.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if (folder / ABOUT).exists():
         raise FileExistsError(f"{folder / ABOUT} exists: choose another folder, or move it away")
     state = {name: tensor.detach().contiguous() for name, tensor in hypernet.state_dict().items()}
-    temporary = folder / f".{WEIGHTS}.{secrets.token_hex(4)}"  # a crash leaves no half of it under its name
-    try:
-        save_file(state, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / WEIGHTS)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_durably(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     shape = {name: getattr(hypernet, name) for name in ("width", "reads", "writes", "max_pieces")}
     content = {"format": FORMAT, "options": asdict(hypernet.options), **shape, **about}
     write_durably(folder / ABOUT, json.dumps(content, indent=1) + "\n")

@@ -13,7 +13,7 @@ from tokenkit.embeddings.rows import LABELS
 from tokenkit.tokenization.written import ids_by_bytes
 
 if TYPE_CHECKING:
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

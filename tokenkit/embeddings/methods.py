@@ -25,7 +25,7 @@ from tokenkit.embeddings.rows import LABELS, Matrices, RowSources, chunks, from_
 from tokenkit.embeddings.similarity import anchored_sources, focus_weights, omp_weights
 
 if TYPE_CHECKING:
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.embeddings.matching import copied_ids
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 def new_tokens(old: Tokenizer, new: Tokenizer) -> NDArray[np.bool_]:

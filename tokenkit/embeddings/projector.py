@@ -24,7 +24,7 @@ from tokenkit.embeddings.hypernet_options import HypernetOptions
 
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 class EmbeddingProjector(nn.Module):

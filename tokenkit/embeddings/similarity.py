@@ -34,7 +34,7 @@ from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
 from tokenkit.tokenization.written import ids_by_bytes
 
 if TYPE_CHECKING:
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 WEIGHTED_LABELS = (*LABELS, "weighted_anchors")
 PIECE = 256

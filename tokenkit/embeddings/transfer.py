@@ -13,7 +13,7 @@ from tokenkit.models.causal_lm import effective_weight, head_bias
 
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM
-    from tokenkit.tokenization.byteify import Tokenizer
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 OutputEmbeddings = Literal["preserve", "untie", "tie", "combine"]
 

@@ -23,9 +23,9 @@ from tokenkit.data.collate import AlignedCollator, Rows
 from tokenkit.pairing.align import Alignment, align, chunk_spans, chunks_with
 from tokenkit.parallel import World, all_reduce_counts
 from tokenkit.structs import Batch, Side
-from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.documents import Document
-from tokenkit.tokenization.flat import FlatTokens, joined
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.ragged import FlatTokens, joined
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.training.requests import Evaluate, WrittenRows, ask
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from tokenkit.training.distillation import Distillation
 
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM
-    from tokenkit.tokenization.byteify import Tokenizer
-    from tokenkit.tokenization.documents import Document
+    from tokenkit.tokenization.chat.documents import Document
+    from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 def compare_methods(

@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenkit.disk import check_vacant
+from tokenkit.errors import ExportError
 from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
 from tokenkit.export.padding import padding_id
-from tokenkit.export.tokenizer_folder import ExportError, sample_ids, write_tokenizer
+from tokenkit.export.tokenizer_folder import sample_ids, write_tokenizer
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.reading import has_own_code, model_from_config, quiet_off_terminal
-from tokenkit.run_folder import staging_folder
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.run.folder import staging_folder
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,8 +73,7 @@ def export_huggingface(
         ExportError: loaded back, the folder gives other logits or other ids.
     """
     folder = request.folder
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: move it away or name another folder with export_to")
+    check_vacant(folder, flag="export_to")
     weights, rows_WD = _parts_of_state(student, state)
     model = _own_model(student, weights, tokenizer, request)
     del weights  # they would keep the memory of a model that is consumed

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 PADDING = re.compile(r"(?i)^[<\[|\s]*(?:finetune_right_|finetune_|right_)?pad(?:ding)?(?:_?id)?[>\]|\s]*$")
 """Special tokens that say they are padding: `<pad>`, `[PAD]`, `<|finetune_right_pad_id|>`, ..."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from tokenkit.config.errors import DataError
+from tokenkit.errors import DataError, ExportError
 from tokenkit.export.huggingface import set_generation
-from tokenkit.export.tokenizer_folder import ExportError, write_tokenizer
+from tokenkit.export.tokenizer_folder import write_tokenizer
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import positions_from_padding
 from tokenkit.models.reading import has_own_code, model_from_config
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 
 def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:

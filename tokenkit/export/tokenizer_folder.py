@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenkit.errors import ExportError
 from tokenkit.export.padding import fill_tokenizer_config, padding_id
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.unwritable import writable_text
 
 PLAIN_TOKENIZER = '''"""The tokenizer of tokenizer.json, as it is."""
@@ -28,10 +29,6 @@ OTHER_SAMPLES = (
     "Привет, мир! नमस्ते العربية e\u0301 \u00a0\u2028",
 )
 MAX_WORDS = 50  # added tokens that are text, looked for one by one
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not reproduce the student. It was left beside its final name."""
 
 
 def sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:

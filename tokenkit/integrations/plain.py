@@ -21,8 +21,8 @@ from tokenkit.losses.fused import linear_cross_entropy
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import settle
 from tokenkit.structs import NO_LABEL
-from tokenkit.tokenization.byteify import load_tokenizer
-from tokenkit.tokenization.documents import Document, document_from_row
+from tokenkit.tokenization.chat.documents import Document, document_from_row
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenkit.embeddings.methods import InitOptions

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from tokenkit.errors import nearest
 from tokenkit.kernels.kinds import Difference
 from tokenkit.losses.shared_options import WORKSPACE_BYTES as WORKSPACE_BYTES
 from tokenkit.losses.shared_options import Chunked, Diverging, Temperature, Temperatures, Workspace
@@ -22,7 +23,6 @@ from tokenkit.options import (
     check_share,
     flag_of,
     flat,
-    nearest,
     option,
 )
 

@@ -7,15 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenkit.options import (
-    Checked,
-    OptionError,
-    check_at_least,
-    check_choices,
-    check_positive,
-    nearest,
-    option,
-)
+from tokenkit.errors import nearest
+from tokenkit.options import Checked, OptionError, check_at_least, check_choices, check_positive, option
 
 WeightMode = Literal["static", "uncertainty", "balance", "ema"]
 

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.structs import ChunkKind, Tokens
-from tokenkit.tokenization.flat import Bools, FlatTokens, Ints, flatten
 from tokenkit.tokenization.options import SpecialTokensMode
+from tokenkit.tokenization.ragged import Bools, FlatTokens, Ints, flatten
 
 ChunkIds = NDArray[np.int32]
 PairRule = Callable[[ChunkIds, ChunkIds], Bools]
@@ -225,7 +225,7 @@ def align_kinds(
         teacher_rules: of the teacher's tokenizer.
         special_tokens_mode: `identity` keeps paired special tokens as chunks; `ignore` drops them;
             `ignore_pad` drops only padding tokens that a template wrote.
-        unbiased: which pairs of last tokens close an `unbiased` chunk; `pairing.bias.PairBiases.rule`.
+        unbiased: which pairs of last tokens close an `unbiased` chunk; `pairing.bias.bias.PairBiases.rule`.
 
     Raises:
         ValueError: if a kind is unknown, or `unbiased` chunks are asked for without their rule.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.vocabulary import vocabulary_strings
 from tokenkit.tokenization.written import ids_by_bytes
 

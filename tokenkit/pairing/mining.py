@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.pairing.vacant import check_vacant
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.disk import check_vacant
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 
 BOUNDS = (1, 2, 3, 4, 6, 9, 14, 24, 60)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenkit.pairing.align import Alignment, token_spans
-from tokenkit.tokenization.flat import FlatTokens
+from tokenkit.tokenization.ragged import FlatTokens
 
 if TYPE_CHECKING:
     from rich.console import Console

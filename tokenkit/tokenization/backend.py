@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import tokenizers
 
-from tokenkit.tokenization.prefix import Prefix, without_prefix
+from tokenkit.tokenization.dummy_space import Prefix, without_prefix
 from tokenkit.tokenization.vocabulary import METASPACE, Alphabet, spell
 
 Before = Literal["start", "special", "text", "space"]

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tokenkit.tokenization.families import FAMILIES
+from tokenkit.tokenization.chat.families import FAMILIES
 
 Conversion = Literal["byte", "prebyteified", "manual_add_prefix_space"]
 KEYS = ("source", "target", "conversion")

@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.tokenization.flat import Bools, EncodedTexts, Ints, offsets
+from tokenkit.tokenization.ragged import Bools, EncodedTexts, Ints, offsets
 
 WORD = 8  # bytes
 _KEPT = np.array([(1 << 8 * count) - 1 for count in range(WORD + 1)], np.uint64)  # the first bytes of a word

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
-from tokenkit.tokenization.byteify import Tokenizer, canonical_text
-from tokenkit.tokenization.documents import Document
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.tokenizer import Tokenizer, canonical_text
 
 Unencodable = Literal["skip", "drop", "replace"]
 """What becomes of a document with such a character: it is left out, or the characters are."""

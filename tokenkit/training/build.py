@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tokenkit.config import TrainConfig
-from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.models import ModelSource
 from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
@@ -22,6 +21,7 @@ from tokenkit.data.options import SourceOptions
 from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.errors import ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches
 from tokenkit.export.rehearsal import rehearse
 from tokenkit.losses import Loss, make_loss
@@ -39,9 +39,9 @@ from tokenkit.models.lora import add_lora
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.parallel import World, shard
-from tokenkit.tokenization.byteify import Tokenizer, load_tokenizer
 from tokenkit.tokenization.expansion import expansion_tables
 from tokenkit.tokenization.spec import parse_spec
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import Pair

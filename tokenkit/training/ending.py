@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenkit.config.errors import SilenceError, exit_code
-from tokenkit.file_locks import NO_LINK, lock
-from tokenkit.metrics import RUNNING, ExitCode, Outcome, read_outcome, write_outcome
-from tokenkit.parallel import OtherRankError, World
-from tokenkit.redaction import complain
-from tokenkit.run_folder import LOCK_NAME, identity, one_at_a_time
+from tokenkit.disk import NO_LINK, lock
+from tokenkit.errors import ExitCode, OtherRankError, SilenceError, exit_code
+from tokenkit.parallel import World
+from tokenkit.run.folder import LOCK_NAME, identity, one_at_a_time
+from tokenkit.run.metrics import RUNNING, Outcome, read_outcome, write_outcome
+from tokenkit.run.redaction import complain
 
 GONE = "is gone"
 _SILENT = "has been silent for"

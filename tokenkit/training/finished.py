@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenkit import checkpoint
-from tokenkit.checkpoint import CheckpointError, Identity, State
 from tokenkit.config import TrainConfig, to_dict
+from tokenkit.errors import CheckpointError
 from tokenkit.parallel import World
-from tokenkit.safe_dcp import read_manifest
+from tokenkit.run import checkpoint
+from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.training.build import Parts
 from tokenkit.training.prefix_stage import take_over
 

@@ -39,10 +39,10 @@ from tokenkit.embeddings.unigram_sampler import (
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
 from tokenkit.optim import LearningRate, set_learning_rate
+from tokenkit.run.state import State
 from tokenkit.structs import Head
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
-from tokenkit.training_state import State
 
 
 @dataclass(frozen=True, slots=True)

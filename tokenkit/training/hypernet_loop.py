@@ -14,26 +14,27 @@ from typing import Any
 
 import torch
 
-from tokenkit import checkpoint
-from tokenkit.checkpoint import Identity, State
 from tokenkit.config import to_dict, to_yaml
-from tokenkit.config.errors import ConfigError, blaming_data
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
+from tokenkit.disk import write_durably
 from tokenkit.embeddings.hypernet import Hypernet
 from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest, save_hypernet
-from tokenkit.metrics import ExitCode, MetricsFile, Progress, draw_curves
+from tokenkit.errors import ConfigError, ExitCode, blaming_data
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.optim_options import OptimizerOptions
 from tokenkit.parallel import World, start
-from tokenkit.run_folder import RunLock, prepare_output, write_durably
-from tokenkit.tokenization.byteify import load_tokenizer
+from tokenkit.run import checkpoint
+from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.folder import RunLock, prepare_output
+from tokenkit.run.metrics import MetricsFile, Progress, draw_curves
+from tokenkit.run.signals import StopRequest
+from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.build import check_is_the_models_own
 from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.hypernet import HypernetTrainer, old_matrices, take_step
-from tokenkit.training.signals import StopRequest
 
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
 

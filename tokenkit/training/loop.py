@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tokenkit import __version__, checkpoint
-from tokenkit.checkpoint import Identity, State
+from tokenkit import __version__
 from tokenkit.config import TrainConfig, to_dict, to_yaml
-from tokenkit.config.errors import DataError, blaming_data
 from tokenkit.config.models import ModelSource
+from tokenkit.disk import blaming_disk, write_durably
+from tokenkit.errors import DataError, DiskError, ExitCode, NonFiniteError, blaming_data
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.card import CardFacts, public_name
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
-from tokenkit.metrics import ExitCode, draw_curves
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import (
@@ -36,8 +35,12 @@ from tokenkit.parallel import (
     stop,
     together,
 )
-from tokenkit.run_folder import DiskError, RunLock, blaming_disk, prepare_output, write_durably
-from tokenkit.trackers import UNNAMED
+from tokenkit.run import checkpoint
+from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.folder import RunLock, prepare_output
+from tokenkit.run.metrics import draw_curves
+from tokenkit.run.signals import StopRequest
+from tokenkit.run.trackers import UNNAMED
 from tokenkit.training.build import Parts, build
 from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.finished import (
@@ -51,8 +54,7 @@ from tokenkit.training.finished import (
 from tokenkit.training.notes import describe
 from tokenkit.training.reports import Reports
 from tokenkit.training.requests import WrittenRows, ask
-from tokenkit.training.signals import StopRequest
-from tokenkit.training.step import NonFiniteError, train_step
+from tokenkit.training.step import train_step
 
 
 @dataclass(frozen=True, slots=True)

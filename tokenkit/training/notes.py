@@ -9,12 +9,12 @@ from torch.nn import Parameter
 from tokenkit.config import TrainConfig
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.models.causal_lm import CausalLM, Vocabulary
-from tokenkit.tokenization.byteify import Tokenizer
-from tokenkit.tokenization.chat import encode_flat
-from tokenkit.tokenization.documents import Document, Message
-from tokenkit.tokenization.one_sided import explain_one_sided_bos
-from tokenkit.tokenization.saving import explain_saving
-from tokenkit.tokenization.template_check import explain_template
+from tokenkit.tokenization.chat.bos_advice import explain_one_sided_bos
+from tokenkit.tokenization.chat.documents import Document, Message
+from tokenkit.tokenization.chat.encode import encode_flat
+from tokenkit.tokenization.chat.template_check import explain_template
+from tokenkit.tokenization.files.saving import explain_saving
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.training.build import Parts
 from tokenkit.training.step import StepReport
 

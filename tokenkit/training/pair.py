@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenkit.config.errors import blaming_data
+from tokenkit.errors import blaming_data
 from tokenkit.kernels.projected_divergence import Projection, make_projection
-from tokenkit.pairing.bias import PairBiases
-from tokenkit.pairing.bias_files import load_biases
+from tokenkit.pairing.bias.bias import PairBiases
+from tokenkit.pairing.bias.files import load_biases
 from tokenkit.pairing.matching import TokenPairs, matching_tokens, projection_entries, published_pairs
-from tokenkit.tokenization.byteify import Tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 
 Columns = dict[str, Tensor]

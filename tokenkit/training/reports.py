@@ -11,10 +11,10 @@ from typing import Any
 
 from tokenkit.config import TrainConfig, to_dict
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
-from tokenkit.redaction import complain
+from tokenkit.run.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
+from tokenkit.run.redaction import complain
+from tokenkit.run.trackers import Trackers
 from tokenkit.structs import Batch
-from tokenkit.trackers import Trackers
 from tokenkit.training.notes import measured_line, small_losses, step_line
 from tokenkit.training.step import StepReport
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from tokenkit.config.errors import DataError
+from tokenkit.errors import DataError, NonFiniteError
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
@@ -25,10 +25,6 @@ SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model tha
 
 
 MOST_UNTRAINED = 10  # steps in a row without a trained token: it is the configuration, not the draw
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or the gradient is NaN or infinite. Nothing was updated."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""The doors beside training: `tokenkit align`, `zett`, `pair-stats` and their relatives."""

@@ -1,0 +1,323 @@
+"""What a run reports: `metrics.jsonl`, `curves.png`, a progress bar, `outcome.json` and an exit code.
+
+`metrics.jsonl` is the record: one JSON object per line, with `step` and any numbers. All else is drawn
+from it or repeats it. Numbers are written so that they read back exactly; those that JSON has no word
+for are the strings "nan", "inf" and "-inf".
+
+    loss, loss/<name>             nats, the mean over the step's count
+    excess/<name>                 nats, that loss less its value where the student equals the teacher
+    chunk_share/<name>            chunks that count, over those before any were joined
+    gradient_share/<name>         of the sum of the losses' gradient norms, at the first step
+    loss/prefix, phase            of the steps of a prefix stage, whose phase is "prefix"; they have no `loss`
+    bits_per_byte/<model>         on held-out text
+    grad_norm, learning_rate, tokens_per_second
+    rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tokenkit.disk import NO_LINK, blaming_disk, write_durably
+from tokenkit.errors import DiskError, ExitCode
+from tokenkit.run.folder import OUTCOME_NAME
+from tokenkit.run.redaction import redact, shortened
+
+METRICS_NAME = "metrics.jsonl"
+Value = float | int | str | Tensor
+
+PANELS = {  # by the first part of a metric's name, in this order
+    "loss": "loss (nats)",
+    "excess": "loss over its least value (nats)",
+    "bits_per_byte": "bits per byte, held out",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens per second",
+}
+_NOISY = ("loss", "excess", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`, oldest first; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line feed is torn
+        try:
+            values = {name: _number(value) for name, value in json.loads(line).items()}
+            values["step"] = int(values["step"])
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"line {number} of {path} must be a JSON object with a step, got {line[:80]!r}: "
+                "correct or remove it"
+            ) from error
+        found.append(values)
+    return found
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _plain(value: Value) -> float | int | str:
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def truncate_metrics(path: Path, step: int | None) -> None:
+    """Drop the lines after `step`, which a resumed run will write again, and a torn last one; None: all."""
+    if path.exists():
+        kept = [values for values in read_metrics(path) if step is not None and values["step"] <= step]
+        write_durably(path, "".join(_line(values) for values in kept))
+
+
+def _line(values: Mapping[str, Value]) -> str:
+    return json.dumps({name: _plain(value) for name, value in values.items()}, allow_nan=False) + "\n"
+
+
+class MetricsFile:
+    """Appends to a run's `metrics.jsonl`. Ranks other than the first hold one that writes nothing.
+
+    Args:
+        folder: `output_dir`.
+        step: of the checkpoint that the run resumes from; 0 keeps what was written before its first step.
+            None where there is no checkpoint: the run begins anew, and so does the file.
+        is_main: whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, *, step: int | None, is_main: bool):
+        self.path = folder / METRICS_NAME
+        self._file = None
+        if is_main:
+            truncate_metrics(self.path, step)
+            # unbuffered: a line that the disk would not take must not come again, as an error, when it closes
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o640)
+            self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Append one line. A tensor makes the host wait for its device: pass numbers where speed counts.
+
+        Raises:
+            DiskError: the disk is full, or the file was removed while the run went on.
+        """
+        if self._file is None:
+            return
+        line = _line({"step": step, **values}).encode()
+        with blaming_disk(self.path, len(line)):
+            written = self._file.write(line)
+            if written != len(line):  # as far as the disk, or a limit on files, allowed
+                self._file.write(line[written:])
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise DiskError(
+                f"{self.path} was removed while the run went on, and nothing that it writes would be found: "
+                "put the folder back if you have it and go on with --resume, or start again"
+            )
+
+    def sync(self) -> None:
+        """Put every line on the disk. Call it before a checkpoint: a resume expects the lines up to it."""
+        if self._file is not None:
+            with blaming_disk(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Put every line on the disk and close the file."""
+        if self._file is not None:
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+                self._file = None
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
+    series = _series(read_metrics(folder / METRICS_NAME))
+    panels = [prefix for prefix in PANELS if prefix in series]
+    if not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for colour, (name, points) in zip(cycle(_COLOURS), sorted(series[panel].items()), strict=False):
+            steps, values = zip(*points, strict=True)
+            noisy = panel in _NOISY and len(values) > 50
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                lw=1,
+                alpha=0.25 if noisy else 1,
+                label=None if noisy else name,
+                marker="o" if len(values) < 3 else None,  # one point makes no line
+            )
+            if noisy:
+                axes.plot(steps, _smooth(values), color=colour, lw=1.6, label=name)
+        axes.set_title(PANELS[panel], fontsize=10)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        if len(series[panel]) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_durably(folder / "curves.png", picture.getvalue())
+
+
+def _series(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Return finite (step, value) points by panel, then by name."""
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            panel, _, rest = name.partition("/")
+            if panel in PANELS and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(panel, {}).setdefault(rest or "total", []).append((line["step"], value))
+    return series
+
+
+def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    decay = 0.5 ** (1 / half_life)
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+def _spelled(seconds: float) -> str:
+    """Return a time in the one or two units that matter: 45 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """A progress bar on a terminal, and lines where standard error is none; other ranks are silent."""
+
+    def __init__(self, total_steps: int, step: int, *, is_main: bool):
+        self._bar = None
+        self._total, self._first, self._began = total_steps, step, time.perf_counter()
+        self._is_main = is_main
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+
+    def update(self, step: int, **numbers: float | None) -> None:
+        """Move to `step` and show `numbers`: loss, bits_per_byte, tokens_per_second."""
+        if self._bar is not None:
+            shown = {name.replace("_", " "): f"{n:.4g}" for name, n in numbers.items() if n is not None}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def line(self, step: int, words: str) -> None:
+        """Print what was logged at `step`, with the time that is left; nothing beside a bar."""
+        if not self._is_main or self._bar is not None:
+            return
+        done, left = step - self._first, ""
+        if done > 0 and step < self._total:
+            left = f"  {_spelled((time.perf_counter() - self._began) / done * (self._total - step))} left"
+        print(f"step {step:,}/{self._total:,}  {words}{left}", file=sys.stderr, flush=True)
+
+    def note(self, words: str) -> None:
+        """Print a line of its own, on a terminal above the bar."""
+        if self._bar is not None:
+            self._bar.write(words, file=sys.stderr)
+        elif self._is_main:
+            print(words, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    code: ExitCode
+    """What the process exits with."""
+    reason: str
+    """One sentence; secrets in it are blacked out."""
+    step: int = 0
+    """Optimizer steps done."""
+    rank: int | None = 0
+    """Who says so; None: a rank that saw another end, and knows no cause."""
+    word: str = ""
+    """Instead of the code's name."""
+
+
+RUNNING = "running"
+_OUTCOME_BYTES = 4096  # more than any outcome: a full disk lets a file be written over, not grow
+_LONGEST_REASON = 2000
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Say in `outcome.json` how a run ended: torchrun loses the exit codes of its workers.
+
+    Where the disk is full, the file that said that the run goes on is written over in its place.
+    """
+    path, text = folder / OUTCOME_NAME, _said(outcome, _LONGEST_REASON)
+    try:
+        write_durably(path, text.ljust(_OUTCOME_BYTES) if outcome.word == RUNNING else text)
+    except DiskError:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < _OUTCOME_BYTES:
+            raise
+        with path.open("r+", encoding="ascii") as file:
+            file.write(_said(outcome, _LONGEST_REASON // 6).ljust(path.stat().st_size))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _said(outcome: Outcome, longest: int) -> str:
+    said = {
+        "code": int(outcome.code),
+        "outcome": outcome.word or outcome.code.name.lower(),
+        "reason": shortened(redact(outcome.reason), longest),
+        "step": outcome.step,
+        "rank": outcome.rank,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return json.dumps(said, indent=1) + "\n"
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Return what `outcome.json` says; empty where it says nothing."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / OUTCOME_NAME).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}

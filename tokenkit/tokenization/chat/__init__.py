@@ -1,0 +1,1 @@
+"""Documents and conversations as tokens: templates, families, special tokens."""

@@ -1,0 +1,1 @@
+"""Reading tokenizers from files, and writing them."""
