@@ -210,6 +210,13 @@ def test_aliases_work_as_flags(capsys):
     assert "--new.pretrained-model-name-or-path is read as --student." in capsys.readouterr().err
 
 
+def test_settings_without_dashes_follow_each_other_behind_a_flag():
+    words = ["--student", "m", "steps=7", "lr=0.5", "output=o", "data=d", "--losses", "clm", "seed=3"]
+    found = flatten(parse_command_line(TrainConfig, words, program="train"))
+    wanted = {"steps": 7, "optimizer.learning_rate": 0.5, "output_dir": "o", "losses": ("clm",), "seed": 3}
+    assert {name: found[name] for name in wanted} == wanted
+
+
 def test_every_alias_stands_for_something_that_exists():
     names = {leaf.name for leaf in leaves(TrainConfig)} | {"student"}
     assert set(ALIASES.values()) <= names

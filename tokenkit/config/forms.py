@@ -95,6 +95,7 @@ def sort_words(arguments: Sequence[str], schema: type, known: Callable[[str], st
             owner = None
         elif _is_setting(argument, owner, words, types, known):
             _take_setting(argument, schema, words, known)
+            owner = owner if owner == "--config" else None  # a flag before it takes no more words
         elif owner == "--config":
             words.files.append(argument)
         else:
