@@ -4,8 +4,9 @@
     python -m tests.walk --list     and each call, in the order of its first time
 
 A call is a pair of functions (caller, callee) in two modules of tokenkit, counted once however often it
-happens. A return is a call into a module that the way has been in before: a reader goes back there. The run
-is three steps of CLM and ALM on a tiny model with adapters, with a checkpoint, held-out text and the export.
+happens. A return is a call into a module that the way has been in before: a reader goes back there. The way
+begins with a configuration that was read and ends with the export: three steps of CLM and ALM on a tiny model
+with adapters, a checkpoint and held-out text.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def name_of(frame: FrameType) -> str | None:
 def walk(folder: Path) -> Walk:
     """Run the training in `folder`."""
     from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_model
-    from tokenkit.train import main
+    from tokenkit.config import TrainConfig, parse_command_line
+    from tokenkit.training.loop import train
 
     for name, make in (("student", byte_level_bpe), ("target", sentencepiece_bpe)):
         make(folder / name)
@@ -78,11 +80,14 @@ def walk(folder: Path) -> Walk:
         "--train-model-mode": "lora",
         "--output-dir": folder / "run",
     }
-    found = Walk()
     flags = [str(word) for pair in words.items() for word in pair]
+    config = parse_command_line(
+        TrainConfig, [*flags, "--losses", "clm", "alm_unconstrained"], program="tests.walk"
+    )
+    found = Walk()
     sys.setprofile(found)
     try:
-        code = main([*flags, "--losses", "clm", "alm_unconstrained"])
+        code = train(config)
     finally:
         sys.setprofile(None)
     assert code == 0
