@@ -164,6 +164,16 @@ def to_yaml(config: Any) -> str:
     return dump_yaml(nested(values))
 
 
+def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Read what `to_dict` wrote to an equal configuration, in silence.
+
+    Raises:
+        ConfigError: a field that this version has not.
+    """
+    escaped = {name: _escape(value) for name, value in values.items()}
+    return read_config(schema, (), escaped, say=lambda _: None)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain values by dotted name, for a manifest or a tracker."""
     return {name: plain(value) for name, value in flatten(config).items()}

@@ -334,21 +334,48 @@ def load(folder: Path, state: State, world: World) -> None:
     Raises:
         CheckpointError: it is damaged, unsafe, or its tensors are not those of `state`.
     """
+    _load(folder, check_whole(folder, world), state, world)
+
+
+def check_whole(folder: Path, world: World) -> Manifest:
+    """Compare every byte of one checkpoint with its manifest, and return that. Every rank calls it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     reason = _examine(folder, world)
     if reason is not None:
         raise CheckpointError(f"{folder} cannot be loaded: {reason}")
-    _load(folder, read_manifest(folder), state, world)
+    return read_manifest(folder)
 
 
-def _load(folder: Path, manifest: Manifest, state: State, world: World) -> None:
+def load_tensors(
+    folder: Path, manifest: Manifest, state: State, world: World, within: str = "model/"
+) -> None:
+    """Load tensors of a checkpoint that was found whole, and nothing else; any number of ranks saved it.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: as it was read there.
+        state: its module's tensors are filled; without an optimizer the moments stay in the file.
+        world: every rank calls this.
+        within: see `tensors_to_load`.
+
+    Raises:
+        CheckpointError: it is unsafe, or its tensors are not those of `state`.
+    """
     metadata = read_metadata(folder, manifest)
-    targets = tensors_to_load(state, metadata)
+    targets = tensors_to_load(state, metadata, within)
     with _as_checkpoint_error("load", folder, world):
         with _knowing_that_it_is_alone(world):
             dcp.load(targets, no_dist=world.mesh is None, **reader_and_planner(folder, metadata))
         fill_optimizer(state, targets)
-        with together("read the state of each rank", world):
-            _load_rank_state(folder, manifest, state, world)
+
+
+def _load(folder: Path, manifest: Manifest, state: State, world: World) -> None:
+    load_tensors(folder, manifest, state, world)
+    with _as_checkpoint_error("load", folder, world), together("read the state of each rank", world):
+        _load_rank_state(folder, manifest, state, world)
     state.step = manifest.step
 
 

@@ -80,8 +80,13 @@ def _names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[Tenso
     return names
 
 
-def tensors_to_load(state: State, metadata: Metadata) -> dict[str, Tensor]:
+def tensors_to_load(state: State, metadata: Metadata, within: str = "model/") -> dict[str, Tensor]:
     """Return where the tensors of a checkpoint go: the module's own, and fresh room for the moments.
+
+    Args:
+        state: where they go.
+        metadata: what the checkpoint holds.
+        within: without an optimizer, the names that are looked at begin so; the rest is left in the file.
 
     Raises:
         CheckpointError: a name, a shape or a dtype differs. DCP would ignore what it does not need and
@@ -92,7 +97,7 @@ def tensors_to_load(state: State, metadata: Metadata) -> dict[str, Tensor]:
     entries: dict[str, Any] = {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()
-        if state.optimizer is not None or name.startswith("model/")
+        if state.optimizer is not None or name.startswith(within)
     }
     targets |= {
         name: _room(name, entry, parameters) for name, entry in entries.items() if name not in targets

@@ -170,8 +170,11 @@ def _stages(
     return first, main
 
 
-def load_tokenizers(config: TrainConfig) -> Tokenizers:
-    """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once."""
+def load_tokenizers(config: TrainConfig, *, needs_teacher: bool = True) -> Tokenizers:
+    """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once.
+
+    Without a teacher, the student's old one stands for its tokenizer.
+    """
     remote = config.run.trust_remote_code
 
     def load(spec: str, **options: Any) -> Tokenizer:
@@ -192,7 +195,8 @@ def load_tokenizers(config: TrainConfig) -> Tokenizers:
         name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
         revision = config.student.revision
     target = old if name is None else load(name, tokens_to_add=to_add, revision=revision)
-    return Tokenizers(old, target, old if config.teacher is None else of(config.teacher))
+    teacher = old if config.teacher is None or not needs_teacher else of(config.teacher)
+    return Tokenizers(old, target, teacher)
 
 
 def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:

@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tokenkit import __version__
 from tokenkit.config import TrainConfig, to_dict, to_yaml
 from tokenkit.config.models import ModelSource
 from tokenkit.disk import blaming_disk, write_durably
 from tokenkit.errors import DataError, DiskError, ExitCode, NonFiniteError, blaming_data
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
-from tokenkit.export.card import CardFacts, public_name
-from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
+from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import (
@@ -40,9 +36,9 @@ from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.folder import RunLock, prepare_output
 from tokenkit.run.metrics import draw_curves
 from tokenkit.run.signals import StopRequest
-from tokenkit.run.trackers import UNNAMED
 from tokenkit.training.build import Parts, build
 from tokenkit.training.ending import Ending, begin_outcome, ending
+from tokenkit.training.exporting import run_facts, student_state
 from tokenkit.training.finished import (
     MAY_DIFFER,
     check_finished,
@@ -53,7 +49,6 @@ from tokenkit.training.finished import (
 )
 from tokenkit.training.notes import describe
 from tokenkit.training.reports import Reports
-from tokenkit.training.requests import WrittenRows, ask
 from tokenkit.training.step import train_step
 
 
@@ -324,58 +319,19 @@ def _say_left_out(session: Session) -> None:
 
 def _export(session: Session) -> None:
     """Gather the student on rank 0 and write it in Hugging Face layout."""
-    config, student = session.config, session.parts.student
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(student.model, options=options)  # not the teacher beside it
-    if student.expansion is not None:
-        rows = get_model_state_dict(student.expansion, options=options)
-        gathered |= {f"{EXPANSION}{name}": value for name, value in rows.items()}
-    if student.projector is not None:
-        gathered |= _written_rows(session)
-    state = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
+    config, measured = session.config, session.reports.bits_per_byte
+    state = student_state(session.parts.run.model, session.parts.student)
     with together("export the student", session.world):
         if session.world.is_main:
+            facts = run_facts(config, session.parts.run.step, measured)
             request = ExportRequest(
-                folder=export_folder(config), dtype=DTYPES[config.training.dtype], facts=_facts(session)
+                folder=export_folder(config), dtype=DTYPES[config.training.dtype], facts=facts
             )
             with blaming_disk(request.folder):
-                folder = export_huggingface(student, state, session.parts.tokenizers.target, request)
+                folder = export_huggingface(
+                    session.parts.student, state, session.parts.tokenizers.target, request
+                )
             _say(session.world, f"exported to {folder}")
-
-
-def _written_rows(session: Session) -> dict[str, Tensor]:
-    """Return what the student's projector writes, by the names of these matrices; every rank calls it."""
-    student = session.parts.student
-    rows = ask(session.parts.run.model, WrittenRows())
-    assert rows is not None
-    own = student.matrices()
-    named = student.model.named_parameters(remove_duplicate=False)
-    return {
-        name: row_VD.cpu()
-        for name, p in named
-        for weight, row_VD in zip(own, rows, strict=True)
-        if p is weight
-    }
-
-
-def _facts(session: Session) -> CardFacts:
-    config, measured = session.config, session.reports.bits_per_byte
-    lines = {
-        "tokenizer": public_name(config.target.target_tokenizer_name or "unchanged"),
-        "steps": str(session.parts.run.step),
-        "tokenkit": __version__,
-    }
-    if measured is not None:
-        teacher = "" if measured.teacher is None else f", teacher {measured.teacher:.4f}"
-        lines["bits per byte, held out"] = f"student {measured.student:.4f}{teacher}"
-    return CardFacts(
-        base=config.student.pretrained_model_name_or_path,
-        teacher=config.teacher.pretrained_model_name_or_path if config.teacher is not None else None,
-        losses=config.objective.losses,
-        lines=lines,
-        title=None if config.run.name == UNNAMED else config.run.name,
-        bits_per_byte=None if measured is None else measured.student,
-    )
 
 
 def _say(world: World, text: str) -> None:

@@ -47,7 +47,7 @@ class Reports:
         metrics = MetricsFile(folder, step=resumed_at, is_main=is_main)
         trackers = Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main)
         reports = cls(metrics, trackers, Progress(config.schedule.steps, resumed_at or 0, is_main=is_main))
-        measured = _measurements(folder) if is_main else {}
+        measured = measurements(folder) if is_main else {}
         reports.first_bits_per_byte = measured.get(0)
         reports.bits_per_byte = measured[max(measured)] if measured else None
         return reports
@@ -134,7 +134,7 @@ class Reports:
         self.trackers.log(step, values)
 
 
-def _measurements(folder: Path) -> dict[int, BitsPerByte]:
+def measurements(folder: Path) -> dict[int, BitsPerByte]:
     """Return what metrics.jsonl holds, by step: a resumed run may measure nothing more itself."""
     lines = [line for line in read_metrics(folder / METRICS_NAME) if "bits_per_byte/student" in line]
     return {
