@@ -288,6 +288,13 @@ compute_mined_mapping {PAIR} output='outputs/mined'
 compute_tokenizer_info {PAIR} output='outputs/pair'
     => target_tokenizer_name={TARGET}
 
+export_model model_path=outputs/my_model output_path=exported/my_model format=huggingface
+    => checkpoint_path=outputs/my_model output=exported/my_model
+
+export_checkpoint --checkpoint_path=outputs/x/step_5000 --output=checkpoints/x --with_pt
+    --expand_input_ids_model=org/model --expand_input_ids_tokenizer=org/model:source=Llama3
+    => checkpoint_path=outputs/x/step_5000 base_model=org/model base_tokenizer=org/model:source=Llama3
+
 zett --config zett model.pretrained_model_name_or_path={LLAMA}
     => method=fvt
 """
@@ -295,10 +302,8 @@ zett --config zett model.pretrained_model_name_or_path={LLAMA}
 
 ABSENT = """
 eval model.pretrained_model_name_or_path=outputs/x tasks=[arc_easy,piqa] output=outputs/x/eval
-export_model model_path=outputs/my_model output_path=exported/my_model format=huggingface
 merge_lora base_model=meta-llama/Llama-3.2-3B-Instruct lora_model=outputs/x output_path=outputs/merged_model
 optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantization=int8 device=cuda
 export_to_onnx model_path=outputs/my_model output_path=outputs/my_model.onnx dynamic_axes=true
-export_checkpoint --checkpoint_path=outputs/x/step_5000 --output=checkpoints/x --with_pt
 run_ablations --custom-datasets configs/datasets.yaml
 """

@@ -5,6 +5,7 @@ IDLE where it acts only beside others.
 """
 
 from tokenkit.commands.align import AlignOptions
+from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
 from tokenkit.commands.pair_stats import PairStatsConfig
 from tokenkit.commands.zett import ZettConfig
@@ -29,6 +30,7 @@ NEEDED = {
         "model.pretrained_model_name_or_path": "org/model", "data.dataset_name": "text.txt", "output": "out",
     },
     AlignOptions: {"student": "a", "teacher": "b"},
+    ExportConfig: {"checkpoint_path": "run", "output": "out"},
 }  # fmt: skip
 
 GOLD = {"losses": ["baseline_gold"]}
@@ -128,6 +130,7 @@ IDLE = {
     AlignOptions: {
         "limit": (3, {"text": "x"}),
     },
+    ExportConfig: {},
 }  # fmt: skip
 
 ALM_ONLY = {"losses": ["alm_unconstrained"]}
@@ -287,6 +290,14 @@ ELSEWHERE = {
         [leaf.name for leaf in leaves(TrainHypernetConfig)],
         "test_train_hypernet.py::test_it_writes_what_transfer_reads",
     ),
+    ExportConfig: {
+        **dict.fromkeys(
+            ("checkpoint_path", "output", "dtype", "base_model", "base_tokenizer", "target_tokenizer_name"),
+            "commands/test_export.py::test_a_checkpoint_in_the_middle_is_written_with_its_own_figures",
+        ),
+        "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
+        "trust_remote_code": "commands/test_export.py::test_code_of_a_models_own_must_be_trusted_here_too",
+    },
     AlignOptions: dict.fromkeys(
         [leaf.name for leaf in leaves(AlignOptions)],
         "commands/test_align.py::test_a_text_is_shown_with_its_numbers",
@@ -300,6 +311,7 @@ NEVER = {
         "skip_lm_eval",
     },  # the one must repeat batch_size, the other has no tasks
     ZettConfig: {"clone_all_layers"},
+    ExportConfig: {"with_pt"},
 }
 ROWS = {
     "method": ("mean", {}), "extend_output_embeddings": (False, {}),

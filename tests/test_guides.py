@@ -11,6 +11,8 @@ import yaml
 
 from tests import guides
 from tokenkit.cli import door, main
+from tokenkit.commands.export import ALIASES as EXPORT_ALIASES
+from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
 from tokenkit.commands.pair_stats import PairStatsConfig
 from tokenkit.commands.zett import ALIASES as ZETT_ALIASES
@@ -34,6 +36,7 @@ DOORS = {
     ),
     "pair-stats": (PairStatsConfig, {}, PAIR | DATA),
     "mined-mapping": (MinedMappingConfig, {}, PAIR),
+    "export": (ExportConfig, EXPORT_ALIASES, {"checkpoint_path": "x", "output": "o"}),
 }
 """Configuration, other names, and what it cannot do without."""
 NEEDED = {name: [f"{field}={value}" for field, value in door[2].items()] for name, door in DOORS.items()}

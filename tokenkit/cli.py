@@ -30,6 +30,10 @@ DOORS = {
         "tokenkit.commands.zett:main",
         "move a model to another tokenizer without training, or compare the ways",
     ),
+    "export": (
+        "tokenkit.commands.export:main",
+        "write the model of a run or checkpoint in Hugging Face layout",
+    ),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",
@@ -54,12 +58,9 @@ SCRIPTS = {
 }
 """Commands by the names of other programs' scripts. Each begins with the shipped file of that name."""
 
-_EXPORT = "`tokenkit train` writes its model in Hugging Face layout at its end; export_to names the folder"
 ABSENT = {
     "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
     "eval_lockstep": "evaluation of several models at once is not here yet",
-    "export_model": _EXPORT,
-    "export_checkpoint": _EXPORT,
     "merge_lora": "what `tokenkit train` exports has its adapters merged",
     "optimize_for_inference": "quantized models are not here yet",
     "export_to_onnx": "models in ONNX are not here yet",
@@ -67,6 +68,9 @@ ABSENT = {
     "run_ablations": "`tokenkit sweep` runs all combinations of several values",
 }
 """Scripts of other programs that have no command here, and why."""
+
+OTHER_NAMES = {"export_model": "export", "export_checkpoint": "export"}
+"""Scripts of other programs that are a command here, without a file of settings."""
 
 _MULTIRUN = {"-m", "--multirun"}
 _FILES = ("--config", "--config-name")
@@ -116,6 +120,7 @@ def door(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """The command that the first word means, and the words behind it: scripts of others name theirs too."""
     name, *rest = arguments
     script = name.replace("-", "_")
+    name = OTHER_NAMES.get(script, name)
     if script in SCRIPTS:
         name = SCRIPTS[script]
         names_files = any(word.partition("=")[0].replace("_", "-") in _FILES for word in rest)

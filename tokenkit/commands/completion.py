@@ -30,6 +30,7 @@ CONFIGURED = {
     "align": "tokenkit.commands.align:AlignOptions",
     "pair-stats": "tokenkit.commands.pair_stats:PairStatsConfig",
     "zett": "tokenkit.commands.zett:ZettConfig",
+    "export": "tokenkit.commands.export:ExportConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",
 }

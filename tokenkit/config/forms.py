@@ -149,6 +149,16 @@ def _take_setting(argument: str, schema: type, words: Words, known: Callable[[st
         words.others[written] = value
 
 
+def with_positions(arguments: Sequence[str], *names: str) -> list[str]:
+    """The words at the front that have no name, behind the flags `names`: `RUN -x` is `--run=RUN -x`."""
+    words, found = list(arguments), []
+    for name in names:
+        if not words or words[0].startswith("-") or re.match(r"\+{0,2}[A-Za-z_][\w.-]*=", words[0]):
+            break
+        found.append(f"--{name}={words.pop(0)}")
+    return found + words
+
+
 def unquoted(value: str) -> str:
     """A value without the quotes that some shells leave around it."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":

@@ -1,0 +1,186 @@
+"""`tokenkit export`: what it writes is, bit for bit, what the run writes at its end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.ranks import run_ranks
+from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder
+from tests.training.test_resume import run_in_rank
+from tokenkit.cli import main
+from tokenkit.config import ALIASES, TrainConfig, from_dict, parse_command_line, to_dict
+from tokenkit.errors import ExitCode
+from tokenkit.run.safe_dcp import read_manifest
+from tokenkit.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    tiny_folder(folder / "model")
+    sentencepiece_bpe(folder / "target")
+    rows = [json.dumps({"text": text}) for text in TEXT] * 2
+    (folder / "data.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def configured(root, name, *more):
+    flags = [
+        "--student", str(root / "model"), "--target", str(root / "target"), "--data",
+        str(root / "data.jsonl"), "--output", str(root / name), "--steps", "4", "--save-interval", "2",
+        "--eval-interval", "2", "--batch-size", "4", "--losses", "clm", "--max-length-new", "32",
+        "--max-length-teacher", "32", "--model-lora-rank", "4", "--lr", "0.01", "--data.num-workers", "0",
+        "--data.heldout.fraction", "0.2",
+    ]  # fmt: skip
+    return parse_command_line(TrainConfig, [*flags, *more], program="test", aliases=ALIASES)
+
+
+@pytest.fixture(scope="module")
+def lora_run(root):
+    assert train(configured(root, "run", "--dtype", "bfloat16")) == ExitCode.DONE
+    return root / "run"
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(folder, other):
+    got, wanted = tensors(folder), tensors(other)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in got)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--dtype", "bfloat16"),
+        ("--train-model-mode", "full", "--hypernet.architecture", "linear"),
+        ("--target", "byte", "--expand-input-ids"),
+    ],
+    ids=["lora", "full with a hypernetwork", "byte expansion"],
+)
+def test_a_finished_run_is_written_as_at_its_end(root, lora_run, tmp_path, more):
+    """Seconds long: each form is trained for four steps and written twice."""
+    run = lora_run
+    if "bfloat16" not in more:
+        run = tmp_path / "run"
+        assert train(configured(root, run, *more)) == ExitCode.DONE
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert_same(tmp_path / "out", run / "export")
+    assert (tmp_path / "out" / "README.md").read_text() == (run / "export" / "README.md").read_text()
+
+
+def test_a_checkpoint_in_the_middle_is_written_with_its_own_figures(root, lora_run, tmp_path):
+    """By its folder, as others call it, in another dtype; the run's folder and its files have moved."""
+    shutil.copytree(lora_run, tmp_path / "moved")
+    shutil.copytree(root / "model", tmp_path / "base")
+    words = ["--checkpoint_path", str(tmp_path / "moved" / "step_2"), "--dtype", "float32"]
+    words += [f"base_model={tmp_path / 'base'}", "--with_pt", f"output_path={tmp_path / 'out'}"]
+    assert main(["export_checkpoint", *words]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
+    bits = next(line["bits_per_byte/student"] for line in lines if line["step"] == 2 and len(line) < 6)
+    for words in ("2 of 4", f"student {bits:.4f}", "transformers", "clm"):
+        assert words in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 400
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(tensors(tmp_path / "out")[name], tensors(lora_run / "export")[name].float())
+
+
+def test_checkpoints_of_two_ranks_are_read_in_one_process(root, tmp_path):
+    """Seconds long: two ranks train, and no other test leaves their folder."""
+    config = configured(root, tmp_path / "run", "--train-model-mode", "full")
+    assert run_ranks(run_in_rank, 2, config, None, always_shard=False) == [ExitCode.DONE] * 2
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "step_00000004").world_size == 2
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert_same(tmp_path / "out", tmp_path / "run" / "export")
+
+
+def test_a_configuration_is_read_back_from_a_manifest(root):
+    for more in ((), ("--hypernet.architecture", "mlp"), ("--loss-weights", "clm=0.5"), ("--name", r"\${x}")):
+        config = configured(root, "x", *more)
+        assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def spoiled(root, run, folder, how):
+    """A copy of a run with one fault; returns the words of the command."""
+    shutil.copytree(run, folder)
+    steps = sorted((folder / "checkpoints").iterdir())
+    name, more = folder, []
+    if how in ("newest torn", "all torn"):
+        for step in steps[1 if how[0] == "n" else 0 :]:
+            (step / "__0_0.distcp").write_bytes(b"torn")
+    elif how == "one torn":
+        name = steps[0]
+        (name / "manifest.json").unlink()
+    elif how == "none saved":
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "checkpoints").mkdir()
+    elif how == "a model":
+        name = root / "model"
+    elif how == "occupied":
+        more = ["--output", str(folder)]
+    elif how == "other base":
+        more = ["--base-model", str(tiny_folder(folder / "other", seed=5))]
+    elif how == "other tokenizer":
+        more = ["--target-tokenizer-name", str(root / "model")]
+    return [str(name), *more]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("all torn", "is intact"),
+        ("one torn", "its saving was never finished"),
+        ("none saved", "holds no checkpoint"),
+        ("a model", "is a model in Hugging Face layout already"),
+        ("occupied", "is not empty"),
+        ("other base", "was trained with another model than"),
+        ("other tokenizer", "was trained with another target tokenizer than"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_and_nothing_is_written(
+    root, lora_run, tmp_path, capsys, how, words
+):
+    command = ["export", "--output", str(tmp_path / "out"), "--checkpoint-path"]
+    assert main(command + spoiled(root, lora_run, tmp_path / "run", how)) == ExitCode.DATA
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out-*"))
+
+
+def test_of_a_run_the_newest_whole_checkpoint_is_taken_and_said(root, lora_run, tmp_path, capsys):
+    words = spoiled(root, lora_run, tmp_path / "run", "newest torn")
+    assert main(["export", *words, "--output", str(tmp_path / "out")]) == 0
+    assert "step_00000004 is not whole: step_00000002 is taken" in capsys.readouterr().err
+    assert "2 of 4" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [(["nowhere"], "nowhere does not exist"), (["x", "--format", "onnx"], "onnx is not here yet")],
+)
+def test_a_mistake_in_the_words_comes_before_torch(words, reason, capsys, tmp_path):
+    assert main(["export", *words, "--output", str(tmp_path / "out")]) in (ExitCode.CONFIG, ExitCode.DATA)
+    assert reason in capsys.readouterr().err
+
+
+def test_code_of_a_models_own_must_be_trusted_here_too(root, lora_run, tmp_path, monkeypatch, capsys):
+    from tokenkit.commands import export
+
+    manifest = read_manifest(lora_run / "checkpoints" / "step_00000004")
+    manifest.config["trust_remote_code"] = True
+    monkeypatch.setattr(export, "find_checkpoint", lambda name: (tmp_path, manifest))
+    assert main(["export", str(lora_run), "--output", str(tmp_path / "out")]) == ExitCode.CONFIG
+    assert "--trust-remote-code" in capsys.readouterr().err
