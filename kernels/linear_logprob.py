@@ -174,6 +174,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_logprob has no second derivative: call backward without create_graph")
     hidden_ND, weight_VD, bias_V, target_N, sums_5N, kept, shift, *subset = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     found = _backward_operation(

@@ -96,6 +96,24 @@ def test_wrong_shapes_and_words_are_named():
         tokenkit.linear_cross_entropy(hidden, tokenkit.Head(weight), ids, softcap=3.0)
     with pytest.raises(ValueError, match="teacher_hidden must have"):
         tokenkit.fused_linear_jsd(hidden, weight, hidden[:1], weight)
+    for wrong in (ids.int(), ids.bool(), ids.tolist(), None):
+        with pytest.raises(TypeError, match="targets must be an int64 tensor"):
+            tokenkit.linear_cross_entropy(hidden, weight, wrong)
+    with pytest.raises(TypeError, match="targets must be an int64 tensor"):
+        tokenkit.fused_linear_jsd(hidden, weight, hidden, weight, ids.tolist())
+
+
+def test_what_is_never_scored_is_not_in_the_mean():
+    hidden, weight, ids = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 2, -100, 4])
+    found = tokenkit.linear_cross_entropy(hidden, weight, ids, ignore_index=0)
+    torch.testing.assert_close(found, cross_entropy((hidden @ weight.T)[[1, 3]], ids[[1, 3]]))
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    loss = tokenkit.linear_cross_entropy(hidden, weight, torch.tensor([0, 2, 1, 4]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +173,18 @@ def test_bits_per_byte_is_counted_from_the_models_own_logits(pair):
     assert found == pytest.approx(nats / scored / torch.log(torch.tensor(2.0)).item(), rel=1e-5)
     with pytest.raises(TypeError, match="put it in a list"):
         tokenkit.bits_per_byte(model, pair[0], texts[0])
+    assert tokenkit.bits_per_byte(model, pair[0], ["", *texts]) == pytest.approx(found)
+    for wrong, options, message in (
+        ([""], {}, "holds no text"),
+        (texts, {"batch_size": 0}, "batch_size must be at least 1"),
+        (["The cats sat on the mat. " * 99], {}, "max_length is 512, but the model has 128 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenkit.bits_per_byte(model, pair[0], wrong, **options)
+    spoiled = tiny_model("llama")
+    spoiled.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="hold NaN or infinity: its weights are damaged"):
+        tokenkit.bits_per_byte(spoiled, pair[0], texts)
 
 
 def test_a_plain_model_is_moved_and_written(pair, tmp_path):
@@ -169,3 +199,8 @@ def test_a_plain_model_is_moved_and_written(pair, tmp_path):
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(FileExistsError):
         tokenkit.export_huggingface(model, pair[1], folder)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype"):
+        tokenkit.export_huggingface(model, pair[1], tmp_path / "other", dtype="bfloat16")
+    for name, wrong in (("method", "fwt"), ("output_embeddings", "keep"), ("pad_to_multiple_of", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            tokenkit.transfer_vocabulary(model, *pair[::-1], **{name: wrong})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,9 +43,10 @@ def transfer_vocabulary(
         options: what the method may be told.
 
     Raises:
-        ValueError: `old` has more ids than the model has rows, shares nothing with `new`, or the method
-            cannot work with what it is given.
+        ValueError: `old` has more ids than the model has rows, shares nothing with `new`, the method
+            cannot work with what it is given, or an argument is none of those above.
     """
+    _check_words(method, output_embeddings, pad_to_multiple_of)
     matrices = old_matrices(model, old, untie=output_embeddings == "untie")
     size = -(-new.vocab_size // pad_to_multiple_of) * pad_to_multiple_of
     made, report = METHODS[method](old, new, matrices, size, options or InitOptions())
@@ -60,6 +61,17 @@ def transfer_vocabulary(
         table_VE=made.table_WE,
     )
     return report
+
+
+def _check_words(method: str, output_embeddings: str, pad_to_multiple_of: int) -> None:
+    for name, word, words in (
+        ("method", method, tuple(METHODS)),
+        ("output_embeddings", output_embeddings, get_args(OutputEmbeddings)),
+    ):
+        if word not in words:
+            raise ValueError(f"{name} must be one of {', '.join(words)}: got {word!r}")
+    if pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of must be at least 1: got {pad_to_multiple_of}")
 
 
 def old_matrices(model: CausalLM, old: Tokenizer, *, untie: bool = False) -> Matrices:

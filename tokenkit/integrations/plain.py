@@ -58,7 +58,9 @@ def transfer_vocabulary(
         How many rows were made of what.
 
     Raises:
-        ValueError: the old tokenizer is not the model's, or shares nothing with the new one.
+        ValueError: the old tokenizer has more ids than the model has rows or shares nothing with the new
+            one, or an argument is none of those above. That a tokenizer with fewer ids is another model's
+            cannot be seen.
     """
     old, new = load_tokenizer(old_tokenizer), load_tokenizer(new_tokenizer)
     return transfer.transfer_vocabulary(
@@ -82,13 +84,16 @@ def export_huggingface(
             `CausalLM`.
         tokenizer: its tokenizer now, as for `transfer_vocabulary`.
         folder: must not exist, or be empty.
-        dtype: of the weights that are written; None: the model's.
+        dtype: of the weights that are written, such as `torch.bfloat16`; None: the model's.
         facts: what the model card says; see `export.card.CardFacts` (base, teacher, losses, title, ...).
 
     Raises:
         FileExistsError: the folder is not empty.
+        TypeError: a dtype by its name.
         ExportError: loaded back, the folder gives other logits or other ids.
     """
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.bfloat16: got {dtype!r}")
     ours = load_tokenizer(tokenizer)
     student = _causal_lm(model, ours.vocab_size)
     dtype = student.causal_lm.dtype if dtype is None else dtype
@@ -110,7 +115,7 @@ def bits_per_byte(
     Args:
         model: a Hugging Face `...ForCausalLM`; put in evaluation mode meanwhile.
         tokenizer: its own, as for `transfer_vocabulary`.
-        texts: strings, or rows as data sets have them (docs/data.md).
+        texts: strings, or rows as data sets have them (docs/data.md). Empty strings have no bits, nor bytes.
         max_length: tokens of a document; what is behind them is not scored, nor counted.
         batch_size: documents in one forward.
 
@@ -118,16 +123,20 @@ def bits_per_byte(
         −Σ log2 p(token) / Σ bytes, over the tokens of text that have something before them.
 
     Raises:
-        ValueError: no text, or none that the tokenizer can write.
+        ValueError: no text, none that the tokenizer can write, or one longer than the model has positions.
     """
     if isinstance(texts, str | Mapping):
         raise TypeError(f"texts must be several documents: got one {type(texts).__name__}; put it in a list")
     ours = load_tokenizer(tokenizer)
-    documents = [Document(text=text) if isinstance(text, str) else document_from_row(text) for text in texts]
-    if not documents:
-        raise ValueError("texts is empty: give at least one document")
+    rows = [text for text in texts if text != ""]
+    if not rows:
+        raise ValueError("texts holds no text: give at least one document that is not empty")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+    documents = [Document(text=row) if isinstance(row, str) else document_from_row(row) for row in rows]
     collator = AlignedCollator(ours, max_length_student=max_length, max_length_teacher=max_length)
     batches = heldout_batches(documents, collator, batch_size)
+    _check_positions(model, max(len(heldout.batch.student.ids_BT[0]) for heldout in batches), max_length)
     device = unwrapped(model).get_input_embeddings().weight.device
     was_training, nats = model.training, 0.0
     model.eval()
@@ -142,6 +151,15 @@ def bits_per_byte(
     finally:
         model.train(was_training)
     return nats / math.log(2) / sum(heldout.num_bytes for heldout in batches)
+
+
+def _check_positions(model: nn.Module, longest: int, max_length: int) -> None:
+    limit = getattr(unwrapped(model).config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length is {max_length}, but the model has {limit} positions: set max_length to at most "
+            f"{limit}"
+        )
 
 
 def _causal_lm(model: nn.Module, vocab_size: int) -> CausalLM:

@@ -48,7 +48,7 @@ def linear_cross_entropy(
         scale: multiplies the logits before the softcap (Cohere, Granite).
         vocab_size: ids from here on are padding rows of the head.
         temperature: divides the logits, after the softcap.
-        ignore_index: target that is passed over.
+        ignore_index: target that is passed over, as -100 always is.
         shift: position t is scored on the target of position t + 1 of the dimension before D, as causal
             language models are: give hidden states and ids as they are.
         reduction: "mean" over what is counted (0 where nothing is), "sum", or "none".
@@ -60,10 +60,12 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or ids that do not fit together, or an unknown reduction.
+        TypeError: targets that are no int64 tensor.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none': got {reduction!r}")
     head = _head(weight_VD, bias_V, softcap, scale, vocab_size)
+    _check_targets(targets)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of hidden without its last dimension, {tuple(hidden.shape[:-1])}: "
@@ -73,7 +75,7 @@ def linear_cross_entropy(
         if hidden.ndim < 2:
             raise ValueError(f"shift needs hidden states [..., T, D]: got {tuple(hidden.shape)}")
         hidden, targets = hidden[..., :-1, :], targets[..., 1:]
-    is_counted = targets != ignore_index
+    is_counted = (targets != ignore_index) & (targets != NO_LABEL)  # which the operation never scores
     target_N = targets.where(is_counted, NO_LABEL).reshape(-1)
     found = linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -157,6 +159,12 @@ def _head(
     return weight
 
 
+def _check_targets(targets: object) -> None:
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets must be an int64 tensor of ids: got {came}")
+
+
 def _divergence(
     kind: str,
     student: tuple[Tensor, Tensor | Head],
@@ -179,6 +187,7 @@ def _divergence(
             )
     weight_N = torch.ones(shape, dtype=torch.bool, device=student[0].device)
     if targets is not None:
+        _check_targets(targets)
         weight_N = targets != ignore_index
     value = linear_divergence(
         student[0].reshape(-1, student[0].shape[-1]),

@@ -35,6 +35,11 @@ def make_loss(name: str, pair: Pair | None = None, **given: Any) -> Loss[Any]:
             at module:function, an option that it does not have, or something of the pair that is missing.
     """
     if ":" in name:
+        if given:
+            raise ValueError(
+                f"{name} is a function of one's own, which takes no options, and got {', '.join(given)}: set "
+                "them in it"
+            )
         return Own(name, _import(name))
     entry = find(name)
     if entry.one_tokenizer and pair is not None and not pair.are_one():

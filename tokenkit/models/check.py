@@ -73,7 +73,7 @@ def settle(model: CausalLM, name: str) -> None:
         name: of what was loaded, for the error.
 
     Raises:
-        ValueError: it cannot be run from embeddings, sees later tokens, or no form gives its logits.
+        ValueError: it cannot be run from embeddings, gives no finite states, sees later tokens, or no form gives its logits.
     """
     kind = type(model.causal_lm).__name__
     ids_BT = _sample(model)
@@ -87,6 +87,11 @@ def settle(model: CausalLM, name: str) -> None:
                 f"{name}: {kind} cannot be run here on embeddings as a language model is ({reason[:200]}): "
                 "this architecture is not supported"
             ) from error
+        if not hidden_BTD.isfinite().all():
+            raise ValueError(
+                f"{name}: the hidden states of {kind} hold NaN or infinity: its weights are damaged, or too "
+                "large for their type"
+            )
         tolerance = _tolerance(model)
         if not _is_causal(hidden_BTD, tolerance):
             raise ValueError(
