@@ -147,17 +147,17 @@ def exit_code(error: BaseException) -> int:
     """64 the configuration, 65 a file or data, 70 numbers that are not finite, 71 memory, 74 a full disk,
     75 a signal, 130 Ctrl-C twice, 1 anything else.
 
-    An error may carry its own `exit_code`.
+    An error may carry its own `exit_code`. A plain int, which any reader of files takes.
     """
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
-        return own
+        return int(own)
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("tokenkit"):
         return 1
     if is_out_of_memory(error):
-        return ExitCode.MEMORY
+        return int(ExitCode.MEMORY)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ExitCode.DISK
+        return int(ExitCode.DISK)
     kinds: list[tuple[type[BaseException], int]] = [
         (KeyboardInterrupt, ExitCode.INTERRUPTED),
         (ArithmeticError, ExitCode.NUMERICS),
@@ -166,7 +166,7 @@ def exit_code(error: BaseException) -> int:
         (ValueError, ExitCode.CONFIG),
         (ModuleNotFoundError, ExitCode.CONFIG),
     ]
-    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
+    return next((int(code) for kind, code in kinds if isinstance(error, kind)), 1)
 
 
 def at_least(name: str, value: float | None, smallest: float, largest: float = math.inf) -> None:

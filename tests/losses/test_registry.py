@@ -148,6 +148,8 @@ def test_what_a_users_loss_returns_is_a_loss_term(name, kind):
 def test_an_unknown_loss_is_named(name, message):
     with pytest.raises(ValueError, match=message):
         make_loss(name)
+    with pytest.raises(ValueError, match="takes no options, and got temperature"):
+        make_loss("tests.losses.example:make_states", temperature=2.0)
 
 
 def test_other_trainers_import_torch_and_triton_alone():
