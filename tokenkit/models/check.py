@@ -73,7 +73,8 @@ def settle(model: CausalLM, name: str) -> None:
         name: of what was loaded, for the error.
 
     Raises:
-        ValueError: it cannot be run from embeddings, gives no finite states, sees later tokens, or no form gives its logits.
+        ValueError: it cannot be run from embeddings, gives no finite states, sees later tokens, or no form
+            gives its logits.
     """
     kind = type(model.causal_lm).__name__
     ids_BT = _sample(model)
@@ -87,17 +88,8 @@ def settle(model: CausalLM, name: str) -> None:
                 f"{name}: {kind} cannot be run here on embeddings as a language model is ({reason[:200]}): "
                 "this architecture is not supported"
             ) from error
-        if not hidden_BTD.isfinite().all():
-            raise ValueError(
-                f"{name}: the hidden states of {kind} hold NaN or infinity: its weights are damaged, or too "
-                "large for their type"
-            )
         tolerance = _tolerance(model)
-        if not _is_causal(hidden_BTD, tolerance):
-            raise ValueError(
-                f"{name}: what {kind} computes for a token depends on the tokens after it: this is an "
-                "encoder (is_decoder is not set), not a causal language model"
-            )
+        _check_hidden(f"{name}: ", kind, hidden_BTD, tolerance)
         count = min(model.vocab_size, logits_BTV.shape[-1])
         theirs_RV = logits_BTV[:2, :, :count].flatten(0, 1).float()
         guess, least = model.form, math.inf
@@ -192,6 +184,19 @@ def _embedding_scales(model: CausalLM) -> Iterator[float]:
 def _tolerance(model: CausalLM) -> float:
     """Return the relative difference that the coarsest type in the model explains."""
     return max([2e-5, *(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())])
+
+
+def _check_hidden(who: str, kind: str, hidden_BTD: Tensor, tolerance: float) -> None:
+    if not hidden_BTD.isfinite().all():
+        raise ValueError(
+            f"{who}the hidden states of {kind} hold NaN or infinity: its weights are damaged, or too large "
+            "for their type"
+        )
+    if not _is_causal(hidden_BTD, tolerance):
+        raise ValueError(
+            f"{who}what {kind} computes for a token depends on the tokens after it: this is an encoder "
+            "(is_decoder is not set), not a causal language model"
+        )
 
 
 def _is_causal(hidden_BTD: Tensor, tolerance: float) -> bool:
