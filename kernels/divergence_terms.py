@@ -99,6 +99,17 @@ def gradients(
         return p - log_q.exp(), p
     if kind == "rkl":
         return (p * d).neg_(), p
+    if kind == "log_abs":
+        return d.sign().neg_(), p
+    if kind == "abs":
+        return d.sign().neg_().mul_(p), p
+    if kind == "akl":
+        return weight * (p - log_q.exp()) - (1 - weight) * p * d, p
+    if kind == "skl":
+        return _skl_gradient(d, p, *_mixture(d, kind, skew), skew, weight)[0], p
+    if kind == "srkl":
+        rise, _, u = _mixture(d, kind, skew)
+        return _srkl_gradient(d, p, rise, u, skew)[0], p
     return terms(log_p, log_q, d, kind, skew, weight)[1], p
 
 
@@ -109,26 +120,53 @@ def _forward_term(x: Tensor, a: Tensor, difference: Tensor) -> Tensor:
     return torch.where(is_near, (-near).expm1_().add_(near).mul_(a), (a * x).add_(difference))
 
 
+def _mixture(d: Tensor, kind: str, skew: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return e^−|d| less 1, e^−|d|, and U."""
+    fall = d.abs().neg_()
+    rise, smaller = fall.expm1(), fall.exp_()
+    u = torch.where(_ahead(d, kind), smaller * (1 - skew) + skew, smaller * skew + (1 - skew))
+    return rise, smaller, u.clamp_min_(torch.finfo(d.dtype).tiny)
+
+
+def _ahead(d: Tensor, kind: str) -> Tensor:
+    """Return where the distribution that m is measured from is the larger."""
+    return d >= 0 if kind != "srkl" else d <= 0
+
+
+def _skl_gradient(
+    d: Tensor, p: Tensor, rise: Tensor, smaller: Tensor, u: Tensor, skew: float, weight: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return e of skl and p q/m."""
+    ratio = torch.where(d >= 0, rise, -rise)  # times max(p, q): p − q
+    other = torch.where(d >= 0, 1, smaller)  # likewise: q
+    over = p / u
+    e = ratio.mul_(weight * (1 - skew) ** 2).add_(other * ((1 - weight) * (skew - 1))).mul_(over)
+    return e, other.mul_(over)
+
+
+def _srkl_gradient(d: Tensor, p: Tensor, rise: Tensor, u: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """Return e of srkl and log m/p."""
+    x = _log_u(d, rise, u, "srkl", skew).add_(d.clamp_min(0))
+    ratio = torch.where(d >= 0, rise, -rise).div_(u)  # (p − q)/m
+    return ratio.mul_(skew * (1 - skew)).add_(x).mul_(p).neg_(), x
+
+
+def _log_u(d: Tensor, rise: Tensor, u: Tensor, kind: str, skew: float) -> Tensor:
+    below = torch.where(_ahead(d, kind), rise * (1 - skew), rise * skew)  # U − 1
+    return torch.where(below > -SMALL.value, below.log1p(), u.log())
+
+
 def _mixed_terms(
     d: Tensor, p: Tensor, q: Tensor, kind: str, skew: float, weight: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rise = torch.expm1(-d.abs())
-    ahead = d >= 0 if kind != "srkl" else d <= 0  # the distribution that m is measured from is the larger
-    below = torch.where(ahead, rise * (1 - skew), rise * skew)  # U − 1
-    smaller = (-d.abs()).exp()  # of the two, over the larger
-    u = torch.where(ahead, smaller * (1 - skew) + skew, smaller * skew + (1 - skew))
-    u = u.clamp_min(torch.finfo(d.dtype).tiny)
-    log_u = torch.where(below > -SMALL.value, torch.log1p(below), u.log())
-    gap = torch.where(d >= 0, q * rise, -p * rise)
-    ratio = torch.where(d >= 0, rise, -rise) / u  # (p − q)/m
-    shared = torch.where(d >= 0, p, q) / u
+    rise, smaller, u = _mixture(d, kind, skew)
+    gap = torch.where(d >= 0, q, -p).mul_(rise).mul_(1 - skew)
     if kind == "skl":
-        x = log_u + (-d).clamp_min(0)  # log m/q
-        near, far = (1 - skew) ** 2 * p * ratio, (skew - 1) * shared
-        e = weight * near + (1 - weight) * far
-        return _forward_term(-x, q, (1 - skew) * gap), e, shared
-    x = log_u + d.clamp_min(0)  # log m/p
-    return _forward_term(-x, p, -(1 - skew) * gap), -p * (x + skew * (1 - skew) * ratio), shared
+        x = _log_u(d, rise, u, kind, skew).add_((-d).clamp_min_(0))  # log m/q
+        e, shared = _skl_gradient(d, p, rise, smaller, u, skew, weight)
+        return _forward_term(-x, q, gap), e, shared
+    e, x = _srkl_gradient(d, p, rise, u, skew)
+    return _forward_term(-x, p, gap.neg_()), e, torch.where(d >= 0, p, q).div_(u)
 
 
 @triton.jit
@@ -169,7 +207,7 @@ def terms_triton(log_p, log_q, d, skew, weight, KIND: tl.constexpr):
         gap = tl.where(d >= 0, q * rise, -p * rise)
         if KIND == "abs":
             value = tl.abs(gap)
-            e = tl.where(gap > 0, p, tl.where(gap < 0, -p, 0.0))
+            e = tl.where(d < 0, p, tl.where(d > 0, -p, 0.0))
         elif KIND == "kl":
             value = _forward_term_triton(d, q, gap)
             e = gap

@@ -13,7 +13,7 @@ from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.kernels.reference.linear_divergence import linear_divergence as reference
 from tokenkit.structs import Head
 
-N, V = 12, 64
+N, V = 4, 64  # Triton's interpreter takes a row at a time
 
 
 def logits(offset, seed=0):
@@ -26,7 +26,7 @@ def logits(offset, seed=0):
 
 def run(function, dtype, z, other, kind, device="cpu", bias=(None, None), **options):
     """Return values and their gradients in z and other, of products with identities: these are exact."""
-    eyes = [torch.eye(n, dtype=dtype, device=device) for n in (N, V)]
+    eyes = [torch.eye(n, dtype=dtype, device=device) for n in z.shape]
     weight, teacher = (x.clone().to(device, dtype).requires_grad_() for x in (z.T.contiguous(), other))
     biases = [None if b is None else b.to(device, dtype) for b in bias]
     options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
@@ -46,7 +46,8 @@ def test_gradients_are_as_near_as_eagers_however_large_the_logits(kind, offset, 
     z, other = logits(offset)
     truth = run(reference, torch.float64, z, other, kind)
     eager = run(reference, torch.float32, z, other, kind)
-    for mode in ({}, {"row_weight_N": torch.ones(N)})[: 1 + (kind != "akl")]:  # its 33 passes are slow here
+    modes = [{}] if executor == "triton" else [{}, {"row_weight_N": torch.ones(N)}]  # the same kernels
+    for mode in modes:
         got = run(linear_divergence, torch.float32, z, other, kind, device, **mode)
         for one, expected, true in zip(got[1:], eager[1:], truth[1:], strict=True):
             ours_N, eager_N = errors(one, true), errors(expected, true)
@@ -61,7 +62,9 @@ def test_models_that_are_sure_of_different_ids(kind, outcomes, executor, device)
     z, other = logits(0.0)
     z[::2, 3] += 24
     other[:, 4] += 24
-    z[1::2, 4] += 24  # there they agree
+    z[1::2, 4] += 24  # there they agree, in the last row on an id in no pair
+    z[3, 5] += 26
+    other[3, 5] += 26
     ids = torch.arange(0, V, 2) if outcomes == "rest" else torch.arange(40)
     options = {"student_index": ids, "teacher_index": ids, "rest_as_outcome": outcomes == "rest"}
     options = {} if outcomes == "all" else options
@@ -69,15 +72,15 @@ def test_models_that_are_sure_of_different_ids(kind, outcomes, executor, device)
     eager = run(reference, torch.float32, z, other, kind, **options)
     got = run(linear_divergence, torch.float32, z, other, kind, device, **options)
     torch.testing.assert_close(got[0], truth[0], rtol=1e-5, atol=1e-7)
-    i = (
-        1 if kind == "skl" else 2
-    )  # whose gradient is that of skl; the other's terms are near 1 and add up to 0
-    assert (errors(got[i], truth[i]) < 2 * errors(eager[i], truth[i]) + 1e-6).all()
+    i = 1 if kind == "skl" else 2  # whose gradient is that of skl; the other's terms add up to 0
+    ours_N, eager_N = (errors(x[i], truth[i]) for x in (got, eager))
+    assert (ours_N < 2 * eager_N + 1e-6).all()
+    assert ours_N[3] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["kl", "rkl"])
 def test_repeated_ids_of_large_logits(kind, executor, device):
-    z, other = (logits(80.0, seed)[0] for seed in (0, 1))
+    z, other = (logits(800.0, seed)[0] for seed in (0, 1))
     ids = torch.arange(40)
     options = {"student_index": torch.cat([ids, ids[:6]]), "teacher_index": torch.cat([ids, ids[:6] + 7])}
     options["rest_as_outcome"] = True
@@ -121,7 +124,7 @@ def test_ids_without_probability_count_as_such(kind, side, executor, device):
 def test_what_is_infinite_is_an_error(kind, side, executor, device):
     if device == "cuda":
         pytest.skip("there it is a device-side assertion")
-    z, other = logits(0.0)
+    z, other = (x[:1] for x in logits(0.0))
     bias = [torch.zeros(V), torch.zeros(V)]
     bias[side][5] = -torch.inf
     with pytest.raises(NotFiniteError, match=f"{kind} must be finite: .*in row 0; use skl, srkl or js"):
