@@ -79,8 +79,9 @@ def _summary(values: list[float]) -> Timing:
 def peak_bytes(step: Step, device: str) -> int:
     """Return what `step` needs above what is allocated before it, its results included.
 
-    On a CPU the resident set is sampled every millisecond, so call it in a fresh process: memory that an
-    earlier step freed may still be resident.
+    On a CPU the resident set is sampled every millisecond. Memory that an earlier step freed may still be
+    resident: some 10 MiB of noise, unless the process is fresh. Drop the gradients of an earlier step first:
+    one that `step` itself frees is missing from the peak.
     """
     if device != "cpu":
         torch.cuda.synchronize()

@@ -278,6 +278,7 @@ def measure(case: Case, device: str, repetitions: int, model: str | None = None)
     )
     for name, (loss, gemms, train_head) in sound.items():
         useful = (3 if train_head else 2) * 2 * case.tokens * case.vocab * case.hidden
+        problem.hidden.grad = problem.weight.grad = None  # what the step frees would hide what it takes
         peak = peak_bytes(step_of(problem, loss, train_head), device) / 2**20
         outputs = (problem.hidden.nbytes + train_head * problem.weight.nbytes) / 2**20
         rows[name] |= as_row(both[name]) | {

@@ -200,6 +200,7 @@ def measure(case: Case, device: str, repetitions: int) -> Rows:
         for make in (step_of, forward_of)
     )
     for name, contender in sound.items():
+        problem.hidden.grad = problem.weight.grad = None  # what the step frees would hide what it takes
         peak = peak_bytes(step_of(problem, contender), device) / 2**20
         outputs = (problem.hidden.nbytes + contender.train_head * problem.weight.nbytes) / 2**20
         rows[name] |= as_row(both[name]) | {
