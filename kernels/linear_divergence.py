@@ -13,7 +13,7 @@ of 2·N·V·D (both models counted alike), and memory above `workspace_bytes` an
                 each row is formed in the forward
     weighted    `row_weight_N` is given: all gradients are formed   4       float32 dW: that of a 16-bit head
                 in the forward                                              must fit `workspace_bytes`
-    recompute   otherwise: the forward keeps 9 numbers a row        6       none
+    recompute   otherwise: the forward keeps 11 numbers a row       6       none
 
 Sources: skewed, Ko et al., arXiv:2402.03898; adaptive, Wu et al., arXiv:2404.02657.
 
