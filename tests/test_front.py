@@ -197,3 +197,19 @@ def test_a_plain_model_is_moved_and_written(pair, tmp_path):
     for name, wrong in (("method", "fwt"), ("output_embeddings", "keep"), ("pad_to_multiple_of", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             tokenkit.transfer_vocabulary(model, *pair[::-1], **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["alm_side_path", "baseline_gold_js", "baseline_xtoken", "baseline_uld"])
+def test_a_loss_that_reads_both_tokenizers_is_made_of_them(pair, name):
+    model, teacher = tiny_model("llama", vocab_size=320), tiny_model("gpt2", vocab_size=400)
+    batch = tokenkit.AlignedCollator(*pair)([{"text": text} for text in TEXT[:2]])
+    with torch.no_grad():
+        taught = tokenkit.hidden_states(teacher, batch.teacher)
+    loss = tokenkit.make_loss(name, *pair)
+    loss(tokenkit.hidden_states(model, batch.student), taught, batch).mean.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_what_a_loss_lacks_of_the_tokenizers_is_named():
+    with pytest.raises(ValueError, match="baseline_xtoken needs projection, which two tokenizers give"):
+        tokenkit.make_loss("baseline_xtoken")

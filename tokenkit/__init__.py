@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tokenkit.data.collate import AlignedCollator
     from tokenkit.integrations import DistillationTrainer, Distiller, hidden_states
-    from tokenkit.integrations.plain import bits_per_byte, export_huggingface, transfer_vocabulary
+    from tokenkit.integrations.plain import bits_per_byte, export_huggingface, make_loss, transfer_vocabulary
     from tokenkit.kernels.linear_divergence import linear_divergence
     from tokenkit.kernels.linear_logprob import linear_logprob
     from tokenkit.kernels.projected_divergence import projected_divergence
@@ -75,6 +75,7 @@ PLACES = {
     "linear_logprob": "kernels.linear_logprob",
     "load_causal_lm": "models.causal_lm",
     "load_tokenizer": "tokenization.tokenizer",
+    "make_loss": "integrations.plain",
     "mined_loss": "losses.mined",
     "projected_divergence": "kernels.projected_divergence",
     "side_path_loss": "losses.side_path",
@@ -112,6 +113,7 @@ __all__ = [
     "linear_logprob",
     "load_causal_lm",
     "load_tokenizer",
+    "make_loss",
     "mined_loss",
     "projected_divergence",
     "side_path_loss",

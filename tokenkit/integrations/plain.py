@@ -18,15 +18,18 @@ from tokenkit.export.huggingface import ExportRequest
 from tokenkit.export.huggingface import export_huggingface as write_folder
 from tokenkit.integrations.forward import hidden_states, unwrapped
 from tokenkit.losses.fused import linear_cross_entropy
+from tokenkit.losses.registry import make_loss as make
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import settle
 from tokenkit.structs import NO_LABEL
 from tokenkit.tokenization.chat.documents import Document, document_from_row
 from tokenkit.tokenization.tokenizer import load_tokenizer
+from tokenkit.training.pair import Pair
 
 if TYPE_CHECKING:
     from tokenkit.embeddings.methods import InitOptions
     from tokenkit.embeddings.transfer import OutputEmbeddings
+    from tokenkit.losses.base import Loss
 
 
 def transfer_vocabulary(
@@ -160,6 +163,42 @@ def _check_positions(model: nn.Module, longest: int, max_length: int) -> None:
             f"max_length is {max_length}, but the model has {limit} positions: set max_length to at most "
             f"{limit}"
         )
+
+
+def make_loss(
+    name: str,
+    student_tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+    mined_mapping: str | Path | None = None,
+    pair_statistics: str | Path | None = None,
+    **options: Any,
+) -> Loss[Any]:
+    """Return a loss by its name, with what it looks up of two tokenizers: pairs of tokens, a projection.
+
+    Call it as the drop-in forms are called: `loss(student, teacher, batch).mean.backward()`. What it trains
+    beside the models (`baseline_dskd`, `alm_latents` with `project`) is made by `loss.modules` and given as
+    the fourth argument; a `Distiller` does that by itself.
+
+    Args:
+        name: of docs/losses.md ("clm", "alm_unconstrained", "baseline_xtoken", ...), or `module:function`.
+        student_tokenizer: as for `transfer_vocabulary`. None: the loss looks nothing up.
+        teacher_tokenizer: None: the student's.
+        device: where what is looked up goes.
+        mined_mapping: what `tokenkit mined-mapping` wrote, for `baseline_mined`.
+        pair_statistics: what `tokenkit pair-stats` wrote, for a side path over unbiased pairs.
+        options: fields of the loss's options, as its drop-in form has them.
+
+    Raises:
+        ValueError: no such loss or option, or tokenizers that it needs and that are not given.
+    """
+    if student_tokenizer is None:
+        return make(name, None, **options)
+    student = load_tokenizer(student_tokenizer)
+    teacher = student if teacher_tokenizer is None else load_tokenizer(teacher_tokenizer)
+    paths = (None if path is None else str(path) for path in (mined_mapping, pair_statistics))
+    return make(name, Pair(student, teacher, torch.device(device), *paths), **options)
 
 
 def _causal_lm(model: nn.Module, vocab_size: int) -> CausalLM:

@@ -319,7 +319,8 @@ def dskd_loss(
         student: hidden states, head and `embedded_BTD` of the student.
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations; with `causal`, their "unconstrained" chunks. Its tokens set the scales.
-        projections: the trained maps between the spaces.
+        projections: the trained maps between the spaces; `tokenkit.make_loss("baseline_dskd").modules` makes
+            them.
         divergence: kl, rkl, skl, srkl, js or akl.
         skew: mixing share of skl and srkl, in [0, 1].
         alpha: mass left to the tail in akl, in [0, 1].

@@ -107,7 +107,8 @@ def xtoken_loss(
         student: hidden states and head of the student.
         teacher: the same of the teacher, on its own tokens.
         batch: both tokenizations and their chunks.
-        projection: from the student's vocabulary into the teacher's.
+        projection: from the student's vocabulary into the teacher's; `tokenkit.make_loss` finds it of two
+            tokenizers.
         temperature: divides the logits of both models.
         teacher_temperature: multiplies it for the teacher.
         chunks: which of the batch's chunks.
