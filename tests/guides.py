@@ -302,7 +302,6 @@ zett --config zett model.pretrained_model_name_or_path={LLAMA}
 
 ABSENT = """
 eval model.pretrained_model_name_or_path=outputs/x tasks=[arc_easy,piqa] output=outputs/x/eval
-merge_lora base_model=meta-llama/Llama-3.2-3B-Instruct lora_model=outputs/x output_path=outputs/merged_model
 optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantization=int8 device=cuda
 export_to_onnx model_path=outputs/my_model output_path=outputs/my_model.onnx dynamic_axes=true
 run_ablations --custom-datasets configs/datasets.yaml

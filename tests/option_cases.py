@@ -6,6 +6,7 @@ IDLE where it acts only beside others.
 
 from tokenkit.commands.align import AlignOptions
 from tokenkit.commands.export import ExportConfig
+from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
 from tokenkit.commands.pair_stats import PairStatsConfig
 from tokenkit.commands.zett import ZettConfig
@@ -31,6 +32,7 @@ NEEDED = {
     },
     AlignOptions: {"student": "a", "teacher": "b"},
     ExportConfig: {"checkpoint_path": "run", "output": "out"},
+    MergeLoraConfig: {"base_model": "org/model", "lora_model": ".", "output": "out"},
 }  # fmt: skip
 
 GOLD = {"losses": ["baseline_gold"]}
@@ -131,6 +133,7 @@ IDLE = {
         "limit": (3, {"text": "x"}),
     },
     ExportConfig: {},
+    MergeLoraConfig: {},
 }  # fmt: skip
 
 ALM_ONLY = {"losses": ["alm_unconstrained"]}
@@ -295,9 +298,15 @@ ELSEWHERE = {
             ("checkpoint_path", "output", "dtype", "base_model", "base_tokenizer", "target_tokenizer_name"),
             "commands/test_export.py::test_a_checkpoint_in_the_middle_is_written_with_its_own_figures",
         ),
+        "as_adapter": "commands/test_export.py"
+        "::test_adapters_are_written_for_peft_with_the_embeddings_that_moved",
         "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
         "trust_remote_code": "commands/test_export.py::test_code_of_a_models_own_must_be_trusted_here_too",
     },
+    MergeLoraConfig: dict.fromkeys(
+        [leaf.name for leaf in leaves(MergeLoraConfig)],
+        "commands/test_merge_lora.py::test_a_folder_of_peft_and_its_base_become_one_model",
+    ),
     AlignOptions: dict.fromkeys(
         [leaf.name for leaf in leaves(AlignOptions)],
         "commands/test_align.py::test_a_text_is_shown_with_its_numbers",

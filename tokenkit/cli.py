@@ -34,6 +34,7 @@ DOORS = {
         "tokenkit.commands.export:main",
         "write the model of a run or checkpoint in Hugging Face layout",
     ),
+    "merge-lora": ("tokenkit.commands.merge_lora:main", "merge a folder of adapters into its base model"),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",
@@ -61,7 +62,6 @@ SCRIPTS = {
 ABSENT = {
     "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
     "eval_lockstep": "evaluation of several models at once is not here yet",
-    "merge_lora": "what `tokenkit train` exports has its adapters merged",
     "optimize_for_inference": "quantized models are not here yet",
     "export_to_onnx": "models in ONNX are not here yet",
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
@@ -69,7 +69,7 @@ ABSENT = {
 }
 """Scripts of other programs that have no command here, and why."""
 
-OTHER_NAMES = {"export_model": "export", "export_checkpoint": "export"}
+OTHER_NAMES = {"export_model": "export", "export_checkpoint": "export", "merge_lora": "merge-lora"}
 """Scripts of other programs that are a command here, without a file of settings."""
 
 _MULTIRUN = {"-m", "--multirun"}

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,3 +185,48 @@ def test_code_of_a_models_own_must_be_trusted_here_too(root, lora_run, tmp_path,
     monkeypatch.setattr(export, "find_checkpoint", lambda name: (tmp_path, manifest))
     assert main(["export", str(lora_run), "--output", str(tmp_path / "out")]) == ExitCode.CONFIG
     assert "--trust-remote-code" in capsys.readouterr().err
+
+
+def logits(model):
+    ids = torch.arange(40)[None] + 20
+    with torch.no_grad():
+        return model(input_ids=ids).logits[0, :, :300]
+
+
+@pytest.mark.parametrize(("tied", "target"), [(True, "target"), (False, "null")])
+def test_adapters_are_written_for_peft_with_the_embeddings_that_moved(root, tmp_path, tied, target):
+    """Seconds long: two runs of two steps; the one moves to another vocabulary, the other keeps its own."""
+    tiny_folder(tmp_path / "base", tie_word_embeddings=tied)
+    own = ["--teacher", str(root / "model")] if target == "null" else []
+    words = ["--target-tokenizer-name", target if own else str(root / target), "--steps", "2", *own]
+    config = configured(root, tmp_path / "run", "--student", str(tmp_path / "base"), *words)
+    assert train(config) == ExitCode.DONE
+    assert main(["export", str(tmp_path / "run"), "--as-adapter", "--output", str(tmp_path / "adapter")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if not own:
+        assert "resize_token_embeddings(400)" in (tmp_path / "adapter" / "README.md").read_text()
+        base.resize_token_embeddings(400, mean_resizing=False)
+    got = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
+    wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export"))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    words = ["merge_lora", f"base_model={tmp_path / 'base'}", f"lora_model={tmp_path / 'adapter'}"]
+    assert main([*words, f"output_path={tmp_path / 'merged'}"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) is tied
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--train-model-mode", "none"), "the run trained no adapters"),
+        (("--target", "byte", "--expand-input-ids"), "no adapter holds code"),
+    ],
+)
+def test_what_no_adapter_can_hold_is_refused(root, tmp_path, more, reason, capsys):
+    assert train(configured(root, tmp_path / "run", *more, "--steps", "1")) == ExitCode.DONE
+    capsys.readouterr()
+    command = ["export", str(tmp_path / "run"), "--as-adapter", "--output", str(tmp_path / "adapter")]
+    assert main(command) == ExitCode.DATA
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()

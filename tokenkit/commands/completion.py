@@ -31,6 +31,7 @@ CONFIGURED = {
     "pair-stats": "tokenkit.commands.pair_stats:PairStatsConfig",
     "zett": "tokenkit.commands.zett:ZettConfig",
     "export": "tokenkit.commands.export:ExportConfig",
+    "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",
 }

@@ -49,6 +49,10 @@ class ExportConfig:
     dtype: Dtype | None = None
     """Of the weights that are written. None: the dtype of the run."""
 
+    as_adapter: bool = False
+    """Write LoRA adapters, and the embeddings where they moved, for PeftModel.from_pretrained on the base
+    model; not merged. Their weights keep the dtype that they were trained in."""
+
     base_model: str | None = None
     """Where the model that the run began with lies now. None: where the run found it."""
 
@@ -70,6 +74,10 @@ class ExportConfig:
         names_a_folder("output", self.output)
         if self.format != "huggingface":
             raise ConfigError(f"format {self.format} is not here yet: leave it out, or set it to huggingface")
+        if self.as_adapter and self.dtype is not None:
+            raise ConfigError(
+                "as_adapter writes adapters as they were trained, and dtype is set: leave one out"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,18 +104,32 @@ def export(config: ExportConfig) -> None:
     settings = run_settings(config, manifest)
 
     from tokenkit.disk import blaming_disk
+    from tokenkit.export.adapter_folder import export_adapter
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
     from tokenkit.training.exporting import restore_student, run_facts
     from tokenkit.training.reports import measurements
 
-    with blaming_data():
-        student, state, tokenizer = restore_student(folder, manifest, settings)
+    try:
+        with blaming_data():
+            student, state, tokenizer = restore_student(folder, manifest, settings)
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{folder} was deleted while it was read: its run goes on, and keeps its newest two checkpoints; "
+            "try again"
+        ) from error
     measured = measurements(folder.parent.parent) if folder.parent.name == "checkpoints" else {}
     facts = run_facts(settings, manifest.step, measured.get(manifest.step))
     dtype = DTYPES[config.dtype or settings.training.dtype]
+    request = ExportRequest(folder=output, dtype=dtype, facts=facts)
     with blaming_disk(output):
-        export_huggingface(student, state, tokenizer, ExportRequest(folder=output, dtype=dtype, facts=facts))
+        if config.as_adapter:
+            is_changed = settings.target.target_tokenizer_name is not None or settings.target.tokens_to_add
+            export_adapter(student, state, tokenizer, request, is_changed=bool(is_changed))
+        else:
+            export_huggingface(student, state, tokenizer, request)
     print(f"step {manifest.step} of {settings.schedule.steps}, {folder}: {output}")
 
 

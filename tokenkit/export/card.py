@@ -17,6 +17,7 @@ MOVED = (
     "The rows of its vocabulary were made anew for the tokenizer in this folder by tokenkit (PyTorch), "
     "without any training."
 )
+MERGED = "Adapters were merged into the weights by tokenkit (PyTorch)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class CardFacts:
     """What it was trained with; empty: it was not."""
     lines: Mapping[str, str] = field(default_factory=dict)
     """Further lines, in order."""
+    is_moved: bool = True
+    """Its vocabulary is another than the base's."""
     title: str | None = None
     bits_per_byte: float | None = None
     """Of the exported model, on held-out text."""
@@ -50,19 +53,19 @@ def public_name(location: str) -> str:
     return (path.parent.name if path.name == "export" else path.name) + colon + rest
 
 
-def model_card(facts: CardFacts, *, needs_code: bool = False) -> str:
+def model_card(facts: CardFacts, *, needs_code: bool = False, adapter_rows: int | None = None) -> str:
     """Return the text of a model card.
 
     Args:
         facts: what is known.
         needs_code: the folder has a class of its own.
+        adapter_rows: of a folder with adapters alone, how many rows its base model must have.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     base, inherited = public_name(facts.base), _inherited(facts.base)
-    title = facts.title or (
-        f"{base}, moved to another tokenizer" if base else "A model moved to another tokenizer"
-    )
+    change = "moved to another tokenizer" if facts.is_moved else "with adapters merged"
+    title = facts.title or (f"{base}, {change}" if base else f"A model {change}")
     results = None
     if facts.bits_per_byte is not None:
         results = [
@@ -74,28 +77,44 @@ def model_card(facts: CardFacts, *, needs_code: bool = False) -> str:
         ]  # fmt: skip
     data = ModelCardData(
         base_model=base or None,
-        library_name="transformers",
+        library_name="transformers" if adapter_rows is None else "peft",
         pipeline_tag="text-generation",
-        tags=["tokenkit", "tokenizer-transfer", *(["distillation"] if _is_distilled(facts) else [])],
+        tags=[
+            "tokenkit",
+            *(["tokenizer-transfer"] if facts.is_moved else []),
+            *(["distillation"] if _is_distilled(facts) else []),
+        ],
         model_name=title if results else None,
         eval_results=results,
         **inherited,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_body(facts, needs_code)}"))
+    return str(
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_body(facts, needs_code, adapter_rows)}")
+    )
 
 
 def _is_distilled(facts: CardFacts) -> bool:
     return any(loss not in ("clm", "sft") for loss in facts.losses)
 
 
-def _body(facts: CardFacts, needs_code: bool) -> str:
+def _body(facts: CardFacts, needs_code: bool, adapter_rows: int | None) -> str:
     code = ", trust_remote_code=True" if needs_code else ""
-    what = TRAINED.format(losses=", ".join(facts.losses)) if facts.losses else MOVED
+    what = MOVED if facts.is_moved else MERGED
+    if facts.losses:
+        what = TRAINED.format(losses=", ".join(facts.losses))
     if any(loss.startswith("alm") for loss in facts.losses):
         what += " ALM: Minixhofer et al. 2025, arXiv:2503.20083."
     named = {"made from": facts.base, "teacher": facts.teacher}
     lines = {name: public_name(value) for name, value in named.items() if value} | dict(facts.lines)
     listed = "".join(f"- **{name}**: {value}\n" for name, value in lines.items())
+    if adapter_rows is not None:
+        return (
+            f"{what} This folder holds adapters for the model that it was made from.\n\n{listed}\n"
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{public_name(facts.base)}")\n'
+            f"base.resize_token_embeddings({adapter_rows})\n"
+            'model = PeftModel.from_pretrained(base, ".")\n```\n'
+        )
     return (
         f"{what}\n\n{listed}\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenkit.disk import check_vacant
 from tokenkit.errors import ExportError
+from tokenkit.export.adapters import with_adapters
 from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
 from tokenkit.export.padding import padding_id
@@ -77,7 +78,7 @@ def export_huggingface(
     weights, rows_WD = _parts_of_state(student, state)
     model = _own_model(student, weights, tokenizer, request)
     del weights  # they would keep the memory of a model that is consumed
-    _quiet_padding(model, tokenizer.vocab_size)
+    quiet_padding(model, tokenizer.vocab_size)
     set_generation(model, student, tokenizer)
 
     quiet_off_terminal()
@@ -137,15 +138,16 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
     if not hasattr(student.model, "peft_config"):
         _load(model, state)
         return model.eval()
-    from peft import get_peft_model
-
     (peft_config,) = student.model.peft_config.values()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers about a name that peft uses
-        wrapped = get_peft_model(model, peft_config).eval()
+    wrapped = with_adapters(model, peft_config)
     _load(wrapped, state)
     apart_T = _sample_logp(wrapped, tokenizer, student.form)
-    merged = wrapped.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, that it unties what it copied; it is tied again here
+        merged = wrapped.merge_and_unload()
+    if getattr(student.config, "tie_word_embeddings", False):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
     _check_agreement(
         _sample_logp(merged, tokenizer, student.form), apart_T, "the model, its adapters merged,"
     )
@@ -153,7 +155,7 @@ def merged_model(student: CausalLM, state: Mapping[str, Tensor], tokenizer: Toke
 
 
 @torch.no_grad()
-def _quiet_padding(model: PreTrainedModel, vocab_size: int) -> None:
+def quiet_padding(model: PreTrainedModel, vocab_size: int) -> None:
     """Give the rows of the head behind the last token their final values: the mean of all others.
 
     In training they take no probability, so nothing holds them down. Whoever loads the folder computes a
@@ -231,7 +233,7 @@ def _check(
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
     ).eval()
-    ids_BT = _sample_batch(loaded, tokenizer)
+    ids_BT = sample_batch(loaded, tokenizer)
     logits_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0, :, : tokenizer.vocab_size]
     got_T = logits_TV[:-1].log_softmax(-1).gather(-1, ids_BT[0, 1:, None])[:, 0]
     whole = None if expansion is None else expansion.float()
@@ -247,7 +249,7 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
     from transformers import AutoModelForCausalLM
 
-    ids_BT = _sample_batch(model, tokenizer)
+    ids_BT = sample_batch(model, tokenizer)
     expected_TV, dtype = model(input_ids=ids_BT, use_cache=False).logits[0].float(), model.dtype
     model.to("meta")
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -257,7 +259,8 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     _check_agreement(got_TV.flatten(), expected_TV.flatten(), f"{folder}: the model, loaded back,")
 
 
-def _sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
+def sample_batch(model: PreTrainedModel, tokenizer: Tokenizer) -> Tensor:
+    """Return the ids of a text in several scripts, int64 [1, T], no more than the model has positions."""
     ids = sample_ids(tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
     return torch.from_numpy(ids[:limit]).long()[None]
@@ -268,7 +271,7 @@ def _sample_logp(
     model: PreTrainedModel, tokenizer: Tokenizer, form: HeadForm, expansion: InputExpansion | None = None
 ) -> Tensor:
     """Return the log-probability of each token of the sample, as the losses compute it."""
-    ids_BT = _sample_batch(model, tokenizer)
+    ids_BT = sample_batch(model, tokenizer)
     causal_lm = CausalLM(model, tokenizer.vocab_size)
     causal_lm.form, causal_lm.expansion = form, expansion
     states = causal_lm(ids_BT)

@@ -67,6 +67,16 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
     return model
 
 
+def stored_dtype(name_or_path: str, options: LoadOptions) -> torch.dtype:
+    """Return the dtype that a model's configuration gives its weights; float32 where it gives none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 def has_own_code(model: Any) -> bool:
     """Whether a model's class came with its folder, which `trust_remote_code` allowed to run."""
     return not type(model).__module__.startswith("transformers.")
@@ -127,9 +137,8 @@ def check_path(name_or_path: str) -> None:
     if (path / "adapter_config.json").is_file():
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
-            f"{name_or_path} holds a PEFT adapter of {base!r}, not a model: merge it first "
-            "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)), and name "
-            "the merged folder"
+            f"{name_or_path} holds a PEFT adapter of {base!r}, not a model: merge it first (`tokenkit "
+            "merge-lora`), and name the merged folder"
         )
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name_or_path} has no config.json: it is not a Hugging Face model folder")
