@@ -124,8 +124,12 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(root, monkeypatch, capsys):
 def test_a_crash_between_weights_and_json_is_resumed(root, monkeypatch):
     from tokenkit.embeddings import hypernet_files
 
-    def crash(*_):
-        raise KeyboardInterrupt
+    write = hypernet_files.write_durably
+
+    def crash(path, content):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write(path, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(hypernet_files, "write_durably", crash)

@@ -48,6 +48,11 @@ class World:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line on standard error, from the rank that writes."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
 
 def start(
     *,

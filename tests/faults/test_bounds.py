@@ -27,7 +27,7 @@ from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.folder import staging_folder
 from tokenkit.run.metrics import read_metrics
 from tokenkit.run.redaction import is_secret_name
-from tokenkit.training.finished import go_on
+from tokenkit.training.loop import go_on
 from tokenkit.training.reports import _measurements
 
 BASE = {"student.pretrained_model_name_or_path": "m", "data.dataset_name": "d", "losses": "clm"}

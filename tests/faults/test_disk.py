@@ -155,9 +155,9 @@ def test_a_folder_that_is_removed_ends_the_run(make_config, tmp_path, monkeypatc
 
     step = loop._one_step
 
-    def remove_lock(session):
-        session.lock.path.unlink(missing_ok=True)
-        step(session)
+    def remove_lock(training):
+        training.session.lock.path.unlink(missing_ok=True)
+        step(training)
 
     monkeypatch.setattr(loop, "_one_step", remove_lock)
     with pytest.raises(DiskError, match=r"\.lock is gone or of another run"):

@@ -25,6 +25,7 @@ from tokenkit.run.signals import StopRequest
 from tokenkit.training import loop
 from tokenkit.training.ending import Ending, _Beats, _first_line, _record, begin_outcome, ending
 from tokenkit.training.reports import Reports
+from tokenkit.training.session import Session
 
 
 def fail(world):
@@ -203,11 +204,11 @@ def test_a_signal_that_came_to_another_rank_first_breaks_off_no_save(
 ):
     save = loop._save
 
-    def be_told_late(session):
+    def be_told_late(training):
         os.kill(os.getpid(), signal.SIGTERM)
-        save(session)
+        save(training)
 
-    monkeypatch.setattr(loop, "_any_rank", lambda flag, session: session.parts.run.step == 1)
+    monkeypatch.setattr(Session, "any_rank", lambda session, flag: session.ending.step == 1)
     monkeypatch.setattr(loop, "_save", be_told_late)
     assert loop.train(make_config(losses=["clm"])) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
@@ -344,14 +345,14 @@ def test_what_gloo_says_is_told_in_a_short_line(said, line):
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_on_the_end_is_not_lost(make_config, monkeypatch):
-    agree = loop._any_rank
+    agree = Session.any_rank
 
-    def be_told_last(flag, session):
-        found = agree(flag, session)
-        if session.parts.run.step == 1:
+    def be_told_last(session, flag):
+        found = agree(session, flag)
+        if session.ending.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(loop, "_any_rank", be_told_last)
+    monkeypatch.setattr(Session, "any_rank", be_told_last)
     with pytest.raises(StoppedError, match="stopped by SIGTERM: all steps are taken and saved"):
         loop.train(make_config(steps=1, losses=["clm"], eval_interval=10, save_interval=10))

@@ -108,12 +108,12 @@ def run_and_score(world, config):
     """Train to the end; return ids of a batch, which of them count, and their nats under the live student."""
     scored, export = [], loop._export
 
-    def score_and_export(session):
-        batch = session.parts.heldout[0].batch
-        nats = session.parts.run.model(Evaluate(batch))[0]
+    def score_and_export(training):
+        batch = training.parts.heldout[0].batch
+        nats = training.parts.run.model(Evaluate(batch))[0]
         scored.extend([batch.student.ids_BT, batch.student.trained_BT, nats])
-        assert isinstance(session.parts.run.model, FSDPModule)
-        export(session)
+        assert isinstance(training.parts.run.model, FSDPModule)
+        export(training)
 
     loop.start, loop._export = lambda **_: world, score_and_export
     assert loop.train(config) == ExitCode.DONE

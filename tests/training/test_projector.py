@@ -191,7 +191,7 @@ def test_the_export_gives_the_trained_students_probabilities(make_config, tmp_pa
 
     seen = []
     exported = loop._export
-    monkeypatch.setattr(loop, "_export", lambda session: (seen.append(session), exported(session)))
+    monkeypatch.setattr(loop, "_export", lambda training: (seen.append(training), exported(training)))
     train(make_config(**NETWORK, train_model_mode=mode))
     student = seen[0].parts.student.eval()
     ids_BT = torch.randint(3, 400, (2, 9))

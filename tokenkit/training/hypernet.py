@@ -36,6 +36,7 @@ from tokenkit.embeddings.unigram_sampler import (
     distractors,
     sample_tokenizer,
 )
+from tokenkit.errors import NonFiniteError
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
 from tokenkit.optim import LearningRate, set_learning_rate
@@ -242,7 +243,7 @@ class HypernetTrainer:
         predicted = Predicted(self.model, rows[0], rows[-1], bias_V)
         states = self.model(ids_BT, predicted)
         if not bool(states.hidden_BTD.isfinite().all()):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "the model's hidden states are not finite under the predicted rows: lower learning_rate"
             )
         is_trained_BT = is_token_BT[:, 1:]
@@ -257,14 +258,14 @@ def take_step(trainer: HypernetTrainer, state: State, rate: LearningRate) -> dic
     """Run the step that is next, and return its figures.
 
     Raises:
-        FloatingPointError: a loss that is not finite; nothing was updated.
+        NonFiniteError: a loss that is not finite; nothing was updated.
     """
     optimizer = state.optimizer
     assert optimizer is not None
     set_learning_rate(optimizer, rate(state.step))
     loss, figures = trainer.loss(state.step)
     if not math.isfinite(float(loss.detach())):
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"the loss of step {state.step + 1} is {float(loss.detach())}: lower learning_rate"
         )
     optimizer.zero_grad()

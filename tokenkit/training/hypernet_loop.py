@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenkit.config import to_dict, to_yaml
+from tokenkit.config import to_dict
 from tokenkit.config.hypernet import TrainHypernetConfig
 from tokenkit.data.mix import Mix, open_data
-from tokenkit.disk import write_durably
 from tokenkit.embeddings.hypernet import Hypernet
 from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest, save_hypernet
 from tokenkit.errors import ConfigError, ExitCode, blaming_data
@@ -26,33 +23,26 @@ from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.optim_options import OptimizerOptions
 from tokenkit.parallel import World, start
-from tokenkit.run import checkpoint
 from tokenkit.run.checkpoint import Identity, State
-from tokenkit.run.folder import RunLock, prepare_output
-from tokenkit.run.metrics import MetricsFile, Progress, draw_curves
+from tokenkit.run.metrics import draw_curves
 from tokenkit.run.signals import StopRequest
 from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.build import check_is_the_models_own
-from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.hypernet import HypernetTrainer, old_matrices, take_step
+from tokenkit.training.reports import Reports
+from tokenkit.training.session import Session, check_same, taken
 
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
-    """A run that has begun."""
+class Parts:
+    """What a run is made of."""
 
-    config: TrainHypernetConfig
-    folder: Path
     mix: Mix
     trainer: HypernetTrainer
-    state: State
     about: dict[str, Any]
     """What hypernet.json says beside the network's shape."""
-    world: World
-    stop: StopRequest
-    ending: Ending
 
 
 def train(config: TrainHypernetConfig) -> int:
@@ -61,115 +51,73 @@ def train(config: TrainHypernetConfig) -> int:
     Raises:
         ValueError, FileNotFoundError: a model, a tokenizer or data that cannot be read or do not fit.
         FileExistsError: the output is not empty, and `resume` is off.
-        FloatingPointError: a loss that is not finite.
+        NonFiniteError: a loss that is not finite.
     """
     folder = Path(config.output).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("train-hypernet runs in one process: start it without torchrun")
     world = start()
-    with StopRequest() as stop_request, ExitStack() as stack:
+    with StopRequest() as stop_request:
         if config.resume and (folder / ABOUT).is_file():
-            _check_finished(folder, _open(config, world)[2])
-            print(f"{folder}: this hypernetwork is trained; there is nothing to resume", file=sys.stderr)
+            done, now = _identity(load_hypernet(folder)[1]), _identity(_open(config, world).about)
+            check_same(folder, done, now, MAY_DIFFER)
+            world.say(f"{folder}: this hypernetwork is trained; there is nothing to resume")
             return ExitCode.DONE
-        prepare_output(folder, resume=config.resume)
-        stack.enter_context(RunLock(folder))
-        begin_outcome(folder)
-        end = stack.enter_context(ending(folder, world, math.inf))
-        mix, trainer, about = _open(config, world)
-        if not (folder / "config.yaml").exists():
-            write_durably(folder / "config.yaml", to_yaml(config))
-        optimizer = build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
-        state = State(trainer.hypernet, optimizer)
-        session = Session(config, folder, mix, trainer, state, about, world, stop_request, end)
-        end.code, end.reason = _train(session, _restore(session) if config.resume else 0.0)
-    return end.code
+        begun = taken(folder, config, world, stop_request, resume=config.resume, hang_timeout=math.inf)
+        with begun as session:
+            session.ending.code, session.ending.reason = _train(config, session, _open(config, world))
+    return session.ending.code
 
 
-def _open(config: TrainHypernetConfig, world: World) -> tuple[Mix, HypernetTrainer, dict[str, Any]]:
-    with blaming_data():
-        mix, _ = open_data(config.data, config.schedule.seed)
-    return mix, *_trainer(config, mix, world)
-
-
-def _identity(about: Mapping[str, Any]) -> Identity:
+def _identity(about: dict[str, Any]) -> Identity:
     names = ("base_model", "old_tokenizer")
     return Identity(about["config"], {name: about[name]["fingerprint"] for name in names})
 
 
-def _check_finished(folder: Path, about: Mapping[str, Any]) -> None:
-    """Refuse to call a run done that another configuration has done.
-
-    Raises:
-        ValueError: with each difference.
-    """
-    done = _identity(load_hypernet(folder)[1])
-    if changes := checkpoint.differences(done, _identity(about), MAY_DIFFER):
-        raise ValueError(
-            f"{folder} holds a hypernetwork that was trained otherwise (then -> now):\n  "
-            + "\n  ".join(changes)
-            + "\nchoose another output"
-        )
+def _open(config: TrainHypernetConfig, world: World) -> Parts:
+    with blaming_data():
+        mix, _ = open_data(config.data, config.schedule.seed)
+    return Parts(mix, *_trainer(config, mix, world))
 
 
-def _restore(session: Session) -> float:
-    """Go on from the newest checkpoint, if there is one; return the seconds that it took to get there."""
-    state, root = session.state, session.folder / "checkpoints"
-    found = checkpoint.restore(root, state, _identity(session.about), session.world, may_differ=MAY_DIFFER)
-    if found is None:
-        return 0.0
-    session.mix.load_state_dict(state.extra["data"])
-    session.trainer.load_state_dict(state.extra["trainer"])
-    print(f"resuming after step {state.step} from {found}", file=sys.stderr)
-    return float(state.extra["seconds"])
-
-
-def _train(session: Session, seconds: float) -> tuple[ExitCode, str]:
-    """Take the steps that are left and write; `seconds` were spent before."""
-    config, state, folder = session.config, session.state, session.folder
-    schedule = config.schedule
+def _train(config: TrainHypernetConfig, session: Session, parts: Parts) -> tuple[ExitCode, str]:
+    """Go on from the newest checkpoint, take the steps that are left, and write."""
+    schedule, folder, trainer = config.schedule, session.folder, parts.trainer
+    state = State(
+        trainer.hypernet, build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
+    )
+    began, resumed_at = time.perf_counter(), None
+    if session.restore(state, _identity(parts.about), MAY_DIFFER) is not None:
+        parts.mix.load_state_dict(state.extra["data"])
+        trainer.load_state_dict(state.extra["trainer"])
+        began, resumed_at = began - float(state.extra["seconds"]), state.step
     rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
-    metrics = MetricsFile(folder, step=state.step, is_main=True)
-    progress = Progress(schedule.steps, state.step, is_main=True)
-    began = time.perf_counter() - seconds
-    try:
-        stop_request = session.stop
-        with stop_request.waiting_for_step(
-            "all steps are taken; --resume takes those behind the last checkpoint"
-        ):
-            while state.step < schedule.steps:
-                figures = take_step(session.trainer, state, rate)
-                session.ending.step = state.step
-                progress.update(state.step, loss=figures.get("loss/clm", figures.get("loss/identity")))
-                is_last = state.step == schedule.steps
-                if state.step % schedule.logging_interval == 0 or state.step == 1 or is_last:
-                    metrics.write(state.step, figures)
-                stopping = stop_request.asked is not None
-                if stopping or (state.step % config.save_interval == 0 and not is_last):
-                    metrics.sync()
-                    _save(session, time.perf_counter() - began)
-                if stopping:
-                    words = f"stopped by {stop_request.asked} after step {state.step}: go on with --resume"
-                    print(words, file=sys.stderr)
-                    return ExitCode.PREEMPTED, words
-    finally:
-        progress.close()
-        with suppress(OSError) if sys.exception() else nullcontext():  # the first error is the one to see
-            metrics.close()
+    reports = Reports.open(folder, schedule.steps, resumed_at, is_main=True)
+    after = "all steps are taken; --resume takes those behind the last checkpoint"
+    with reports, session.stop.waiting_for_step(after):
+        for step in session.steps(schedule.steps):
+            figures = take_step(trainer, state, rate)
+            session.ending.step, is_last = step, step == schedule.steps
+            reports.progress.update(step, loss=figures.get("loss/clm", figures.get("loss/identity")))
+            if step % schedule.logging_interval == 0 or step == 1 or is_last:
+                reports.metrics.write(step, figures)
+            if step % config.save_interval == 0 and not is_last:
+                _save(session, parts, reports, began)
+        if session.is_stopped():
+            _save(session, parts, reports, began)
+            return session.stopped()
+    session.stop.raise_if_asked()
     seconds = round(time.perf_counter() - began, 1)
-    save_hypernet(folder, session.trainer.hypernet, {**session.about, "seconds": seconds})
+    save_hypernet(folder, trainer.hypernet, {**parts.about, "seconds": seconds})
     draw_curves(folder)
     print(f"{schedule.steps} steps in {seconds:.0f} s: {folder}")
     return ExitCode.DONE, f"{schedule.steps} steps done"
 
 
-def _save(session: Session, seconds: float) -> None:
-    session.state.extra = {
-        "data": session.mix.state_dict(),
-        "trainer": session.trainer.state_dict(),
-        "seconds": seconds,
-    }
-    checkpoint.save(session.folder / "checkpoints", session.state, _identity(session.about), session.world)
+def _save(session: Session, parts: Parts, reports: Reports, began: float) -> None:
+    reports.sync()
+    seconds, trainer = time.perf_counter() - began, parts.trainer.state_dict()
+    session.save({"data": parts.mix.state_dict(), "trainer": trainer, "seconds": seconds})
 
 
 def _optimizer_options(config: TrainHypernetConfig) -> OptimizerOptions:

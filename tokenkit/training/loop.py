@@ -4,70 +4,52 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenkit.config import TrainConfig, to_dict, to_yaml
+from tokenkit.config import TrainConfig, to_dict
 from tokenkit.config.models import ModelSource
-from tokenkit.disk import blaming_disk, write_durably
-from tokenkit.errors import DataError, DiskError, ExitCode, NonFiniteError, blaming_data
+from tokenkit.disk import blaming_disk
+from tokenkit.errors import CheckpointError, DataError, ExitCode, NonFiniteError, blaming_data
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
-from tokenkit.parallel import (
-    World,
-    all_reduce_counts,
-    barrier,
-    broadcast_json,
-    gather_json,
-    start,
-    stop,
-    together,
-)
-from tokenkit.run import checkpoint
+from tokenkit.parallel import World, barrier, broadcast_json, gather_json, start, stop, together
 from tokenkit.run.checkpoint import Identity, State
-from tokenkit.run.folder import RunLock, prepare_output
 from tokenkit.run.metrics import draw_curves
+from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.run.signals import StopRequest
 from tokenkit.training.build import Parts, build
-from tokenkit.training.ending import Ending, begin_outcome, ending
 from tokenkit.training.exporting import run_facts, student_state
-from tokenkit.training.finished import (
-    MAY_DIFFER,
-    check_finished,
-    export_folder,
-    go_on,
-    is_finished,
-    refuse_old_export,
-)
 from tokenkit.training.notes import describe
+from tokenkit.training.prefix_stage import take_over
 from tokenkit.training.reports import Reports
+from tokenkit.training.session import Session, check_same, taken
 from tokenkit.training.step import train_step
+
+MAY_DIFFER = (  # of the configuration, on resume: what moves no number
+    "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
+    "logging_interval", "save_interval", "sync_interval", "eval_interval",
+    "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
+    "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
-    """One process's view of a run that has begun."""
+class Training:
+    """One process's view of a run whose parts are loaded."""
 
     config: TrainConfig
-    world: World
-    folder: Path
+    session: Session
     parts: Parts
-    state: State
-    identity: Identity
     reports: Reports
-    is_resumed: bool
-    """It goes on from a checkpoint."""
-    lock: RunLock
-    ending: Ending
-    stop: StopRequest
 
 
 def train(config: TrainConfig) -> int:
@@ -111,7 +93,7 @@ def _dry_run(config: TrainConfig, world: World) -> int:
                 "no token of the first step is trained: look at max_length_new, loss_mask_mode, data"
             )
         losses = ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
-        _say(world, f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
+        world.say(f"dry run: {losses}, gradient norm {report.grad_norm:.4f}; nothing was written")
     parts.batches.close()
     return ExitCode.DONE
 
@@ -126,48 +108,86 @@ def _build(config: TrainConfig, world: World) -> Parts:
 
 def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequest) -> int:
     """Take the folder, build, restore, train, export; say in outcome.json how it ended."""
-    if config.run.resume and broadcast_json(is_finished(folder, config), world):
+    if config.run.resume and broadcast_json(_is_finished(folder, config), world):
         with together("compare the finished run", world):
-            check_finished(folder, config)
-        _say(world, f"{folder}: this run is done and exported; there is nothing to resume")
+            done = Identity(read_manifest(_last_checkpoint(folder, config)).config)
+            check_same(folder, done, Identity(to_dict(config)), MAY_DIFFER)
+        world.say(f"{folder}: this run is done and exported; there is nothing to resume")
         return ExitCode.DONE
-    lock = RunLock(folder)
-    with ExitStack() as stack:
-        with together("prepare the output folder", world):
-            if world.is_main:
-                prepare_output(folder, resume=config.run.resume)
-                refuse_old_export(export_folder(config))
-                stack.enter_context(lock)
-                begin_outcome(folder)
-        state = stack.enter_context(ending(folder, world, config.parallel.hang_timeout))
+    begun = taken(
+        folder,
+        config,
+        world,
+        stop_request,
+        resume=config.run.resume,
+        hang_timeout=config.parallel.hang_timeout,
+        export=_export_folder(config),
+    )
+    with begun as session:
         parts = _build(config, world)
-        stack.callback(parts.batches.close)
-        _say(world, describe(parts, config))
-        session = _begin(folder, config, world, parts, (lock, state, stop_request))
-        state.code, state.reason = _train(session)
-    return state.code
+        with closing(parts.batches):
+            world.say(describe(parts, config))
+            training = _begin(config, session, parts)
+            session.ending.code, session.ending.reason = _train(training)
+    return session.ending.code
 
 
-def _begin(
-    folder: Path, config: TrainConfig, world: World, parts: Parts, around: tuple[RunLock, Ending, StopRequest]
-) -> Session:
+def _export_folder(config: TrainConfig) -> Path:
+    """Return where the model is written in Hugging Face layout."""
+    return Path(config.run.export_to or Path(config.run.output_dir) / "export")
+
+
+def _last_checkpoint(folder: Path, config: TrainConfig) -> Path:
+    return folder / "checkpoints" / f"step_{config.schedule.steps:08d}"
+
+
+def _is_finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in `folder` came to its end: it took this number of steps, and its export is whole.
+
+    An export gets its name only after it was checked, so its name says that nothing is missing.
+    """
+    return _last_checkpoint(folder, config).is_dir() and (_export_folder(config) / "config.json").is_file()
+
+
+def _begin(config: TrainConfig, session: Session, parts: Parts) -> Training:
     """Restore the newest checkpoint if asked to, and open the reports where it ends."""
-    run = parts.run
+    run, world = parts.run, session.world
     state = State(module=run.model, optimizer=run.optimizer)
     fingerprints = parts.tokenizers.fingerprints() | _model_fingerprints(config, parts)
-    identity = Identity(config=to_dict(config), fingerprints=fingerprints)
-    found = None
-    if config.run.resume:
-        found = checkpoint.restore(folder / "checkpoints", state, identity, world, may_differ=MAY_DIFFER)
-        if found is not None:
-            go_on(parts, state, world, found)
-            _say(world, f"resuming after step {run.step} from {found}")
-    if world.is_main and not (folder / "config.yaml").exists():
-        write_durably(folder / "config.yaml", to_yaml(config))
-    around[1].step = run.step
+    about = to_dict(config)
+    if (found := session.restore(state, Identity(about, fingerprints), MAY_DIFFER)) is not None:
+        go_on(parts, state, world, found)
     resumed_at = None if found is None else run.step
-    reports = Reports.open(folder, config, resumed_at, is_main=world.is_main)
-    return Session(config, world, folder, parts, state, identity, reports, found is not None, *around)
+    shown = config.run.report_to, about
+    reports = Reports.open(session.folder, config.schedule.steps, resumed_at, world.is_main, *shown)
+    return Training(config, session, parts, reports)
+
+
+def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
+    """Go on from what a checkpoint holds beside its tensors.
+
+    Raises:
+        CheckpointError: it holds something else than a run writes.
+    """
+    run, extra = parts.run, state.extra
+    run.step = state.step
+    take_over(run)
+    try:
+        value, good_steps = extra["loss_scale"]
+        try:
+            run.loss_scale.value, run.loss_scale.good_steps = float(value), int(good_steps)
+            run.untrained_steps = int(extra.get("untrained_steps", 0))
+        except ValueError as error:
+            raise TypeError(str(error)) from error
+        # counted over all ranks: one of them goes on counting
+        untokenized = extra.get("untokenized", {}) if world.is_main else {}
+        parts.batches.load_state_dict(extra["data"], untokenized)
+        run.objective.load_state_dict(extra["objective"])
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{found} holds no state that this run can go on from ({error!r}): the checkpoint was changed by "
+            "hand; move it away, and the one before it is used"
+        ) from error
 
 
 def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
@@ -182,90 +202,72 @@ def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
     }
 
 
-def _train(session: Session) -> tuple[ExitCode, str]:
-    run, reports, stop_request = session.parts.run, session.reports, session.stop
-    with reports, stop_request.waiting_for_step("all steps are taken and saved, --resume exports"):
-        _before_steps(session)
-        while run.step < session.config.schedule.steps and not _is_asked_to_stop(session):
-            _one_step(session)
-        if _any_rank(stop_request.asked is not None, session):
-            session.ending.at("saving")
-            _save(session)  # in this block: the signal of another rank may reach this one only now
-            name = stop_request.asked or "a signal to another rank"
-            words = f"stopped by {name} after step {run.step}: go on with --resume"
-            _say(session.world, words)
-            return ExitCode.PREEMPTED, words
-    stop_request.raise_if_asked()  # heard by no rank in the block: it came while they asked each other
-    _say_left_out(session)
+def _train(training: Training) -> tuple[ExitCode, str]:
+    session, reports = training.session, training.reports
+    with reports, session.stop.waiting_for_step("all steps are taken and saved, --resume exports"):
+        _before_steps(training)
+        for _ in session.steps(training.config.schedule.steps, partial(_is_ready, training)):
+            _one_step(training)
+        if session.is_stopped():
+            _save(training)  # in this block: the signal of another rank may reach this one only now
+            return session.stopped()
+    session.stop.raise_if_asked()  # heard by no rank in the block: it came while they asked each other
+    _say_left_out(training)
     if (summary := reports.summary()) is not None:
-        _say(session.world, summary)
+        session.world.say(summary)
     if session.world.is_main:
         draw_curves(session.folder)
     session.ending.at("exporting")
-    _export(session)
-    return ExitCode.DONE, f"{run.step} steps done"
+    _export(training)
+    return ExitCode.DONE, f"{session.ending.step} steps done"
 
 
-def _before_steps(session: Session) -> None:
-    if session.parts.run.step or session.is_resumed:
+def _before_steps(training: Training) -> None:
+    if training.session.is_resumed:
         return  # a checkpoint of step 0 comes after its evaluation
-    if session.config.evaluation.eval_at_step_zero:
-        _evaluate(session)
-    if session.config.schedule.save_at_step_zero:
-        _save(session)
+    if training.config.evaluation.eval_at_step_zero:
+        _evaluate(training)
+    if training.config.schedule.save_at_step_zero:
+        _save(training)
 
 
-def _is_asked_to_stop(session: Session) -> bool:
-    """Wait for the data of the next step; True on every rank where a signal reached one of them."""
-    run, stop_request = session.parts.run, session.stop
-    session.ending.at(f"waiting for the data of step {run.step + 1}")
+def _is_ready(training: Training) -> bool:
+    """Wait for the data of the next step; False: a signal came."""
+    stop_request, timeout = training.session.stop, training.config.parallel.hang_timeout
     with blaming_data():
-        is_ready = session.parts.batches.ready(
-            session.config.parallel.hang_timeout, lambda: stop_request.asked is not None
-        )
-    session.ending.at(f"step {run.step + 1}")
-    return _any_rank(not is_ready or stop_request.asked is not None, session)
+        return training.parts.batches.ready(timeout, lambda: stop_request.asked is not None)
 
 
-def _one_step(session: Session) -> None:
-    config, run, reports = session.config, session.parts.run, session.reports
+def _one_step(training: Training) -> None:
+    config, run, reports = training.config, training.parts.run, training.reports
     schedule = config.schedule
     with blaming_data():
-        micro_batches = next(session.parts.batches)
+        micro_batches = next(training.parts.batches)
     report = train_step(run, micro_batches)
     run.step += 1
-    session.ending.step = run.step
+    training.session.ending.step = run.step
     if report.skipped == "untrained":
         reports.untrained(run.step, run.untrained_steps)
     is_last = run.step == schedule.steps
     reports.step(run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last))
     if _due(run.step, config.evaluation.eval_interval, is_last):
-        session.ending.at("evaluating")
-        _evaluate(session)
+        _evaluate(training)
     if _due(run.step, schedule.save_interval, is_last):
-        session.ending.at("saving")
-        _save(session)
+        _save(training)
     if run.step % schedule.sync_interval == 0:
-        barrier(session.world)
+        barrier(training.session.world)
 
 
 def _due(step: int, interval: int, always: bool) -> bool:
     return always or step % interval == 0
 
 
-def _any_rank(flag: bool, session: Session) -> bool:
-    """Whether the flag is up on some rank: a signal may reach only one."""
-    value = torch.tensor(float(flag))
-    if session.world.mesh is None:
-        return flag
-    return float(all_reduce_counts({"flag": value}, session.parts.run.step, session.world)["flag"]) > 0
-
-
-def _evaluate(session: Session) -> None:
-    parts = session.parts
+def _evaluate(training: Training) -> None:
+    parts, session = training.parts, training.session
+    session.ending.at("evaluating")
     if parts.heldout:
         measured = bits_per_byte(parts.run.model, parts.heldout, session.world, parts.run.step)
-        session.reports.evaluation(parts.run.step, measured)
+        training.reports.evaluation(parts.run.step, measured)
         if not math.isfinite(measured.student):
             cause = "the update of that step spoiled it" if parts.run.step else "before any update"
             raise NonFiniteError(
@@ -275,65 +277,54 @@ def _evaluate(session: Session) -> None:
             )
 
 
-def _save(session: Session) -> None:
-    run, state = session.parts.run, session.state
-    if session.world.is_main and not session.lock.is_held():
-        raise DiskError(
-            f"{session.lock.path} is gone or of another run: the folder was removed or taken while the run "
-            "went on, and nothing was written there; choose another output_dir, or start again"
-        )
-    untokenized = _untokenized(session)
-    session.reports.left_out(run.step, session.parts.batches.skipped + untokenized)
-    session.reports.sync()
-    state.step, state.optimizer = run.step, run.stage.optimizer
-    scale = (run.loss_scale.value, run.loss_scale.good_steps)
-    state.extra = {
-        "data": session.parts.batches.state_dict(),
-        "untokenized": untokenized,
-        "loss_scale": scale,
-        "objective": run.objective.state_dict(),
-        "untrained_steps": run.untrained_steps,
-    }
-    root = session.folder / "checkpoints"
-    if not (root / f"step_{run.step:08d}").exists():
-        checkpoint.save(root, state, session.identity, session.world)
+def _save(training: Training) -> None:
+    session, run, batches = training.session, training.parts.run, training.parts.batches
+    session.ending.at("saving")
+    untokenized = _untokenized(training)
+    training.reports.left_out(run.step, batches.skipped + untokenized)
+    training.reports.sync()
+    session.state.optimizer = run.stage.optimizer
+    session.save(
+        {
+            "data": batches.state_dict(),
+            "untokenized": untokenized,
+            "loss_scale": (run.loss_scale.value, run.loss_scale.good_steps),
+            "objective": run.objective.state_dict(),
+            "untrained_steps": run.untrained_steps,
+        }
+    )
 
 
-def _untokenized(session: Session) -> Counter[str]:
+def _untokenized(training: Training) -> Counter[str]:
     """Count the documents that could not be tokenized, over all ranks; every rank calls it."""
-    return sum(map(Counter, gather_json(session.parts.batches.untokenized, session.world)), Counter())
+    world, batches = training.session.world, training.parts.batches
+    return sum(map(Counter, gather_json(batches.untokenized, world)), Counter())
 
 
-def _say_left_out(session: Session) -> None:
+def _say_left_out(training: Training) -> None:
     """Say which rows were no documents, or could not be tokenized: counts and reasons, no text."""
-    left_out = session.parts.batches.skipped + _untokenized(session)
-    if skipped := session.parts.run.untrained_steps:
-        _say(session.world, f"steps skipped, because no token of theirs is trained: {skipped:,}")
+    world, batches = training.session.world, training.parts.batches
+    left_out = batches.skipped + _untokenized(training)
+    if skipped := training.parts.run.untrained_steps:
+        world.say(f"steps skipped, because no token of theirs is trained: {skipped:,}")
     if left_out:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
-        _say(session.world, f"rows left out: {reasons}")
-    altered = sum(map(Counter, gather_json(session.parts.batches.altered, session.world)), Counter[str]())
+        world.say(f"rows left out: {reasons}")
+    altered = sum(map(Counter, gather_json(batches.altered, world)), Counter[str]())
     if altered:
-        _say(session.world, f"characters that a tokenizer cannot write, dropped or replaced: {dict(altered)}")
+        world.say(f"characters that a tokenizer cannot write, dropped or replaced: {dict(altered)}")
 
 
-def _export(session: Session) -> None:
+def _export(training: Training) -> None:
     """Gather the student on rank 0 and write it in Hugging Face layout."""
-    config, measured = session.config, session.reports.bits_per_byte
-    state = student_state(session.parts.run.model, session.parts.student)
-    with together("export the student", session.world):
-        if session.world.is_main:
-            facts = run_facts(config, session.parts.run.step, measured)
+    config, parts, world = training.config, training.parts, training.session.world
+    state = student_state(parts.run.model, parts.student)
+    with together("export the student", world):
+        if world.is_main:
+            facts = run_facts(config, parts.run.step, training.reports.bits_per_byte)
             request = ExportRequest(
-                folder=export_folder(config), dtype=DTYPES[config.training.dtype], facts=facts
+                folder=_export_folder(config), dtype=DTYPES[config.training.dtype], facts=facts
             )
             with blaming_disk(request.folder):
-                folder = export_huggingface(
-                    session.parts.student, state, session.parts.tokenizers.target, request
-                )
-            _say(session.world, f"exported to {folder}")
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, file=sys.stderr, flush=True)
+                folder = export_huggingface(parts.student, state, parts.tokenizers.target, request)
+            world.say(f"exported to {folder}")

@@ -6,10 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
-from tokenkit.config import TrainConfig, to_dict
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.run.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
 from tokenkit.run.redaction import complain
@@ -39,14 +38,22 @@ class Reports:
     since: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(cls, folder: Path, config: TrainConfig, resumed_at: int | None, *, is_main: bool) -> Reports:
+    def open(
+        cls,
+        folder: Path,
+        steps: int,
+        resumed_at: int | None,
+        is_main: bool,
+        report_to: str = "none",
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Reports:
         """Open all reports of the run in `folder`, which goes on from a checkpoint of step `resumed_at`.
 
         None: it begins, and measures step 0 again where a run died before its first checkpoint.
         """
         metrics = MetricsFile(folder, step=resumed_at, is_main=is_main)
-        trackers = Trackers([config.run.report_to], folder, to_dict(config), is_main=is_main)
-        reports = cls(metrics, trackers, Progress(config.schedule.steps, resumed_at or 0, is_main=is_main))
+        trackers = Trackers([report_to], folder, config, is_main=is_main)
+        reports = cls(metrics, trackers, Progress(steps, resumed_at or 0, is_main=is_main))
         measured = measurements(folder) if is_main else {}
         reports.first_bits_per_byte = measured.get(0)
         reports.bits_per_byte = measured[max(measured)] if measured else None

@@ -1,0 +1,185 @@
+"""What every training does around its steps: takes its folder, goes on, stops, saves, says how it ended.
+
+with taken(folder, config, ...) as session:      the lock, outcome.json
+    session.restore(...)                         the newest checkpoint, where asked to; config.yaml
+    with reports, session.stop.waiting_for_step(...):
+        for _ in session.steps(total):           until all are taken, or a signal came
+            ...                                  a step; session.save(...) where one is due
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenkit.config import to_yaml
+from tokenkit.disk import write_durably
+from tokenkit.errors import DiskError, ExitCode
+from tokenkit.parallel import World, all_reduce_counts, together
+from tokenkit.run import checkpoint
+from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.folder import RunLock, prepare_output
+from tokenkit.run.signals import StopRequest
+from tokenkit.training.ending import Ending, begin_outcome, ending
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One process's view of a run that has begun."""
+
+    folder: Path
+    config: Any
+    """As it stands in config.yaml."""
+    resume: bool
+    world: World
+    stop: StopRequest
+    lock: RunLock
+    """Held by rank 0."""
+    ending: Ending
+    """Its `step` counts the steps that are done."""
+    is_resumed: bool = False
+    """It goes on from a checkpoint."""
+    state: State = field(init=False)
+    identity: Identity = field(init=False)
+
+    def restore(self, state: State, identity: Identity, may_differ: Collection[str]) -> Path | None:
+        """Load the newest checkpoint into `state`, and return its folder; None: it begins.
+
+        Raises:
+            CheckpointError, ValueError: it cannot be read, or is of another configuration.
+        """
+        self.state, self.identity, found = state, identity, None
+        if self.resume:
+            root = self.folder / "checkpoints"
+            found = checkpoint.restore(root, state, self.identity, self.world, may_differ=may_differ)
+        if found is not None:
+            self.is_resumed, self.ending.step = True, state.step
+            self.world.say(f"resuming after step {state.step} from {found}")
+        if self.world.is_main and not (self.folder / "config.yaml").exists():
+            write_durably(self.folder / "config.yaml", to_yaml(self.config))
+        return found
+
+    def steps(self, total: int, is_ready: Callable[[], bool] = lambda: True) -> Iterator[int]:
+        """Yield the number of each step that is left, from 1, until a signal came to some rank.
+
+        Whoever takes the step counts it in `ending.step`.
+
+        Args:
+            total: the number of the last one.
+            is_ready: waits for the data of the next step; False: a signal came meanwhile.
+        """
+        while (step := self.ending.step + 1) <= total:
+            self.ending.at(f"waiting for the data of step {step}")
+            came = not is_ready() or self.stop.asked is not None
+            self.ending.at(f"step {step}")
+            if self.any_rank(came):
+                return
+            yield step
+
+    def is_stopped(self) -> bool:
+        """Whether a signal came to some rank; every rank asks."""
+        return self.any_rank(self.stop.asked is not None)
+
+    def stopped(self) -> tuple[ExitCode, str]:
+        """Say that all is saved, and return how the run ends."""
+        name = self.stop.asked or "a signal to another rank"
+        words = f"stopped by {name} after step {self.ending.step}: go on with --resume"
+        self.world.say(words)
+        return ExitCode.PREEMPTED, words
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on some rank: a signal may reach only one."""
+        if self.world.mesh is None:
+            return flag
+        flags = {"flag": torch.tensor(float(flag))}
+        return float(all_reduce_counts(flags, self.ending.step, self.world)["flag"]) > 0
+
+    def save(self, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint, unless that of this step is there.
+
+        Args:
+            extra: JSON, what the run goes on from beside its tensors.
+
+        Raises:
+            DiskError: the folder is gone, or of another run.
+            CheckpointError: it could not be written.
+        """
+        state, root = self.state, self.folder / "checkpoints"
+        if self.world.is_main and not self.lock.is_held():
+            raise DiskError(
+                f"{self.lock.path} is gone or of another run: the folder was removed or taken while the run "
+                "went on, and nothing was written there; choose another output folder, or start again"
+            )
+        state.step, state.extra = self.ending.step, extra
+        if not (root / f"step_{state.step:08d}").exists():
+            checkpoint.save(root, state, self.identity, self.world)
+
+
+@contextmanager
+def taken(
+    folder: Path,
+    config: Any,
+    world: World,
+    stop: StopRequest,
+    *,
+    resume: bool,
+    hang_timeout: float,
+    export: Path | None = None,
+) -> Iterator[Session]:
+    """Take the output folder; say in outcome.json how the block ends. Every rank enters it.
+
+    Args:
+        folder: empty, or of the run that goes on.
+        config: of the run.
+        world: its processes.
+        stop: listening.
+        resume: the run may go on from what is there.
+        hang_timeout: seconds; a rank that is silent for longer is taken for dead.
+        export: a second folder, written at the end: looked at now.
+
+    Raises:
+        FileExistsError: a folder holds something else, or a run that goes on.
+    """
+    lock = RunLock(folder)
+    with ExitStack() as stack:
+        with together("prepare the output folder", world):
+            if world.is_main:
+                prepare_output(folder, resume=resume)
+                if export is not None:
+                    _refuse_old_export(export)
+                stack.enter_context(lock)
+                begin_outcome(folder)
+        end = stack.enter_context(ending(folder, world, hang_timeout))
+        yield Session(
+            folder=folder, config=config, resume=resume, world=world, stop=stop, lock=lock, ending=end
+        )
+
+
+def _refuse_old_export(folder: Path) -> None:
+    """Find before training what the export would find behind it."""
+    if folder.is_symlink():
+        raise FileExistsError(f"{folder} is a link, and an export is moved to its name: remove it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} already holds an exported model, and the run would write there at its end: "
+            "move it away, or name another folder with export_to"
+        )
+
+
+def check_same(folder: Path, done: Identity, now: Identity, may_differ: Collection[str]) -> None:
+    """Refuse to call a run done that another configuration has done.
+
+    Raises:
+        ValueError: with each difference.
+    """
+    if changes := checkpoint.differences(done, now, may_differ):
+        raise ValueError(
+            f"{folder} holds a finished run of another configuration (then -> now):\n  "
+            + "\n  ".join(changes)
+            + "\nchoose another output folder"
+        )
