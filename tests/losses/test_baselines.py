@@ -24,8 +24,7 @@ from tests.losses.example import (
 from tokenkit.kernels.reference.linear_divergence import divergence
 from tokenkit.kernels.reference.linear_logprob import logits
 from tokenkit.losses import gold_js_loss, mined_loss, side_path_loss, uld_loss, xtoken_loss
-from tokenkit.losses.rows import chunk_ends, chunk_starts
-from tokenkit.losses.score import scored_tokens
+from tokenkit.losses.score import chunk_ends, chunk_starts, scored_tokens
 from tokenkit.losses.side_path import DISTANCES
 
 UNMATCHED_S = [i for i in range(40) if i not in STUDENT_PAIR_IDS.tolist()]

@@ -14,7 +14,7 @@ from tests.losses.example import make_batch, make_states
 from tokenkit.losses import latents_loss
 from tokenkit.losses.latents import Latents, facing_layer
 from tokenkit.losses.options import LatentsOptions
-from tokenkit.losses.rows import chunk_ends
+from tokenkit.losses.score import chunk_ends
 from tokenkit.structs import Chunks, Widths
 
 

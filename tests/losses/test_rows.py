@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.losses.example import make_batch, make_states, run_loss
-from tokenkit.losses.rows import check_pairs, chunk_ends, chunk_starts, in_dtype, take
+from tokenkit.losses.score import check_pairs, chunk_ends, chunk_starts, in_dtype, take
 from tokenkit.structs import Batch, Chunks, Side
 
 

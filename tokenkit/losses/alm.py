@@ -26,8 +26,7 @@ from tokenkit.kernels.kinds import Difference
 from tokenkit.kernels.vocabulary import Subset, split_vocabulary
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, AlmOptions, Denominator, Numerator
-from tokenkit.losses.rows import need_teacher, valid_chunks
-from tokenkit.losses.score import Rows, Scores, score, select_rows
+from tokenkit.losses.score import Rows, Scores, need_teacher, score, select_rows, valid_chunks
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
 
 

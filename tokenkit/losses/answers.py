@@ -29,8 +29,7 @@ from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Spans
 from tokenkit.losses.options import Strategy
-from tokenkit.losses.rows import RowPairs, aligned_chunks
-from tokenkit.losses.score import check_ids
+from tokenkit.losses.score import RowPairs, aligned_chunks, check_ids
 from tokenkit.structs import Batch, ChunkKind, Side
 
 

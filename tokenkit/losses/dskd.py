@@ -41,14 +41,14 @@ from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.losses.base import Measured, without_gradient
 from tokenkit.losses.dskd_masks import Masks, attend, attention_masks
 from tokenkit.losses.options import WORKSPACE_BYTES, DskdOptions
-from tokenkit.losses.rows import (
+from tokenkit.losses.score import (
     frozen,
+    in_dtype,
     need_head,
     need_teacher,
     summed_divergence,
     take,
 )
-from tokenkit.losses.score import in_dtype
 from tokenkit.structs import (
     NO_CONTEXT,
     Batch,

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenkit.losses.rows import chunks_of
-from tokenkit.losses.score import scored_tokens
+from tokenkit.losses.score import chunks_of, scored_tokens
 from tokenkit.structs import Batch
 
 

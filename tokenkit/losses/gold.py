@@ -42,8 +42,17 @@ from tokenkit.losses.answers import (
 )
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldOptions, Strategy
-from tokenkit.losses.rows import check_pairs, need_head, need_teacher, take
-from tokenkit.losses.score import Rows, in_dtype, score, scored_tokens, select_rows
+from tokenkit.losses.score import (
+    Rows,
+    check_pairs,
+    in_dtype,
+    need_head,
+    need_teacher,
+    score,
+    scored_tokens,
+    select_rows,
+    take,
+)
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
 
 

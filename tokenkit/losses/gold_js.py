@@ -30,17 +30,17 @@ from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldJsOptions
-from tokenkit.losses.rows import (
+from tokenkit.losses.score import (
     RowPairs,
     check_pairs,
     chunk_starts,
+    in_dtype,
     need_head,
     need_teacher,
     paired_outcomes,
     summed_divergence,
     take,
 )
-from tokenkit.losses.score import in_dtype
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm
 
 

@@ -23,8 +23,7 @@ from tokenkit.kernels.kinds import Divergence
 from tokenkit.kernels.vocabulary_parallel import vocab_size
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, KlOptions
-from tokenkit.losses.rows import RowPairs, need_head, need_teacher, summed_divergence, take
-from tokenkit.losses.score import scored_tokens
+from tokenkit.losses.score import RowPairs, need_head, need_teacher, scored_tokens, summed_divergence, take
 from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tokenkit.kernels.divergence_checks import check_hidden
 from tokenkit.losses.base import Measured, without_gradient
 from tokenkit.losses.options import Align, LatentChunks, LatentsOptions, Normalization
-from tokenkit.losses.rows import RowPairs, chunk_ends, need_teacher, take
+from tokenkit.losses.score import RowPairs, chunk_ends, need_teacher, take
 from tokenkit.structs import (
     NO_CONTEXT,
     Batch,

@@ -31,16 +31,19 @@ from tokenkit.kernels.kinds import Divergence
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, MinedOptions
-from tokenkit.losses.rows import (
+from tokenkit.losses.score import (
     RowPairs,
+    Rows,
     aligned_chunks,
     chunk_starts,
+    in_dtype,
     need_head,
     need_teacher,
+    scored_tokens,
+    select_rows,
     summed_divergence,
     take,
 )
-from tokenkit.losses.score import Rows, in_dtype, scored_tokens, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, Distance, SidePathOptions
-from tokenkit.losses.rows import (
+from tokenkit.losses.score import (
     RowPairs,
     check_pairs,
     chunk_ends,

@@ -29,8 +29,7 @@ from tokenkit.losses.answers import Groups, answer_tokens, by_position, extended
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.gold import log_scales, need_whole
 from tokenkit.losses.options import WORKSPACE_BYTES, UldOptions
-from tokenkit.losses.rows import RowPairs, need_head, need_teacher, take
-from tokenkit.losses.score import in_dtype
+from tokenkit.losses.score import RowPairs, in_dtype, need_head, need_teacher, take
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 

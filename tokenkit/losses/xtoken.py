@@ -28,8 +28,7 @@ from torch import Tensor
 from tokenkit.kernels.projected_divergence import Projection, projected_divergence
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, XTokenOptions
-from tokenkit.losses.rows import RowPairs, chunk_starts, need_head, need_teacher, take
-from tokenkit.losses.score import in_dtype
+from tokenkit.losses.score import RowPairs, chunk_starts, in_dtype, need_head, need_teacher, take
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm
 
 
