@@ -10,10 +10,10 @@ import pytest
 
 from tests.data.test_mix import NONE_OUT, texts, write_jsonl
 from tokenkit.data.files import read_rows
-from tokenkit.data.fingerprints import files_fingerprint
 from tokenkit.data.folders import data_files, format_of
 from tokenkit.data.mix import local_files, open_data, read_documents
 from tokenkit.data.options import BadRowOptions, DataOptions, SourceOptions
+from tokenkit.data.places import files_fingerprint
 
 SPLIT_FILES = {
     "train.jsonl": "train", "sub/train-00000-of-00002.jsonl": "train", "notes.jsonl": "train",

@@ -1,19 +1,30 @@
-"""Where the rows of a data set are: files of this machine, a saved `datasets` folder, or the hub."""
+"""Where the rows of a data set are, and whether they are still what they were.
+
+Files of this machine, a saved `datasets` folder, or the hub.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenkit.data.files import BadRow, Row, read_rows
-from tokenkit.data.fingerprints import Stamp, files_fingerprint, rows_fingerprint, stamp
 from tokenkit.data.folders import SPLITS, files_of_split, format_of
 from tokenkit.data.options import BadRowOptions, SourceOptions
 
 logger = logging.getLogger(__name__)
+
+WHOLE_BYTES = 4 * 2**30  # a data set up to this size is read whole: some seconds
+_WINDOW = 2**20  # bytes of each piece that is read of a larger one
+_SAMPLED_ROWS = 256
+
+Stamp = tuple[int, int]
+"""Bytes of a file, and when it was written, in nanoseconds."""
 
 Rows = Iterator[Row | BadRow] | Sequence[Row]
 
@@ -25,13 +36,13 @@ class Place:
         """`rows` gives those from a number on, again at every call; `files` hold them, if they are local."""
         self.rows, self.files = rows, list(files)
         self._fingerprint: dict[str, Any] | None = None
-        self._stamps: dict[Path, Stamp] = {file: stamp(file) for file in self.files}
+        self._stamps: dict[Path, Stamp] = {file: _stamp(file) for file in self.files}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this data from data that was changed; JSON. The first call reads the files."""
         if self._fingerprint is None:
             self._fingerprint = (
-                files_fingerprint(self.files) if self.files else rows_fingerprint(self.rows(0))
+                files_fingerprint(self.files) if self.files else _rows_fingerprint(self.rows(0))
             )
         return self._fingerprint
 
@@ -42,7 +53,7 @@ class Place:
             ValueError: it was; its content is another, or nothing tells that it is not.
         """
         try:
-            now: Stamp | None = stamp(file)
+            now: Stamp | None = _stamp(file)
         except FileNotFoundError:
             now = None
         then = self._stamps[file]
@@ -54,7 +65,7 @@ class Place:
             and self._fingerprint is not None
             and files_fingerprint(self.files) == self._fingerprint
         ):
-            self._stamps = {path: stamp(path) for path in self.files}
+            self._stamps = {path: _stamp(path) for path in self.files}
             return
         size = "is gone" if now is None else f"has {now[0]:,} bytes"
         raise ValueError(
@@ -163,3 +174,50 @@ def _hub(options: SourceOptions) -> Callable[[int], Rows]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _stamp(path: Path) -> Stamp:
+    """Return what changes when a file is written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def files_fingerprint(files: Sequence[Path], whole_bytes: int = WHOLE_BYTES) -> dict[str, Any]:
+    """Return number, size and digest of files, whatever their names are; JSON.
+
+    Args:
+        files: in the order in which they are read.
+        whole_bytes: of files that are larger together only evenly spaced pieces are read, of so many bytes
+            in all: a change between them is seen only if a file's size changes.
+    """
+    sizes = [path.stat().st_size for path in files]
+    total = sum(sizes)
+    digest = hashlib.sha256()
+    step = max(1, total // max(1, whole_bytes))
+    for path, size in zip(files, sizes, strict=True):
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            for start in range(0, size, step * _WINDOW):
+                file.seek(start)
+                digest.update(file.read(_WINDOW))
+    return {"files": len(files), "bytes": total, "digest": digest.hexdigest()}
+
+
+def _rows_fingerprint(rows: Any) -> dict[str, Any]:
+    """Return a digest of some rows of a table, evenly spaced, or of the first rows of a stream; JSON."""
+    chosen: Iterable[Any]
+    if hasattr(rows, "__len__"):
+        count = len(rows)
+        chosen = (rows[i] for i in range(0, count, max(1, count // _SAMPLED_ROWS)))
+    else:
+        count, chosen = 0, itertools.islice(rows, _SAMPLED_ROWS)
+    digest = hashlib.sha256()
+    for row in chosen:
+        digest.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    return {"rows": count, "digest": digest.hexdigest()}
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

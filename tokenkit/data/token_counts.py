@@ -24,9 +24,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenkit.data.fingerprints import file_digest
 from tokenkit.data.mix import local_files, open_data
 from tokenkit.data.options import DataOptions, HeldoutOptions
+from tokenkit.data.places import file_digest
 from tokenkit.disk import write_durably
 from tokenkit.tokenization.chat.documents import Document
 from tokenkit.tokenization.tokenizer import Tokenizer
