@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from tests.tiny import sentencepiece_bpe, tiny_folder
 from tokenkit.commands.zett import main
 from tokenkit.export.card import CardFacts, model_card, public_name
-from tokenkit.export.padding import PADDING, padding_id
+from tokenkit.export.tokenizer_folder import PADDING, padding_id
 from tokenkit.tokenization.tokenizer import load_tokenizer
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en, de]\n---\n# Base\n"

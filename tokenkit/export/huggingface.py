@@ -22,8 +22,7 @@ from tokenkit.errors import ExportError
 from tokenkit.export.adapters import with_adapters
 from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
-from tokenkit.export.padding import padding_id
-from tokenkit.export.tokenizer_folder import sample_ids, write_tokenizer
+from tokenkit.export.tokenizer_folder import padding_id, sample_ids, write_tokenizer
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding

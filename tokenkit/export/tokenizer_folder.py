@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenkit.errors import ExportError
-from tokenkit.export.padding import fill_tokenizer_config, padding_id
 from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.unwritable import writable_text
 
@@ -29,6 +29,8 @@ OTHER_SAMPLES = (
     "Привет, мир! नमस्ते العربية e\u0301 \u00a0\u2028",
 )
 MAX_WORDS = 50  # added tokens that are text, looked for one by one
+PADDING = re.compile(r"(?i)^[<\[|\s]*(?:finetune_right_|finetune_|right_)?pad(?:ding)?(?:_?id)?[>\]|\s]*$")
+"""Special tokens that say they are padding: `<pad>`, `[PAD]`, `<|finetune_right_pad_id|>`, ..."""
 
 
 def sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
@@ -51,7 +53,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) 
         ExportError: the tokenizer, loaded back, reads otherwise all the same.
     """
     tokenizer.save(folder)
-    fill_tokenizer_config(folder, tokenizer)
+    _fill_config(folder, tokenizer)
     if _difference_of_reload(folder, tokenizer, trusts_code=has_own_class) is None:
         return
     (folder / "tokenization_plain.py").write_text(PLAIN_TOKENIZER, encoding="utf-8")
@@ -92,3 +94,31 @@ def _samples(tokenizer: Tokenizer) -> Iterator[str]:
         canonical, _ = writable_text(text, [tokenizer])
         if canonical and not any(string in canonical for string in tokenizer.control):
             yield canonical
+
+
+def padding_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that pads batches: the tokenizer's own, else a special token of that name, else EOS.
+
+    Padding is masked, so the choice moves no number; but without one no batch can be made.
+    """
+    if tokenizer.pad_id is not None:
+        return tokenizer.pad_id
+    named = sorted(i for string, i in tokenizer.control.items() if PADDING.match(string))
+    return named[0] if named else tokenizer.eos_id
+
+
+def _fill_config(folder: Path, tokenizer: Tokenizer) -> None:
+    """Say in tokenizer_config.json what depends on the model, or on use: positions, padding and its side."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    beside = folder / "config.json"
+    model = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    positions = (model.get("text_config") or model).get("max_position_embeddings")
+    if isinstance(positions, int) and positions > 0:
+        config["model_max_length"] = positions
+    pad_id = padding_id(tokenizer)
+    strings = {token_id: string for string, token_id in tokenizer.control.items()}
+    if pad_id in strings:
+        config["pad_token"] = strings[pad_id]
+        config["padding_side"] = "left"  # generation goes on at the right
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
