@@ -17,7 +17,6 @@ from tokenkit.run import metrics, trackers
 from tokenkit.run.metrics import (
     MetricsFile,
     Outcome,
-    Progress,
     draw_curves,
     read_metrics,
     truncate_metrics,
@@ -25,6 +24,7 @@ from tokenkit.run.metrics import (
 )
 from tokenkit.run.redaction import HIDDEN, RedactingFilter, redact, redact_config
 from tokenkit.run.trackers import Trackers
+from tokenkit.training.reports import Progress
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,10 +8,10 @@ import torch
 from tests.tiny import tiny_folder
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World
-from tokenkit.run.metrics import Progress, _spelled
 from tokenkit.structs import LossTerm
 from tokenkit.training.build import build
-from tokenkit.training.notes import describe, small_losses, step_line
+from tokenkit.training.notes import describe
+from tokenkit.training.reports import Progress, _spelled, small_losses, step_line
 from tokenkit.training.step import StepReport, train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, `curves.png`, a progress bar, `outcome.json` and an exit code.
+"""What a run reports: `metrics.jsonl`, `curves.png`, `outcome.json` and an exit code.
 
 `metrics.jsonl` is the record: one JSON object per line, with `step` and any numbers. All else is drawn
 from it or repeats it. Numbers are written so that they read back exactly; those that JSON has no word
@@ -20,8 +20,6 @@ import io
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -212,57 +210,6 @@ def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
         total, weight = decay * total + value, decay * weight + 1
         smooth.append(total / weight)
     return smooth
-
-
-def _spelled(seconds: float) -> str:
-    """Return a time in the one or two units that matter: 45 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-class Progress:
-    """A progress bar on a terminal, and lines where standard error is none; other ranks are silent."""
-
-    def __init__(self, total_steps: int, step: int, *, is_main: bool):
-        self._bar = None
-        self._total, self._first, self._began = total_steps, step, time.perf_counter()
-        self._is_main = is_main
-        if is_main and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
-            )
-
-    def update(self, step: int, **numbers: float | None) -> None:
-        """Move to `step` and show `numbers`: loss, bits_per_byte, tokens_per_second."""
-        if self._bar is not None:
-            shown = {name.replace("_", " "): f"{n:.4g}" for name, n in numbers.items() if n is not None}
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def line(self, step: int, words: str) -> None:
-        """Print what was logged at `step`, with the time that is left; nothing beside a bar."""
-        if not self._is_main or self._bar is not None:
-            return
-        done, left = step - self._first, ""
-        if done > 0 and step < self._total:
-            left = f"  {_spelled((time.perf_counter() - self._began) / done * (self._total - step))} left"
-        print(f"step {step:,}/{self._total:,}  {words}{left}", file=sys.stderr, flush=True)
-
-    def note(self, words: str) -> None:
-        """Print a line of its own, on a terminal above the bar."""
-        if self._bar is not None:
-            self._bar.write(words, file=sys.stderr)
-        elif self._is_main:
-            print(words, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 @dataclass(frozen=True, slots=True)

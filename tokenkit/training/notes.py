@@ -1,4 +1,4 @@
-"""What a run says of itself in words: at its start, of each logged step, of each measurement."""
+"""What a run says of itself in words before its first step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch.nn import Parameter
 
 from tokenkit.config import TrainConfig
-from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.models.causal_lm import CausalLM, Vocabulary
 from tokenkit.tokenization.chat.bos_advice import explain_one_sided_bos
 from tokenkit.tokenization.chat.documents import Document, Message
@@ -16,10 +15,6 @@ from tokenkit.tokenization.chat.template_check import explain_template
 from tokenkit.tokenization.files.saving import explain_saving
 from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.training.build import Parts
-from tokenkit.training.step import StepReport
-
-SMALL_SHARE = 0.02
-"""A loss with less of the gradient than this moves little that another would not move."""
 
 
 def describe(parts: Parts, config: TrainConfig) -> str:
@@ -103,45 +98,3 @@ def _writes_padding(tokenizer: Tokenizer, config: TrainConfig) -> bool:
         if (side.ids_N == tokenizer.pad_id).any():
             return True
     return False
-
-
-def step_line(report: StepReport, rate: float) -> str:
-    """Return what is printed of a logged step, behind its number."""
-    parts = [f"loss {report.loss:.4f}"] if report.phase is None and len(report.losses) > 1 else []
-    for name, value in report.losses.items():
-        parts.append(f"{name} {value:.4f}" + _beside(report, name, value))
-    if report.skipped is not None:
-        why = {"overflow": "float16 overflow", "untrained": "no token is trained"}[report.skipped]
-        parts.append(f"skipped: {why}")
-    return "  ".join(
-        [*parts, f"grad {report.grad_norm:.3g}", f"lr {report.learning_rate:.2g}", f"{rate:,.0f} tokens/s"]
-    )
-
-
-def _beside(report: StepReport, name: str, value: float) -> str:
-    notes = []
-    if report.floors.get(name):
-        notes.append(f"excess {value - report.floors[name]:.4f}")
-    if name in report.chunk_shares:
-        notes.append(f"{report.counts[name]:,.0f} chunks, {report.chunk_shares[name]:.0%} of all")
-    return f" ({', '.join(notes)})" if notes else ""
-
-
-def small_losses(shares: dict[str, float]) -> str | None:
-    """Return a line about losses that hardly move anything; None: there are none."""
-    small = {name: share for name, share in shares.items() if 0 < share < SMALL_SHARE}
-    if not small:
-        return None
-    others = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name not in small)
-    told = ", ".join(f"loss {name} gives {share:.2%}" for name, share in small.items())
-    return (
-        f"{told} of the gradient ({others}): almost nothing is learned from it; raise its loss_weights, or "
-        "let multitask_aggregation_fn or loss_weight_mode balance the losses"
-    )
-
-
-def measured_line(first: BitsPerByte | None, last: BitsPerByte) -> str:
-    """Return both models' bits per byte in words; with `first`, of step 0, what became of the student."""
-    before = "" if first is None or first == last else f"{first.student:.4f} -> "
-    teacher = "" if last.teacher is None else f", teacher {last.teacher:.4f}"
-    return f"bits per byte on held-out text: student {before}{last.student:.4f}{teacher}"

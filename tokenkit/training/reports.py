@@ -1,7 +1,8 @@
-"""Where the numbers of a run go: metrics.jsonl, trackers, the progress bar."""
+"""Where the numbers of a run go: metrics.jsonl, trackers, the progress bar or printed lines."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,65 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.run.metrics import METRICS_NAME, MetricsFile, Progress, read_metrics
+from tokenkit.run.metrics import METRICS_NAME, MetricsFile, read_metrics
 from tokenkit.run.redaction import complain
 from tokenkit.run.trackers import Trackers
 from tokenkit.structs import Batch
-from tokenkit.training.notes import measured_line, small_losses, step_line
 from tokenkit.training.step import StepReport
+
+SMALL_SHARE = 0.02
+"""A loss with less of the gradient than this moves little that another would not move."""
+
+
+def _spelled(seconds: float) -> str:
+    """Return a time in the one or two units that matter: 45 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """A progress bar on a terminal, and lines where standard error is none; other ranks are silent."""
+
+    def __init__(self, total_steps: int, step: int, *, is_main: bool):
+        self._bar = None
+        self._total, self._first, self._began = total_steps, step, time.perf_counter()
+        self._is_main = is_main
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+
+    def update(self, step: int, **numbers: float | None) -> None:
+        """Move to `step` and show `numbers`: loss, bits_per_byte, tokens_per_second."""
+        if self._bar is not None:
+            shown = {name.replace("_", " "): f"{n:.4g}" for name, n in numbers.items() if n is not None}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def line(self, step: int, words: str) -> None:
+        """Print what was logged at `step`, with the time that is left; nothing beside a bar."""
+        if not self._is_main or self._bar is not None:
+            return
+        done, left = step - self._first, ""
+        if done > 0 and step < self._total:
+            left = f"  {_spelled((time.perf_counter() - self._began) / done * (self._total - step))} left"
+        print(f"step {step:,}/{self._total:,}  {words}{left}", file=sys.stderr, flush=True)
+
+    def note(self, words: str) -> None:
+        """Print a line of its own, on a terminal above the bar."""
+        if self._bar is not None:
+            self._bar.write(words, file=sys.stderr)
+        elif self._is_main:
+            print(words, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 @dataclass
@@ -82,8 +136,9 @@ class Reports:
             values |= {f"gradient_share/{name}": value for name, value in self.gradient_shares.items()}
             self.gradient_shares = {}
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
-            self.metrics.write(step, values if report.phase is None else {**values, "phase": report.phase})
-            self.trackers.log(step, values)
+            if report.phase is not None:
+                values["phase"] = report.phase
+            self._write(step, values)
             self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 
@@ -150,3 +205,45 @@ def measurements(folder: Path) -> dict[int, BitsPerByte]:
         )
         for line in lines
     }
+
+
+def step_line(report: StepReport, rate: float) -> str:
+    """Return what is printed of a logged step, behind its number."""
+    parts = [f"loss {report.loss:.4f}"] if report.phase is None and len(report.losses) > 1 else []
+    for name, value in report.losses.items():
+        parts.append(f"{name} {value:.4f}" + _beside(report, name, value))
+    if report.skipped is not None:
+        why = {"overflow": "float16 overflow", "untrained": "no token is trained"}[report.skipped]
+        parts.append(f"skipped: {why}")
+    return "  ".join(
+        [*parts, f"grad {report.grad_norm:.3g}", f"lr {report.learning_rate:.2g}", f"{rate:,.0f} tokens/s"]
+    )
+
+
+def _beside(report: StepReport, name: str, value: float) -> str:
+    notes = []
+    if report.floors.get(name):
+        notes.append(f"excess {value - report.floors[name]:.4f}")
+    if name in report.chunk_shares:
+        notes.append(f"{report.counts[name]:,.0f} chunks, {report.chunk_shares[name]:.0%} of all")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def small_losses(shares: dict[str, float]) -> str | None:
+    """Return a line about losses that hardly move anything; None: there are none."""
+    small = {name: share for name, share in shares.items() if 0 < share < SMALL_SHARE}
+    if not small:
+        return None
+    others = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name not in small)
+    told = ", ".join(f"loss {name} gives {share:.2%}" for name, share in small.items())
+    return (
+        f"{told} of the gradient ({others}): almost nothing is learned from it; raise its loss_weights, or "
+        "let multitask_aggregation_fn or loss_weight_mode balance the losses"
+    )
+
+
+def measured_line(first: BitsPerByte | None, last: BitsPerByte) -> str:
+    """Return both models' bits per byte in words; with `first`, of step 0, what became of the student."""
+    before = "" if first is None or first == last else f"{first.student:.4f} -> "
+    teacher = "" if last.teacher is None else f", teacher {last.teacher:.4f}"
+    return f"bits per byte on held-out text: student {before}{last.student:.4f}{teacher}"
