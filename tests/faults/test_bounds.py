@@ -28,7 +28,7 @@ from tokenkit.run.folder import staging_folder
 from tokenkit.run.metrics import read_metrics
 from tokenkit.run.redaction import is_secret_name
 from tokenkit.training.loop import go_on
-from tokenkit.training.reports import _measurements
+from tokenkit.training.reports import measurements
 
 BASE = {"student.pretrained_model_name_or_path": "m", "data.dataset_name": "d", "losses": "clm"}
 BASE |= {"target_tokenizer_name": "t"}
@@ -351,12 +351,12 @@ def test_a_folder_of_which_nobody_knows_whether_it_is_in_use_is_named(tmp_path, 
 
 
 def test_the_card_of_a_resumed_run_says_the_bits_per_byte_that_were_measured(tmp_path):
-    assert _measurements(tmp_path) == {}
+    assert measurements(tmp_path) == {}
     lines = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "bits_per_byte/student": 2.5, "bits_per_byte/teacher": 2.25, "heldout_bytes": 100},
         {"step": 3, "loss": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = _measurements(tmp_path)[2]
+    found = measurements(tmp_path)[2]
     assert (found.student, found.teacher, found.num_bytes) == (2.5, 2.25, 100)
