@@ -60,7 +60,7 @@ def train(world, steps=3, accumulation=1, mean_of_means=False, tied=False, param
         mine = [tensor.chunk(world.world_size)[world.rank] for tensor in ragged_batch(step)]
         micro = list(zip(*(tensor.chunk(accumulation) for tensor in mine), strict=True))
         count = sum((targets != IGNORE).sum() for _, targets in micro)
-        counts = parallel.all_reduce_counts({"tokens": count}, step, world)
+        counts = world.all_reduce({"tokens": count}, step)
         divisor = counts["tokens"].float()
         if mean_of_means:
             divisor = count.float() * world.world_size
@@ -73,7 +73,7 @@ def train(world, steps=3, accumulation=1, mean_of_means=False, tied=False, param
         norm = parallel.clip_grad_norm(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        loss = parallel.all_reduce_counts({"loss": total}, step, world)["loss"]
+        loss = world.all_reduce({"loss": total}, step)["loss"]
         curve.append((loss.item(), norm.item()))
     return curve
 
@@ -177,7 +177,7 @@ def test_a_model_without_gradients_has_norm_zero():
 def desynchronised(world):
     steps = [7, 9, 8, 8][world.rank]  # ranks 2 and 3 stand exactly at the mean
     with pytest.raises(RuntimeError, match=f"rank {world.rank} is at step {steps} and another rank is not"):
-        parallel.all_reduce_counts({"tokens": torch.tensor(5)}, steps, world)
+        world.all_reduce({"tokens": torch.tensor(5)}, steps)
     return True
 
 
@@ -186,14 +186,12 @@ def test_a_rank_at_another_step_stops_every_rank():
 
 
 def exchange(world):
-    counts = parallel.all_reduce_counts(
-        {"tokens": torch.tensor(world.rank), "big": torch.tensor(2**53 - 8 if world.rank == 0 else 1)},
-        2**25,
-        world,
+    counts = world.all_reduce(
+        {"tokens": torch.tensor(world.rank), "big": torch.tensor(2**53 - 8 if world.rank == 0 else 1)}, 2**25
     )
-    everyone = parallel.gather_json({"rank": world.rank, "text": "é" * world.rank}, world)
-    told = parallel.broadcast_json({"from": world.rank}, world)
-    parallel.barrier(world)
+    everyone = world.gather({"rank": world.rank, "text": "é" * world.rank})
+    told = world.broadcast({"from": world.rank})
+    world.barrier()
     return {name: int(count) for name, count in counts.items()}, everyone, told
 
 
@@ -206,7 +204,7 @@ def test_counts_are_exact_and_json_reaches_everyone(world_size):
 
 
 def fail_on_rank_1(world):
-    with parallel.together("save", world):
+    with world.together("save"):
         if world.rank == 1:
             raise OSError("disk is full")
 
@@ -217,7 +215,7 @@ def one_fails(world):
     )
     with pytest.raises(kind, match=words):
         fail_on_rank_1(world)
-    with parallel.together("go on", world):
+    with world.together("go on"):
         pass
     return True
 
@@ -227,7 +225,7 @@ def test_where_one_rank_fails_all_raise_and_can_go_on():
 
 
 def fail(world, words):
-    with pytest.raises(ValueError, match="missing") as caught, parallel.together("read", world):
+    with pytest.raises(ValueError, match="missing") as caught, world.together("read"):
         raise ValueError(words[world.rank])
     return getattr(caught.value, parallel.ON_EVERY_RANK)
 
@@ -245,7 +243,7 @@ def waits_for_a_rank_that_hangs(world):
         raise SystemExit(0)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)tim(ed|e) ?out"):
-        parallel.barrier(world)
+        world.barrier()
     raise SystemExit(0 if 0.5 < time.monotonic() - start < 2.8 else 3)
 
 

@@ -53,6 +53,85 @@ class World:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    def all_reduce(self, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Add each number over all ranks, and stop where ranks are not at the same step.
+
+        A rank that skips a batch would otherwise pair its collectives with the wrong ones of the others
+        for the rest of the run, silently. Flags travel here too: a sum above 0 means some rank raised it.
+
+        Args:
+            counts: tensors by name, any dtype; the same names and shapes on every rank.
+            step: the step that this rank is in; below 2**26.
+
+        Returns:
+            float64 tensors on this world's device, of the shapes given.
+
+        Raises:
+            RuntimeError: ranks at different steps, on every rank (on a GPU as a device-side assertion,
+                so that nothing here waits for the device).
+        """
+        names = sorted(counts)
+        steps_2 = torch.tensor([float(step), float(step * step)], dtype=torch.float64, device=self.device)
+        packed = torch.cat(
+            [counts[name].detach().to(self.device, torch.float64).flatten() for name in names] + [steps_2]
+        )
+        if self.mesh is not None:
+            dist.all_reduce(packed, group=self.mesh.get_group())
+            steps, squares = packed[-2], packed[-1]
+            # the variance of integers, exact in float64: 0 only if all ranks hold the same step
+            agree = self.world_size * squares == steps * steps
+            message = f"step desync: rank {self.rank} is at step {step} and another rank is not"
+            if packed.is_cuda:
+                torch._assert_async(agree, message)
+            elif not agree:
+                raise RuntimeError(
+                    f"{message} (the mean is {steps.item() / self.world_size:g}): "
+                    "every rank must take as many batches as the others; look for data that one rank skipped"
+                )
+        parts = packed[:-2].split([counts[name].numel() for name in names])
+        return {name: part.reshape(counts[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank; what the others pass is ignored. Plain JSON values only."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, by rank. Bytes of JSON travel: nothing is unpickled."""
+        if self.mesh is None:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()]))
+        longest = int(max(sizes))
+        buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(buffers, nn.functional.pad(payload, (0, longest - payload.numel())))
+        return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run a block on every rank; where it fails on one, all ranks raise when it ends.
+
+        The failing rank raises its own error, the others `OtherRankError` with its words. An error that every
+        rank has, word for word, gets the attribute `ON_EVERY_RANK`: one of them need say it. The block must
+        hold no collective: the failing rank would not take part in it.
+        """
+        error: OSError | ValueError | TypeError | RuntimeError | None = None
+        try:
+            yield
+        except (OSError, ValueError, TypeError, RuntimeError) as caught:
+            error = caught
+        words = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            setattr(error, ON_EVERY_RANK, len(set(words)) == 1)
+            raise error
+        for rank, word in enumerate(words):
+            if word is not None:
+                raise OtherRankError(f"rank {rank} failed to {what}: {word}")
+
 
 def start(
     *,
@@ -152,7 +231,7 @@ def stop(world: World) -> None:
     """
     if world.mesh is not None and dist.is_initialized():
         if sys.exception() is None:
-            barrier(world)
+            world.barrier()
         dist.destroy_process_group()
 
 
@@ -212,46 +291,6 @@ def set_gradient_sync(module: nn.Module, is_last: bool, *, layers: Iterable[nn.M
             part.set_requires_gradient_sync(is_last, recurse=layers is None)
 
 
-def all_reduce_counts(counts: Mapping[str, Tensor], step: int, world: World) -> dict[str, Tensor]:
-    """Add each number over all ranks, and stop where ranks are not at the same step.
-
-    A rank that skips a batch would otherwise pair its collectives with the wrong ones of the others
-    for the rest of the run, silently. Flags travel here too: a sum above 0 means some rank raised it.
-
-    Args:
-        counts: tensors by name, any dtype; the same names and shapes on every rank.
-        step: the step that this rank is in; below 2**26.
-        world: from `start`.
-
-    Returns:
-        float64 tensors on the world's device, of the shapes given.
-
-    Raises:
-        RuntimeError: ranks at different steps, on every rank (on a GPU as a device-side assertion,
-            so that nothing here waits for the device).
-    """
-    names = sorted(counts)
-    steps_2 = torch.tensor([float(step), float(step * step)], dtype=torch.float64, device=world.device)
-    packed = torch.cat(
-        [counts[name].detach().to(world.device, torch.float64).flatten() for name in names] + [steps_2]
-    )
-    if world.mesh is not None:
-        dist.all_reduce(packed, group=world.mesh.get_group())
-        steps, squares = packed[-2], packed[-1]
-        # the variance of integers, exact in float64: 0 only if all ranks hold the same step
-        agree = world.world_size * squares == steps * steps
-        message = f"step desync: rank {world.rank} is at step {step} and another rank is not"
-        if packed.is_cuda:
-            torch._assert_async(agree, message)
-        elif not agree:
-            raise RuntimeError(
-                f"{message} (the mean is {steps.item() / world.world_size:g}): "
-                "every rank must take as many batches as the others; look for data that one rank skipped"
-            )
-    parts = packed[:-2].split([counts[name].numel() for name in names])
-    return {name: part.reshape(counts[name].shape) for name, part in zip(names, parts, strict=True)}
-
-
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients down to `max_norm` together; return their norm before that, float32.
 
@@ -278,48 +317,3 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def barrier(world: World) -> None:
-    """Wait until every rank is here."""
-    gather_json(None, world)
-
-
-def broadcast_json(value: Any, world: World) -> Any:
-    """Return rank 0's `value` on every rank; what the others pass is ignored. Plain JSON values only."""
-    return gather_json(value if world.is_main else None, world)[0]
-
-
-def gather_json(value: Any, world: World) -> list[Any]:
-    """Return every rank's `value`, by rank. Bytes of JSON travel: nothing is unpickled."""
-    if world.mesh is None:
-        return [json.loads(json.dumps(value))]
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.world_size)]
-    dist.all_gather(sizes, torch.tensor([payload.numel()]))
-    longest = int(max(sizes))
-    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(buffers, nn.functional.pad(payload, (0, longest - payload.numel())))
-    return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]
-
-
-@contextmanager
-def together(what: str, world: World) -> Iterator[None]:
-    """Run a block on every rank; where it fails on one, all ranks raise when it ends.
-
-    The failing rank raises its own error, the others `OtherRankError` with its words. An error that every
-    rank has, word for word, gets the attribute `ON_EVERY_RANK`: one of them need say it. The block must
-    hold no collective: the failing rank would not take part in it.
-    """
-    error: OSError | ValueError | TypeError | RuntimeError | None = None
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RuntimeError) as caught:
-        error = caught
-    words = gather_json(None if error is None else f"{type(error).__name__}: {error}", world)
-    if error is not None:
-        setattr(error, ON_EVERY_RANK, len(set(words)) == 1)
-        raise error
-    for rank, word in enumerate(words):
-        if word is not None:
-            raise OtherRankError(f"rank {rank} failed to {what}: {word}")

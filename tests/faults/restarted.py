@@ -10,14 +10,14 @@ folder = Path(sys.argv[1])
 world = parallel.start(backend="gloo", timeout=30)
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 (folder / f"begun-{attempt}-{world.rank}").touch()
-done = parallel.broadcast_json((folder / "step").exists(), world)
+done = world.broadcast((folder / "step").exists())
 if not done:
-    parallel.barrier(world)
+    world.barrier()
     if world.is_main:
         (folder / "step").touch()
-    parallel.barrier(world)
+    world.barrier()
     if world.rank == 1:
         os._exit(9)
-    parallel.barrier(world)
-(folder / f"ended-{attempt}-{world.rank}").write_text(str(sum(parallel.gather_json(world.rank, world))))
+    world.barrier()
+(folder / f"ended-{attempt}-{world.rank}").write_text(str(sum(world.gather(world.rank))))
 parallel.stop(world)

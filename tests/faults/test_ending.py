@@ -53,23 +53,23 @@ def sleep(world):
 
 
 def fail_together(world):
-    with parallel.together("read", world):
+    with world.together("read"):
         fail(world)
 
 
 def rank_that(world, folder, do, doing, seconds):
     """Take steps; in the third of them `do` happens. Exit with the code that the door would exit with."""
-    with parallel.together("begin", world):
+    with world.together("begin"):
         if world.is_main:
             begin_outcome(folder)
     try:
         with ending(folder, world, seconds) as state:
             state.step = 2
             state.at(doing)
-            parallel.barrier(world)
+            world.barrier()
             do(world)
             state.at(f"{doing} again")
-            parallel.barrier(world)
+            world.barrier()
     except (DataError, OtherRankError, SilenceError) as error:
         raise SystemExit(exit_code(error)) from error
 

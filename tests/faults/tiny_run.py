@@ -84,14 +84,14 @@ def train_step(state, rate, world):
     """Do one step; return its loss and gradient norm."""
     generator = torch.Generator().manual_seed(state.extra["position"])
     ids = torch.randint(VOCAB, (8, 9), generator=generator).chunk(world.world_size)[world.rank]
-    count = parallel.all_reduce_counts({"tokens": torch.tensor(ids[:, 1:].numel())}, state.step, world)
+    count = world.all_reduce({"tokens": torch.tensor(ids[:, 1:].numel())}, state.step)
     loss = state.module(ids) / count["tokens"].float()
     loss.backward()
     norm = parallel.clip_grad_norm(state.module.parameters(), 1.0)
     set_learning_rate(state.optimizer, rate(state.step))
     state.optimizer.step()
     state.optimizer.zero_grad()
-    total = parallel.all_reduce_counts({"loss": loss}, state.step, world)["loss"]
+    total = world.all_reduce({"loss": loss}, state.step)["loss"]
     state.step += 1
     state.extra = {"position": state.extra["position"] + 1}
     return total.item(), norm.item()

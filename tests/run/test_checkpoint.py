@@ -240,7 +240,7 @@ def save_with_a_small_disk(world, root):
     with pytest.raises(CheckpointError, match=r"rank 1 could not save .*step_00000001.*File too large"):
         checkpoint.save(root, state, tiny_run.identity(), world)
     left = sorted(os.listdir(root))
-    parallel.barrier(world)
+    world.barrier()
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert checkpoint.find_latest(root, world).name == "step_00000000"

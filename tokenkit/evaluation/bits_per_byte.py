@@ -21,7 +21,7 @@ from torch import nn
 
 from tokenkit.data.collate import AlignedCollator, Rows
 from tokenkit.pairing.align import Alignment, align, chunk_spans, chunks_with
-from tokenkit.parallel import World, all_reduce_counts
+from tokenkit.parallel import World
 from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.chat.documents import Document
 from tokenkit.tokenization.ragged import FlatTokens, joined
@@ -149,7 +149,7 @@ def bits_per_byte(
             nats += values
             num_bytes += heldout.num_bytes
     model.train(was_training)
-    sums = all_reduce_counts({"student": nats[0], "teacher": nats[1], "bytes": num_bytes}, step, world)
+    sums = world.all_reduce({"student": nats[0], "teacher": nats[1], "bytes": num_bytes}, step)
     total = float(sums["bytes"])
     student, teacher = (float(sums[name]) * BITS_PER_NAT / total for name in ("student", "teacher"))
     return BitsPerByte(student, teacher if has_teacher else None, int(total))

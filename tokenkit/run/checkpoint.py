@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tokenkit.disk import free_bytes, fsync_folder, is_disk_trouble, trouble_of_disk, write_durably
 from tokenkit.errors import CheckpointError, DiskError, OtherRankError
-from tokenkit.parallel import World, broadcast_json, gather_json, together
+from tokenkit.parallel import World
 from tokenkit.run.safe_dcp import (
     FORMAT,
     MANIFEST,
@@ -85,10 +85,10 @@ def save(root: Path, state: State, identity: Identity, world: World, *, keep_las
     if keep_last < 2:
         raise ValueError(f"keep_last must be at least 2, got {keep_last}: one may turn out damaged")
     final = root / f"step_{state.step:08d}"
-    if broadcast_json(final.exists() or final.is_symlink(), world):
+    if world.broadcast(final.exists() or final.is_symlink()):
         raise FileExistsError(f"{final} is there already: checkpoints are never overwritten, move it away")
     tensors = tensors_to_save(state)
-    nonce = broadcast_json(secrets.token_hex(8), world)
+    nonce = world.broadcast(secrets.token_hex(8))
     temporary = root / f".tmp-{final.name}-{nonce}"
     try:
         with _as_checkpoint_error("save", final, world):
@@ -128,8 +128,8 @@ def _failed(what: str, folder: Path, rank: int, cause: BaseException) -> Checkpo
 
 
 def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    needed = sum(gather_json(local_bytes(tensors), world)) + _SPARE_BYTES
-    with together("make room for a checkpoint", world):
+    needed = sum(world.gather(local_bytes(tensors))) + _SPARE_BYTES
+    with world.together("make room for a checkpoint"):
         if world.is_main:
             root.mkdir(mode=0o750, parents=True, exist_ok=True)
             fsync_folder(root.parent)
@@ -147,7 +147,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: State, world: World)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _knowing_that_it_is_alone(world):
         dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=world.mesh is None)
-    with together("write its own state", world):
+    with world.together("write its own state"):
         text = json.dumps({"extra": state.extra, "rng": random_state(world.device)}, allow_nan=False)
         write_durably(folder / _rank_file(world.rank), text)
 
@@ -168,11 +168,11 @@ def _rank_file(rank: int) -> str:
 def _hash(folder: Path, world: World) -> dict[str, tuple[int, str]]:
     """Return size and digest of every file; each rank reads what it wrote."""
     mine: dict[str, tuple[int, str]] = {}
-    with together("hash its shards", world):
+    with world.together("hash its shards"):
         names = [path.name for path in folder.glob(f"__{world.rank}_*")] + [_rank_file(world.rank)]
         for name in names + [METADATA] * world.is_main:
             mine[name] = ((folder / name).stat().st_size, sha256_of(folder / name))
-    return {name: entry for part in gather_json(mine, world) for name, entry in sorted(part.items())}
+    return {name: entry for part in world.gather(mine) for name, entry in sorted(part.items())}
 
 
 def _manifest(state: State, identity: Identity, world: World, files: dict[str, tuple[int, str]]) -> Manifest:
@@ -192,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 
 def _commit(temporary: Path, final: Path, manifest: Manifest, world: World) -> None:
-    with together("commit the checkpoint", world):
+    with world.together("commit the checkpoint"):
         if world.is_main:
             write_durably(temporary / MANIFEST, manifest.to_json())
             os.rename(temporary, final)  # fails on a folder that holds something: never overwrites
@@ -228,7 +228,7 @@ def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | Non
     Raises:
         CheckpointError: there are checkpoints and none is intact. Nothing is moved or deleted then.
     """
-    names = broadcast_json([folder.name for folder in reversed(_committed(root))], world)
+    names = world.broadcast([folder.name for folder in reversed(_committed(root))])
     bad: dict[str, str] = {}
     for name in names:
         reason = _examine(root / name, world)
@@ -236,7 +236,7 @@ def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | Non
             _repair(root, bad if repair else None, world)
             return root / name
         bad[name] = reason
-    aside = broadcast_json(sorted(p.name for p in root.glob(".quarantine-*")) if world.is_main else [], world)
+    aside = world.broadcast(sorted(p.name for p in root.glob(".quarantine-*")) if world.is_main else [])
     if bad or aside:
         listed = "; ".join([f"{name}: {reason}" for name, reason in bad.items()] + aside)
         raise CheckpointError(
@@ -257,12 +257,12 @@ def _examine(folder: Path, world: World) -> str | None:
             reason = f"its manifest is that of step {manifest.step}"
     except CheckpointError as error:
         reason = str(error)
-    return next((found for found in gather_json(reason, world) if found is not None), None)
+    return next((found for found in world.gather(reason) if found is not None), None)
 
 
 def _repair(root: Path, bad: Mapping[str, str] | None, world: World) -> None:
     """Move the damaged aside and delete leftovers; None: touch nothing."""
-    with together("move damaged checkpoints aside", world):
+    with world.together("move damaged checkpoints aside"):
         if bad is None or not world.is_main or not root.is_dir():
             return
         for name, reason in bad.items():
@@ -374,7 +374,7 @@ def load_tensors(
 
 def _load(folder: Path, manifest: Manifest, state: State, world: World) -> None:
     load_tensors(folder, manifest, state, world)
-    with _as_checkpoint_error("load", folder, world), together("read the state of each rank", world):
+    with _as_checkpoint_error("load", folder, world), world.together("read the state of each rank"):
         _load_rank_state(folder, manifest, state, world)
     state.step = manifest.step
 

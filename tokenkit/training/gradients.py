@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenkit.objective.aggregation import norms
 from tokenkit.objective.weights import Objective
-from tokenkit.parallel import World, all_reduce_counts, set_gradient_sync
+from tokenkit.parallel import World, set_gradient_sync
 from tokenkit.structs import Batch
 from tokenkit.training.requests import StudentHalf, ask
 
@@ -138,7 +138,7 @@ def gradient_shares(passes: Passes) -> dict[str, float]:
             ]
             squares[names[j]] = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
             passes.model.zero_grad(set_to_none=True)
-    sums = all_reduce_counts(squares, passes.step, passes.world)
+    sums = passes.world.all_reduce(squares, passes.step)
     norm_J = torch.stack([sums[name].double() for name in names]).sqrt() * weight_J.to(passes.world.device)
     total = float(norm_J.sum())
     return {
@@ -185,7 +185,7 @@ def _losses_before(passes: Passes) -> Tensor:
 
 def _over_ranks(loss_J: Tensor, passes: Passes) -> Tensor:
     local = {name: loss_J[j] for j, name in enumerate(passes.objective.names)}
-    sums = all_reduce_counts(local, passes.step, passes.world)
+    sums = passes.world.all_reduce(local, passes.step)
     return torch.stack([sums[name] for name in passes.objective.names])
 
 
@@ -311,7 +311,7 @@ def _gram(held: Sequence[Gradient], passes: Passes) -> Tensor:
             pairs = [(a, b) for a, b in zip(held[i], held[j], strict=True) if a is not None and b is not None]
             parts = [_dot(a, b, passes.world) for a, b in pairs]
             products[f"{i},{j}"] = torch.stack(parts).sum() if parts else torch.zeros(())
-    sums = all_reduce_counts(products, passes.step, passes.world)
+    sums = passes.world.all_reduce(products, passes.step)
     rows = [[sums[f"{min(i, j)},{max(i, j)}"] for j in range(J)] for i in range(J)]
     return torch.stack([torch.stack(row) for row in rows]) / passes.scale**2
 

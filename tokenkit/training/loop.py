@@ -21,7 +21,7 @@ from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
-from tokenkit.parallel import World, barrier, broadcast_json, gather_json, start, stop, together
+from tokenkit.parallel import World, start, stop
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.metrics import draw_curves
 from tokenkit.run.safe_dcp import read_manifest
@@ -100,7 +100,7 @@ def _dry_run(config: TrainConfig, world: World) -> int:
 
 def _build(config: TrainConfig, world: World) -> Parts:
     torch.manual_seed(config.run.seed)  # the same on every rank: adapters begin equal
-    with together("load models, tokenizers and data", world):
+    with world.together("load models, tokenizers and data"):
         parts = build(config, world)
     torch.manual_seed(config.run.seed + world.rank)  # dropout is each rank's own
     return parts
@@ -108,8 +108,8 @@ def _build(config: TrainConfig, world: World) -> Parts:
 
 def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequest) -> int:
     """Take the folder, build, restore, train, export; say in outcome.json how it ended."""
-    if config.run.resume and broadcast_json(_is_finished(folder, config), world):
-        with together("compare the finished run", world):
+    if config.run.resume and world.broadcast(_is_finished(folder, config)):
+        with world.together("compare the finished run"):
             done = Identity(read_manifest(_last_checkpoint(folder, config)).config)
             check_same(folder, done, Identity(to_dict(config)), MAY_DIFFER)
         world.say(f"{folder}: this run is done and exported; there is nothing to resume")
@@ -255,7 +255,7 @@ def _one_step(training: Training) -> None:
     if _due(run.step, schedule.save_interval, is_last):
         _save(training)
     if run.step % schedule.sync_interval == 0:
-        barrier(training.session.world)
+        training.session.world.barrier()
 
 
 def _due(step: int, interval: int, always: bool) -> bool:
@@ -298,7 +298,7 @@ def _save(training: Training) -> None:
 def _untokenized(training: Training) -> Counter[str]:
     """Count the documents that could not be tokenized, over all ranks; every rank calls it."""
     world, batches = training.session.world, training.parts.batches
-    return sum(map(Counter, gather_json(batches.untokenized, world)), Counter())
+    return sum(map(Counter, world.gather(batches.untokenized)), Counter())
 
 
 def _say_left_out(training: Training) -> None:
@@ -310,7 +310,7 @@ def _say_left_out(training: Training) -> None:
     if left_out:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
         world.say(f"rows left out: {reasons}")
-    altered = sum(map(Counter, gather_json(batches.altered, world)), Counter[str]())
+    altered = sum(map(Counter, world.gather(batches.altered)), Counter[str]())
     if altered:
         world.say(f"characters that a tokenizer cannot write, dropped or replaced: {dict(altered)}")
 
@@ -319,7 +319,7 @@ def _export(training: Training) -> None:
     """Gather the student on rank 0 and write it in Hugging Face layout."""
     config, parts, world = training.config, training.parts, training.session.world
     state = student_state(parts.run.model, parts.student)
-    with together("export the student", world):
+    with world.together("export the student"):
         if world.is_main:
             facts = run_facts(config, parts.run.step, training.reports.bits_per_byte)
             request = ExportRequest(

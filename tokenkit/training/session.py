@@ -20,7 +20,7 @@ import torch
 from tokenkit.config import to_yaml
 from tokenkit.disk import write_durably
 from tokenkit.errors import DiskError, ExitCode
-from tokenkit.parallel import World, all_reduce_counts, together
+from tokenkit.parallel import World
 from tokenkit.run import checkpoint
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.folder import RunLock, prepare_output
@@ -97,7 +97,7 @@ class Session:
         if self.world.mesh is None:
             return flag
         flags = {"flag": torch.tensor(float(flag))}
-        return float(all_reduce_counts(flags, self.ending.step, self.world)["flag"]) > 0
+        return float(self.world.all_reduce(flags, self.ending.step)["flag"]) > 0
 
     def save(self, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint, unless that of this step is there.
@@ -147,7 +147,7 @@ def taken(
     """
     lock = RunLock(folder)
     with ExitStack() as stack:
-        with together("prepare the output folder", world):
+        with world.together("prepare the output folder"):
             if world.is_main:
                 prepare_output(folder, resume=resume)
                 if export is not None:

@@ -16,7 +16,7 @@ from tokenkit.errors import DataError, NonFiniteError
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
-from tokenkit.parallel import World, all_reduce_counts, clip_grad_norm
+from tokenkit.parallel import World, clip_grad_norm
 from tokenkit.structs import Batch
 from tokenkit.training.gradients import Passes, Sums, accumulate, gradient_shares, trained_parameters
 from tokenkit.training.requests import Settle, TeacherHalf, ask
@@ -219,7 +219,7 @@ def prepare(run: Run, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     if not names:
         return prepared
     local = {name: torch.stack([p[name].sum_K for p in prepared]).sum(0) for name in names}
-    sums = all_reduce_counts(local, run.step, run.world)
+    sums = run.world.all_reduce(local, run.step)
     measured = [{name: (p[name], sums[name]) for name in names} for p in prepared]
     settled = [ask(model, Settle(batch, m, is_prefix)) for batch, m in zip(batches, measured, strict=True)]
     return [before | after for before, after in zip(prepared, settled, strict=True)]
@@ -231,7 +231,7 @@ def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Ten
         name: torch.stack([torch.as_tensor(p[name].count).double() for p in prepared]).sum(0)
         for name in run.stage.objective.names
     }
-    return all_reduce_counts(local, run.step, run.world)
+    return run.world.all_reduce(local, run.step)
 
 
 def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
@@ -273,7 +273,7 @@ def _report(
     stage, names = run.stage, run.stage.objective.names
     J, step = len(names), run.step - stage.first_step
     local = {name: sums.mean_J[j].double() for j, name in enumerate(names)}
-    added = all_reduce_counts({**local, **about}, run.step, run.world)
+    added = run.world.all_reduce({**local, **about}, run.step)
     device = run.world.device
     count_J = torch.stack([counts[name].double().mean() for name in names])
     loss_J = torch.stack([added[name] for name in names])
