@@ -154,9 +154,11 @@ def test_hidden_states_refuses_what_it_cannot_read(pair):
 
 def test_bits_per_byte_is_counted_from_the_models_own_logits(pair):
     model, tokenizer = tiny_model("llama").train(), tokenkit.load_tokenizer(pair[0])
+    model.lm_head.eval()
     texts = ["The cats sat on the mat.", "Once upon a time."]
     found = tokenkit.bits_per_byte(model, pair[0], [texts[0], {"text": texts[1]}])
     assert model.training
+    assert not model.lm_head.training
     nats = scored = 0
     for text in texts:
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text).ids]])

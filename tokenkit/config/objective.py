@@ -52,8 +52,9 @@ class Objective:
         for name in self.losses:
             check_loss(name)
         canonical = [ALIASES.get(name, name) for name in self.losses]
-        if len(set(canonical)) < len(canonical):
-            raise ConfigError(f"losses names one loss twice: {', '.join(self.losses)}")
+        twice = [n for n, c in zip(self.losses, canonical, strict=True) if canonical.count(c) > 1]
+        if twice:
+            raise ConfigError(f"losses names one loss twice: {', '.join(twice)}")
         self._check_per_loss("loss_weights", self.loss_weights)
         self._check_per_loss("loss_schedules", self.loss_schedules)
         s_init = self.weighing.s_init

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,9 +142,8 @@ def bits_per_byte(
     batches = heldout_batches(documents, collator, batch_size)
     _check_positions(model, max(len(heldout.batch.student.ids_BT[0]) for heldout in batches), max_length)
     device = unwrapped(model).get_input_embeddings().weight.device
-    was_training, nats = model.training, 0.0
-    model.eval()
-    try:
+    nats = 0.0
+    with _evaluating(model):
         for heldout in batches:
             side = heldout.batch.student.map(lambda tensor: tensor.to(device))
             states = hidden_states(model, side.ids_BT, vocab_size=ours.vocab_size)
@@ -151,8 +151,6 @@ def bits_per_byte(
             nats += float(
                 linear_cross_entropy(states.hidden_BTD, states.head, targets_BT, shift=True, reduction="sum")
             )
-    finally:
-        model.train(was_training)
     return nats / math.log(2) / sum(heldout.num_bytes for heldout in batches)
 
 
@@ -207,10 +205,18 @@ def _causal_lm(model: nn.Module, vocab_size: int) -> CausalLM:
         return model
     inner = unwrapped(model)
     ours = CausalLM(inner, vocab_size)
-    was_training = inner.training
-    inner.eval()
-    try:
+    with _evaluating(inner):
         settle(ours, type(ours.causal_lm).__name__)
-    finally:
-        inner.train(was_training)
     return ours
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and every module back in its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
