@@ -5,6 +5,7 @@ IDLE where it acts only beside others.
 """
 
 from tokenkit.commands.align import AlignOptions
+from tokenkit.commands.bits_per_byte import BitsPerByteConfig
 from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
@@ -32,6 +33,7 @@ NEEDED = {
     },
     AlignOptions: {"student": "a", "teacher": "b"},
     ExportConfig: {"checkpoint_path": "run", "output": "out"},
+    BitsPerByteConfig: {"text": "text.txt", "models": ["org/model"]},
     MergeLoraConfig: {"base_model": "org/model", "lora_model": ".", "output": "out"},
 }  # fmt: skip
 
@@ -133,6 +135,7 @@ IDLE = {
         "limit": (3, {"text": "x"}),
     },
     ExportConfig: {},
+    BitsPerByteConfig: {},
     MergeLoraConfig: {},
 }  # fmt: skip
 
@@ -303,6 +306,10 @@ ELSEWHERE = {
         "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
         "trust_remote_code": "commands/test_export.py::test_code_of_a_models_own_must_be_trusted_here_too",
     },
+    BitsPerByteConfig: dict.fromkeys(
+        [leaf.name for leaf in leaves(BitsPerByteConfig)],
+        "commands/test_bits_per_byte.py::test_it_is_the_sum_over_tokens_also_in_windows",
+    ),
     MergeLoraConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(MergeLoraConfig)],
         "commands/test_merge_lora.py::test_a_folder_of_peft_and_its_base_become_one_model",

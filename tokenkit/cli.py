@@ -35,6 +35,10 @@ DOORS = {
         "write the model of a run or checkpoint in Hugging Face layout",
     ),
     "merge-lora": ("tokenkit.commands.merge_lora:main", "merge a folder of adapters into its base model"),
+    "bits-per-byte": (
+        "tokenkit.commands.bits_per_byte:main",
+        "compare models with any tokenizers on a text, over the very same bytes",
+    ),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",

@@ -32,6 +32,7 @@ CONFIGURED = {
     "zett": "tokenkit.commands.zett:ZettConfig",
     "export": "tokenkit.commands.export:ExportConfig",
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
+    "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",
 }
