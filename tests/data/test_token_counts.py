@@ -86,7 +86,7 @@ def test_counts_of_something_else_are_refused(tokenizer, data, tmp_path):
 @pytest.mark.parametrize("when", ["complete", "interrupted"])
 def test_data_that_changed_under_its_name_is_noticed(tokenizer, data, tmp_path, monkeypatch, when):
     if when == "interrupted":
-        monkeypatch.setattr(token_counts, "_replace", stop_after(3, token_counts._replace))
+        monkeypatch.setattr(token_counts, "write_durably", stop_after(3, token_counts.write_durably))
         with pytest.raises(KeyboardInterrupt):
             count_tokens(data, {"a": Counted(tokenizer)}, tmp_path / "out")
         monkeypatch.undo()

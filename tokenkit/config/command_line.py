@@ -138,7 +138,7 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
         return load_yaml(words[0], flag)
     if len(words) == 1 and words[0] in ("null", "none", "None") and type(None) in wanted:
         return None
-    if len(words) == 1 and float in wanted:
+    if len(words) == 1 and float in wanted and not re.search("[=,]", words[0]):
         return words[0]
     if _takes_many(hint):
         if name not in WITH_COMMAS:
