@@ -4,9 +4,9 @@
     python -m tests.walk --list     and each call, in the order of its first time
 
 A call is a pair of functions (caller, callee) in two modules of tokenkit, counted once however often it
-happens. A return is a call into a module that the way has been in before: a reader goes back there. The way
-begins with a configuration that was read and ends with the export: three steps of CLM and ALM on a tiny model
-with adapters, a checkpoint and held-out text.
+happens; to read a property is no call, nor is what an import makes. A return is a call into a module that the
+way has been in before: a reader goes back there. The way begins with a configuration that was read and ends
+with the export: three steps of CLM and ALM on a tiny model with adapters, a checkpoint and held-out text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import inspect
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +35,8 @@ class Walk:
             return
         caller = frame.f_back
         while caller is not None and (found := name_of(caller)) is None:
+            if caller.f_code.co_name == "<module>":
+                return  # an import: what it makes is no step of the way
             caller = caller.f_back  # a library between: whoever called it
         if caller is not None and found is not None and found.split(":")[0] != callee.split(":")[0]:
             self.calls.setdefault((found, callee))
@@ -55,7 +58,10 @@ def name_of(frame: FrameType) -> str | None:
     function = frame.f_code.co_qualname.partition(".<")[0]
     is_body = not frame.f_code.co_flags & inspect.CO_OPTIMIZED  # of a module or a class
     is_written = not frame.f_code.co_filename.startswith("<")  # not by dataclass or NamedTuple
-    is_ours = module.startswith("tokenkit.") and is_written and not is_body
+    owner = type(frame.f_locals.get("self"))
+    member = inspect.getattr_static(owner, frame.f_code.co_name, None)
+    is_read = isinstance(member, property | cached_property)
+    is_ours = module.startswith("tokenkit.") and is_written and not is_body and not is_read
     return f"{module.removeprefix('tokenkit.')}:{function}" if is_ours else None
 
 

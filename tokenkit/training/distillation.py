@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.not_finite import NotFiniteError
-from tokenkit.losses import Loss, Measured, clm_loss
+from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
-from tokenkit.losses.score import in_dtype
+from tokenkit.losses.score import in_dtype, score, scored_tokens, select_rows
+from tokenkit.losses.shared_options import WORKSPACE_BYTES
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
@@ -323,11 +324,12 @@ def _nan_term(hidden_BTD: Tensor, count: Any) -> LossTerm:
 
 def _nats(states: HiddenStates, batch: Batch) -> Tensor:
     """Return the nats of the trained tokens; NaN where there is no such number."""
+    rows = select_rows(batch.student, scored_tokens(batch.student))
     try:
-        term = clm_loss(states, batch)
+        nats = -score(states, rows, workspace_bytes=WORKSPACE_BYTES).logp_BT.sum()
     except NotFiniteError:
         return states.hidden_BTD.new_full((), torch.nan, dtype=torch.float32)
-    return _spoil(term, states.spoiled).total
+    return nats if states.spoiled is None else nats + states.spoiled
 
 
 def _spoil(term: LossTerm, *spoiled: Tensor | None) -> LossTerm:
