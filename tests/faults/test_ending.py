@@ -28,6 +28,17 @@ from tokenkit.training.reports import Reports
 from tokenkit.training.session import Session
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals that whoever started the tests ignores (nohup, a shell's background) are heard here."""
+    default = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
+    default[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in default.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def fail(world):
     if world.rank == 1:
         raise DataError("row 7 is torn")

@@ -11,7 +11,7 @@ from tokenkit.kernels.reference import linear_logprob as logprob
 from tokenkit.kernels.reference import projected_divergence as projected
 from tokenkit.kernels.reference import sorted_distance as distance
 from tokenkit.kernels.vocabulary import Subset
-from tokenkit.losses import alm, dskd, gold, gold_js, mined, rows, score, uld, xtoken
+from tokenkit.losses import alm, dskd, gold, gold_js, mined, score, uld, xtoken
 
 
 def linear_logprob(hidden_ND, head, target_N, *, subset_V=None, temperature=1.0, workspace_bytes=0):
@@ -55,8 +55,8 @@ def use(monkeypatch) -> None:
         monkeypatch.setattr(module, "sorted_distance", sorted_distance)
     for module in (uld, gold):
         monkeypatch.setattr(module, "hybrid_distance", hybrid.hybrid_distance)
-    monkeypatch.setattr(rows, "linear_divergence", linear_divergence)
-    monkeypatch.setattr(rows, "match_outcomes", lambda *heads, whole, **indices: indices)
+    monkeypatch.setattr(score, "linear_divergence", linear_divergence)
+    monkeypatch.setattr(score, "match_outcomes", lambda *heads, whole, **indices: indices)
     monkeypatch.setattr(xtoken, "projected_divergence", projected_divergence)
     monkeypatch.setattr(alm, "alm_difference", difference.alm_difference)
     monkeypatch.setattr(alm, "chunk_likelihood", chunk_likelihood)
