@@ -12,7 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${TOKENKIT_VENV:-$root/.venv}
 constraints=${TOKENKIT_CONSTRAINTS:-$root/constraints.txt}
-extras=train,track,dev,docs
+extras=train,track,eval,export,dev,docs
 say() { printf 'environment: %s\n' "$*" >&2; }
 
 find_python() {

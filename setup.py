@@ -22,9 +22,8 @@ EXTRAS = {
         "matplotlib",
     ],
     "track": ["wandb", "tensorboard"],
-    # of commands that are not here yet: nothing imports these two so far
     "eval": ["lm_eval>=0.4.9"],
-    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "export": ["onnx", "onnxscript", "onnxruntime", "gguf"],
     "flash": ["flash-attn"],
     # mkdocs 2 is another program: no plugins
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2", "ruff"],
