@@ -178,11 +178,11 @@ def test_a_mistake_in_the_words_comes_before_torch(words, reason, capsys, tmp_pa
 
 
 def test_code_of_a_models_own_must_be_trusted_here_too(root, lora_run, tmp_path, monkeypatch, capsys):
-    from tokenkit.commands import export
+    from tokenkit.training import exporting
 
     manifest = read_manifest(lora_run / "checkpoints" / "step_00000004")
     manifest.config["trust_remote_code"] = True
-    monkeypatch.setattr(export, "find_checkpoint", lambda name: (tmp_path, manifest))
+    monkeypatch.setattr(exporting, "find_checkpoint", lambda name: (tmp_path, manifest))
     assert main(["export", str(lora_run), "--output", str(tmp_path / "out")]) == ExitCode.CONFIG
     assert "--trust-remote-code" in capsys.readouterr().err
 

@@ -6,22 +6,17 @@ tokenkit export RUN/checkpoints/step_00000500 --output FOLDER --dtype bfloat16
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tokenkit.cli import run
-from tokenkit.config import TrainConfig, from_dict, parse_command_line
+from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
-from tokenkit.errors import ConfigError, blaming_data, names_a_folder
+from tokenkit.errors import ConfigError, names_a_folder
 from tokenkit.models.options import Dtype
-
-if TYPE_CHECKING:
-    from tokenkit.run.safe_dcp import Manifest
 
 ALIASES = {
     "model_path": "checkpoint_path",
@@ -30,7 +25,6 @@ ALIASES = {
     "expand_input_ids_model": "base_model",
     "expand_input_ids_tokenizer": "base_tokenizer",
 }
-STUDENT = "student.pretrained_model_name_or_path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,26 +94,20 @@ def export(config: ExportConfig) -> None:
 
     output = Path(config.output).expanduser()
     check_vacant(output)
-    folder, manifest = find_checkpoint(config.checkpoint_path)
-    settings = run_settings(config, manifest)
-
     from tokenkit.disk import blaming_disk
     from tokenkit.export.adapter_folder import export_adapter
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
-    from tokenkit.training.exporting import restore_student, run_facts
+    from tokenkit.training.exporting import Places, restore, run_facts
     from tokenkit.training.reports import measurements
 
-    try:
-        with blaming_data():
-            student, state, tokenizer = restore_student(folder, manifest, settings)
-    except FileNotFoundError as error:
-        if folder.is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{folder} was deleted while it was read: its run goes on, and keeps its newest two checkpoints; "
-            "try again"
-        ) from error
+    places = Places(
+        base_model=config.base_model,
+        base_tokenizer=config.base_tokenizer,
+        target_tokenizer_name=config.target_tokenizer_name,
+    )
+    found = restore(config.checkpoint_path, places, trust_remote_code=config.trust_remote_code)
+    settings, folder, manifest = found.settings, found.folder, found.manifest
     measured = measurements(folder.parent.parent) if folder.parent.name == "checkpoints" else {}
     facts = run_facts(settings, manifest.step, measured.get(manifest.step))
     dtype = DTYPES[config.dtype or settings.training.dtype]
@@ -127,83 +115,10 @@ def export(config: ExportConfig) -> None:
     with blaming_disk(output):
         if config.as_adapter:
             is_changed = settings.target.target_tokenizer_name is not None or settings.target.tokens_to_add
-            export_adapter(student, state, tokenizer, request, is_changed=bool(is_changed))
+            export_adapter(found.student, found.state, found.tokenizer, request, is_changed=bool(is_changed))
         else:
-            export_huggingface(student, state, tokenizer, request)
+            export_huggingface(found.student, found.state, found.tokenizer, request)
     print(f"step {manifest.step} of {settings.schedule.steps}, {folder}: {output}")
-
-
-def find_checkpoint(name: str) -> tuple[Path, Manifest]:
-    """Return the checkpoint that a path means, and its manifest; every byte of it was compared with that.
-
-    Raises:
-        FileNotFoundError: neither a run nor a checkpoint, or a run that has saved nothing.
-        CheckpointError: the checkpoint is torn, or all those of the run are.
-    """
-    path = Path(name).expanduser()
-    step = re.fullmatch(r"step_(\d+)", path.name)
-    if step is not None and not path.exists():  # RUN/step_5000, as other programs call it
-        own = f"step_{int(step[1]):08d}"
-        places = (path.with_name(own), path.parent / "checkpoints" / own)
-        path = next((place for place in places if place.is_dir()), path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: name the folder of a run, or one of its checkpoints")
-    from tokenkit.run.checkpoint import check_whole, find_latest
-    from tokenkit.run.safe_dcp import read_manifest
-    from tokenkit.training.exporting import SINGLE
-
-    if (path / "manifest.json").is_file() or step is not None:
-        return path, check_whole(path, SINGLE)
-    root = path if path.name == "checkpoints" else path / "checkpoints"
-    if not root.is_dir():
-        what = (
-            "is a model in Hugging Face layout already"
-            if (path / "config.json").is_file()
-            else "holds no run"
-        )
-        raise FileNotFoundError(
-            f"{path} {what}: name the folder of a run, which has a folder checkpoints, or one of those"
-        )
-    found = find_latest(root, SINGLE)
-    if found is None:
-        raise FileNotFoundError(f"{root} holds no checkpoint: the run has not saved one yet")
-    newest = max(entry.name for entry in root.glob("step_*"))
-    if newest != found.name:
-        print(f"tokenkit: {root / newest} is not whole: {found.name} is taken", file=sys.stderr)
-    return found, read_manifest(found)
-
-
-def run_settings(config: ExportConfig, manifest: Manifest) -> TrainConfig:
-    """Return the configuration of the run, with the places where its files lie now.
-
-    Raises:
-        ConfigError: it is no run of `tokenkit train`, or its model brings code that is not trusted here.
-    """
-    if STUDENT not in manifest.config:
-        raise ConfigError(
-            f"{config.checkpoint_path} is not of `tokenkit train`: a hypernetwork is applied with `tokenkit "
-            "zett --method hypernet`"
-        )
-    settings = from_dict(TrainConfig, manifest.config)
-    if settings.run.trust_remote_code and not config.trust_remote_code:
-        raise ConfigError(
-            f"{config.checkpoint_path} was trained with trust_remote_code, and code that comes with its "
-            "model or tokenizer would run: read it, then pass --trust-remote-code"
-        )
-    moved = {
-        "pretrained_model_name_or_path": config.base_model,
-        "tokenizer_name": config.base_tokenizer,
-    }
-    student = dataclasses.replace(settings.student, **{k: v for k, v in moved.items() if v is not None})
-    target = settings.target
-    if config.target_tokenizer_name is not None:
-        target = dataclasses.replace(target, target_tokenizer_name=config.target_tokenizer_name)
-    settings = dataclasses.replace(settings, student=student, target=target)
-
-    from tokenkit.config.paths import check_model_folder
-
-    check_model_folder("base_model", settings.student.pretrained_model_name_or_path)
-    return settings
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tokenkit.models.check import HeadForm, guess_form, settle
 from tokenkit.models.collect import collecting, qkv_widths
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.options import Dtype
-from tokenkit.models.reading import read_model
+from tokenkit.models.reading import EXPANDED, read_model
 from tokenkit.structs import Head, HiddenStates, StateKind, Widths
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -40,6 +40,8 @@ class LoadOptions:
     """"auto": as the weights are stored."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    for_use: bool = False
+    """It is neither trained nor moved nor teaches: a byte model with input-id expansion may be read too."""
 
 
 class Rows(Protocol):
@@ -375,5 +377,8 @@ def load_causal_lm(name_or_path: str, vocab_size: int, options: LoadOptions) -> 
             finite, or one whose logits are not those of its hidden states and head.
     """
     loaded = CausalLM(read_model(name_or_path, options), vocab_size)
+    if str(loaded.config.model_type).startswith(EXPANDED):
+        max_bytes = loaded.config.expansion_max_bytes
+        loaded.expansion = InputExpansion.of_exported(loaded.model.expansion, max_bytes)
     settle(loaded, name_or_path)
     return loaded

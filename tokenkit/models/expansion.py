@@ -44,6 +44,16 @@ class InputExpansion(nn.Module):
         for name in TABLES:
             self.register_buffer(name, torch.from_numpy(getattr(tables, name)), persistent=False)
 
+    @classmethod
+    def of_exported(cls, written: Any, max_bytes: int) -> InputExpansion:
+        """Return the expansion of a model as it was exported; rows and tables are the same tensors."""
+        expansion = cls.__new__(cls)
+        nn.Module.__init__(expansion)
+        expansion.old, expansion.max_bytes = written.old, max_bytes
+        for name in TABLES:
+            expansion.register_buffer(name, getattr(written, name), persistent=False)
+        return expansion
+
     def with_rows(self, embedding: Any, old_WD: Tensor) -> InputExpansion:
         """Return the same expansion with other rows, on the CPU: whole where this one's are sharded."""
         arrays = {name: getattr(self, name).cpu().numpy() for name in TABLES}

@@ -37,7 +37,7 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
     with _one_line(name_or_path, options):
         config = AutoConfig.from_pretrained(name_or_path, **origin)
     check_config(name_or_path, config)
-    if str(config.model_type).startswith(EXPANDED):
+    if str(config.model_type).startswith(EXPANDED) and not options.for_use:
         raise ValueError(
             f"{name_or_path!r} is a byte model with input-id expansion, which cannot be trained on, moved or "
             "teach: start from the model that it was made from, or resume its run"

@@ -6,6 +6,8 @@ A run uses both at its end; `tokenkit export` makes both of a checkpoint, withou
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +17,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tokenkit import __version__
-from tokenkit.config import TrainConfig
-from tokenkit.errors import CheckpointError
+from tokenkit.config import TrainConfig, from_dict
+from tokenkit.config.paths import check_model_folder
+from tokenkit.errors import CheckpointError, ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.export.card import CardFacts, public_name
 from tokenkit.export.huggingface import EXPANSION
 from tokenkit.models.causal_lm import DTYPES, CausalLM
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import World
-from tokenkit.run.checkpoint import State, load_tensors
-from tokenkit.run.safe_dcp import Manifest
+from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
+from tokenkit.run.safe_dcp import Manifest, read_manifest
 from tokenkit.run.trackers import UNNAMED
 from tokenkit.training.build import build_models, load_tokenizers
 from tokenkit.training.distillation import Distillation
@@ -33,7 +36,32 @@ from tokenkit.training.requests import WrittenRows, ask
 if TYPE_CHECKING:
     from tokenkit.tokenization.tokenizer import Tokenizer
 
+STUDENT = "student.pretrained_model_name_or_path"
 SINGLE = World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the files that a run began with lie now. None: where the run found them."""
+
+    base_model: str | None = None
+    base_tokenizer: str | None = None
+    target_tokenizer_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """The model of a checkpoint."""
+
+    student: CausalLM
+    state: dict[str, Tensor]
+    """Its whole state, as `export_huggingface` takes it."""
+    tokenizer: Tokenizer
+    """That it ends with."""
+    settings: TrainConfig
+    """Of its run."""
+    folder: Path
+    manifest: Manifest
 
 
 def student_state(model: nn.Module, student: CausalLM) -> dict[str, Tensor]:
@@ -88,6 +116,102 @@ def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> C
         title=None if config.run.name == UNNAMED else config.run.name,
         bits_per_byte=None if measured is None else measured.student,
     )
+
+
+def restore(name: str, places: Places, *, trust_remote_code: bool) -> Restored:
+    """Return the model of a run's newest whole checkpoint, or of one checkpoint.
+
+    Args:
+        name: folder of a run or checkpoint.
+        places: of the files that it began with.
+        trust_remote_code: run code that comes with them, where the run did.
+
+    Raises:
+        FileNotFoundError: there is no run or checkpoint, or the base model is gone.
+        CheckpointError: it is torn, or its base model or tokenizers are others now.
+        ConfigError: see `run_settings`.
+    """
+    folder, manifest = find_checkpoint(name)
+    settings = run_settings(name, manifest, places, trust_remote_code=trust_remote_code)
+    try:
+        with blaming_data():
+            student, state, tokenizer = restore_student(folder, manifest, settings)
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{folder} was deleted while it was read: its run goes on, and keeps its newest two checkpoints; "
+            "try again"
+        ) from error
+    return Restored(
+        student=student, state=state, tokenizer=tokenizer, settings=settings, folder=folder, manifest=manifest
+    )
+
+
+def find_checkpoint(name: str) -> tuple[Path, Manifest]:
+    """Return the checkpoint that a path means, and its manifest; every byte of it was compared with that.
+
+    Raises:
+        FileNotFoundError: neither a run nor a checkpoint, or a run that has saved nothing.
+        CheckpointError: the checkpoint is torn, or all those of the run are.
+    """
+    path = Path(name).expanduser()
+    step = re.fullmatch(r"step_(\d+)", path.name)
+    if step is not None and not path.exists():  # RUN/step_5000, as other programs call it
+        own = f"step_{int(step[1]):08d}"
+        places = (path.with_name(own), path.parent / "checkpoints" / own)
+        path = next((place for place in places if place.is_dir()), path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: name the folder of a run, or one of its checkpoints")
+    if (path / "manifest.json").is_file() or step is not None:
+        return path, check_whole(path, SINGLE)
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    if not root.is_dir():
+        what = (
+            "is a model in Hugging Face layout already"
+            if (path / "config.json").is_file()
+            else "holds no run"
+        )
+        raise FileNotFoundError(
+            f"{path} {what}: name the folder of a run, which has a folder checkpoints, or one of those"
+        )
+    found = find_latest(root, SINGLE)
+    if found is None:
+        raise FileNotFoundError(f"{root} holds no checkpoint: the run has not saved one yet")
+    newest = max(entry.name for entry in root.glob("step_*"))
+    if newest != found.name:
+        print(f"tokenkit: {root / newest} is not whole: {found.name} is taken", file=sys.stderr)
+    return found, read_manifest(found)
+
+
+def run_settings(name: str, manifest: Manifest, places: Places, *, trust_remote_code: bool) -> TrainConfig:
+    """Return the configuration of the run, with the places where its files lie now.
+
+    Raises:
+        ConfigError: it is no run of `tokenkit train`, or its model brings code that is not trusted here.
+    """
+    if STUDENT not in manifest.config:
+        raise ConfigError(
+            f"{name} is not of `tokenkit train`: a hypernetwork is applied with `tokenkit zett --method "
+            "hypernet`"
+        )
+    settings = from_dict(TrainConfig, manifest.config)
+    if settings.run.trust_remote_code and not trust_remote_code:
+        raise ConfigError(
+            f"{name} was trained with trust_remote_code, and code that comes with its model or tokenizer "
+            "would run: read it, then pass --trust-remote-code"
+        )
+    moved = {
+        "pretrained_model_name_or_path": places.base_model,
+        "tokenizer_name": places.base_tokenizer,
+    }
+    student = dataclasses.replace(settings.student, **{k: v for k, v in moved.items() if v is not None})
+    target = settings.target
+    if places.target_tokenizer_name is not None:
+        target = dataclasses.replace(target, target_tokenizer_name=places.target_tokenizer_name)
+    settings = dataclasses.replace(settings, student=student, target=target)
+    check_model_folder("base_model", settings.student.pretrained_model_name_or_path)
+    return settings
 
 
 def restore_student(

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenkit.tokenization.files.sentencepiece_model import check_is_no_pointer, sentencepiece_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -64,6 +67,16 @@ def read_files(name_or_path: str, *, revision: str | None, trust_remote_code: bo
     if not isinstance(document.get("model"), dict):
         raise ValueError(f"{folder / 'tokenizer.json'} has no 'model': it is not a tokenizers file")
     return TokenizerFiles(document, config, _chat_template(folder, config))
+
+
+def huggingface_tokenizer(name_or_path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub repository as transformers has it."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name_or_path, trust_remote_code=trust_remote_code
+    )
+    return tokenizer
 
 
 def read_object(tokenizer: Any) -> tuple[str, TokenizerFiles]:
