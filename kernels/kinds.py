@@ -1,4 +1,4 @@
-"""The names of differences and divergences, for those who must know them without loading torch."""
+"""The names of the kinds that kernels have, for those who must know them without loading torch."""
 
 from typing import Literal, get_args
 
@@ -17,7 +17,15 @@ Difference = Literal[
 Divergence = Literal["kl", "rkl", "skl", "srkl", "js", "akl"]
 """Of two distributions: `linear_divergence`."""
 
+Gate = Literal["softmax", "relu", "sigmoid"]
+"""What becomes of the scores of a head's experts: `product_key_topk`."""
+
+Activation = Literal["gelu", "relu", "silu"]
+"""Of an expert's neurons: `peer_experts`."""
+
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 KINDS = (*DIVERGENCES, "abs", "log_abs")
 """What `linear_divergence` sums: divergences, and differences of probabilities."""
+GATES: tuple[Gate, ...] = get_args(Gate)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
