@@ -39,6 +39,10 @@ DOORS = {
         "tokenkit.commands.bits_per_byte:main",
         "compare models with any tokenizers on a text, over the very same bytes",
     ),
+    "generate": (
+        "tokenkit.commands.generate:main",
+        "write on behind prompts, or answer in a conversation, as the text comes",
+    ),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",

@@ -33,6 +33,7 @@ CONFIGURED = {
     "export": "tokenkit.commands.export:ExportConfig",
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
+    "generate": "tokenkit.commands.generate:GenerateConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",
 }

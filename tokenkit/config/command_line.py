@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _NOT_GIVEN = ("",)
 
-WITH_COMMAS = ("tokens_to_add",)
+WITH_COMMAS = ("tokens_to_add", "prompts", "stop")
 """Lists whose items may hold a comma: on the command line only spaces part them."""
 
 
