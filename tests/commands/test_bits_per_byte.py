@@ -2,17 +2,28 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tokenkit
 from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder, tiny_model
 from tokenkit.cli import main
+from tokenkit.data.collate import AlignedCollator
 from tokenkit.errors import ExitCode
-from tokenkit.evaluation.text_bits import CLASSES, _spread, _windows, classes_of
+from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
+from tokenkit.evaluation.byte_shares import place, shares
+from tokenkit.evaluation.scripts import classes_of
+from tokenkit.evaluation.text_bits import windows
+from tokenkit.models.causal_lm import CausalLM
+from tokenkit.parallel import World
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.ragged import FlatTokens
 from tokenkit.tokenization.tokenizer import load_tokenizer
+from tokenkit.training.distillation import Distillation
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +75,68 @@ def test_it_is_the_sum_over_tokens_also_in_windows(root, tmp_path, capsys):
     assert low <= difference["difference"] <= high
 
 
+def test_the_front_door_the_command_and_training_say_the_same(root, tmp_path):
+    found = scores(root, tmp_path, "--max-length", "128", "--batch-size", "3", models=("b",))
+    model = AutoModelForCausalLM.from_pretrained(root / "b")
+    front = tokenkit.bits_per_byte(model, str(root / "b"), TEXT[:5], max_length=128)
+    (one,) = found["models"].values()
+    assert one["bits_per_byte"] == pytest.approx(front, rel=1e-6)
+    tokenizers = [load_tokenizer(str(root / name)) for name in ("a", "b")]
+    both = AlignedCollator(*tokenizers, max_length_student=128, max_length_teacher=128)
+    sides = [CausalLM(AutoModelForCausalLM.from_pretrained(root / n), t.vocab_size)
+             for n, t in zip("ab", tokenizers, strict=True)]  # fmt: skip
+    batches = heldout_batches([Document(text=text) for text in TEXT[:5]], both)
+    trained = bits_per_byte(Distillation(*sides, {}), batches, World(0, 1, torch.device("cpu"), None))
+    (tmp_path / "out.json").unlink()
+    pair = scores(root, tmp_path, "--max-length", "128", "--plot", str(tmp_path / "bars.png"))["models"]
+    assert [trained.student, trained.teacher] == pytest.approx(
+        [pair[str(root / name)]["bits_per_byte"] for name in "ab"], rel=1e-6
+    )
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_bytes_have_the_class_of_their_character():
-    text = "aé1 .東"
-    names = [CLASSES[kind] for kind in classes_of(text)]
-    assert names == ["letters"] * 3 + ["digits", "whitespace", "punctuation"] + ["other scripts"] * 3
+    text = "aé1 .東ひラ한ж\u0301αعשकाกதሀ"
+    names, kinds = classes_of(text)
+    found = [names[kinds[len(text[:at].encode())]] for at in range(len(text))]
+    assert found == [
+        "Latin letters", "Latin letters", "digits", "whitespace", "punctuation and symbols", "Han",
+        "Hiragana", "Katakana", "Hangul", "Cyrillic", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari",
+        "Devanagari", "Thai", "Tamil", "Ethiopic",
+    ]  # fmt: skip
+    assert len(kinds) == len(text.encode())
 
 
-def test_windows_score_each_token_once_and_bits_are_shared_by_bytes():
+def test_windows_score_each_token_once():
     for length, window, stride in ((1, 4, 2), (9, 4, 1), (10, 4, 3), (5, 16, 8)):
-        spans = list(_windows(length, window, stride))
+        spans = list(windows(length, window, stride))
         assert [t for _, first, end in spans for t in range(first, end)] == list(range(1, length))
         assert all(start < first and end - start <= window for start, first, end in spans)
-    got = _spread(np.array([1.0, 2.0, 6.0, np.nan]), np.array([0, 1, 4, 5]), 5)
-    np.testing.assert_array_equal(got, [3.0, 2.0, 2.0, 2.0, np.nan])
+
+
+def test_bits_are_shared_by_bytes_and_sides_share_what_counts(root):
+    """By hand: BOS, a token without width, one of 3 bytes, an unknown one | one that no model predicts."""
+    tokenizer = replace_unk(load_tokenizer(str(root / "b")), 7)
+
+    def side(ids, ends, special):
+        mask = np.array(special, bool)
+        return FlatTokens(
+            np.array(ids, np.int32), np.array(ends), mask, ~mask | True, np.array([0, len(ids)])
+        )
+
+    left = side([1, 5, 6, 6, 7], [1, 1, 2, 5, 6], [1, 0, 0, 0, 0])
+    right = side([5, 6, 6], [3, 5, 6], [0, 0, 0])
+    (placed, _), start_B = place((left, right), (tokenizer, tokenizer))
+    got = placed.spread(np.array([9, 1.0, 2.0, 6.0, 4.0]), int(start_B[-1]))
+    np.testing.assert_array_equal(got, [np.nan, 3.0, 2.0, 2.0, 2.0, np.nan])
+    found = shares((left, right), (tokenizer, tokenizer))
+    np.testing.assert_allclose(found.share_N[0], [0, 0, 0, 2 / 3, 0])
+    np.testing.assert_allclose(found.share_N[1], [0, 1, 0])
+    assert found.num_bytes == 2
+
+
+def replace_unk(tokenizer, unk_id):
+    return SimpleNamespace(unk_id=unk_id, bos_id=tokenizer.bos_id)
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_an_evaluation_runs_it_once_and_measures_what_the_model_uses(make_config
     calls, model = counted(parts), parts.run.model
     measured = bits_per_byte(model, heldout, SINGLE)
     assert len(calls) == 1
-    one_by_one = sum(float(model(Evaluate(batch.batch))[0]) for batch in heldout)
+    one_by_one = sum(float(model(Evaluate(batch.batch, shares=batch.shares))[0]) for batch in heldout)
     assert len(calls) == 1 + len(heldout)
     assert measured.student == pytest.approx(one_by_one / measured.num_bytes / math.log(2), rel=1e-6)
 

@@ -1,26 +1,23 @@
 """Bits per byte of student and teacher over the very same bytes.
 
-    bits per byte = −Σ log2 p(token) / Σ bytes
-
-over the tokens of those smallest shared chunks that both models score whole: text alone, no special
-tokens, nothing that only one of the two read before its length limit. So two tokenizers can be compared,
-within one setting of the lengths; documents cut elsewhere give other numbers.
+`byte_shares` says which bytes count and what of a token's bits goes to them. Here documents are cut at the
+lengths of a run, so nothing counts that only one of the two read, and batches are shared out over ranks;
+`text_bits` reads whole documents, in windows. Documents cut elsewhere give other numbers.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from tokenkit.data.collate import AlignedCollator, Rows
-from tokenkit.pairing.align import Alignment, align, chunk_spans, chunks_with
+from tokenkit.evaluation.byte_shares import Floats, shares
 from tokenkit.parallel import World
 from tokenkit.structs import Batch, Side
 from tokenkit.tokenization.chat.documents import Document
@@ -30,7 +27,6 @@ from tokenkit.training.requests import Evaluate, WrittenRows, ask
 
 logger = logging.getLogger(__name__)
 
-Bools = NDArray[np.bool_]
 BITS_PER_NAT = 1 / math.log(2.0)
 
 
@@ -39,7 +35,14 @@ class HeldoutBatch:
     """Documents whose `trained` tokens are those that count here."""
 
     batch: Batch
+    shares: tuple[Tensor, Tensor]
+    """float32 [B, T] and [B, S], what counts of each token of student and teacher."""
     num_bytes: int
+
+    def to(self, device: torch.device) -> HeldoutBatch:
+        """Return the same documents on a device."""
+        student, teacher = (share_BT.to(device) for share_BT in self.shares)
+        return HeldoutBatch(self.batch.to(device), (student, teacher), self.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,63 +96,61 @@ def heldout_batch(
     pairs: Sequence[tuple[FlatTokens, FlatTokens]], student: Tokenizer, teacher: Tokenizer
 ) -> HeldoutBatch:
     """Mark the tokens that count, and count their bytes."""
-    sides = joined(pair[0] for pair in pairs), joined(pair[1] for pair in pairs)
-    alignment = align(*sides)
-    excluded = [_excluded(side, tokenizer) for side, tokenizer in zip(sides, (student, teacher), strict=True)]
-    is_out_C = chunks_with(alignment, *excluded)
-    start_C, end_C = chunk_spans(alignment, sides[0])
-    num_bytes = int((end_C - start_C)[~is_out_C].sum())
-    counted = _counted(alignment, is_out_C)
-    padded = [_side(side, counted_N) for side, counted_N in zip(sides, counted, strict=True)]
-    return HeldoutBatch(Batch(padded[0], padded[1], {}), num_bytes)
+    sides = [joined(pair[index] for pair in pairs) for index in (0, 1)]
+    found = shares(sides, (student, teacher))
+    padded = [_side(side, share_N) for side, share_N in zip(sides, found.share_N, strict=True)]
+    (left, left_share_BT), (right, right_share_BT) = padded
+    return HeldoutBatch(Batch(left, right, {}), (left_share_BT, right_share_BT), found.num_bytes)
 
 
-def _excluded(side: FlatTokens, tokenizer: Tokenizer) -> Bools:
-    """Tokens that no model scores, that are no text, or that do not say which text they stand for."""
-    excluded_N = side.special_N | ~side.trained_N
-    excluded_N[side.offset_B[:-1][side.length_B > 0]] = True
-    if tokenizer.unk_id is not None:
-        excluded_N |= side.ids_N == tokenizer.unk_id
-    return excluded_N
-
-
-def _counted(alignment: Alignment, is_out_C: Bools) -> list[Bools]:
-    table = np.append(~is_out_C, False)  # index -1, in no chunk
-    return [table[alignment.student_N], table[alignment.teacher_M]]
-
-
-def _side(side: FlatTokens, counted_N: Bools) -> Side:
+def _side(side: FlatTokens, share_N: Floats) -> tuple[Side, Tensor]:
     rows = Rows(side)
-    return Side(
+    padded = Side(
         ids_BT=rows.pad(side.ids_N.astype(np.int64), 0),
         length_B=torch.from_numpy(side.length_B),
-        trained_BT=rows.pad(counted_N, False),
+        trained_BT=rows.pad(share_N > 0, False),
     )
+    return padded, rows.pad(share_N.astype(np.float32), 0)
 
 
 @torch.no_grad()
 def bits_per_byte(
     model: nn.Module, batches: Sequence[HeldoutBatch], world: World, step: int = 0
 ) -> BitsPerByte:
-    """Measure student and teacher of a `Distillation` on held-out batches, shared out over the ranks.
+    """Measure student and teacher of a `Distillation` on held-out batches, shared out over the ranks."""
+    was_training, has_teacher = model.training, getattr(model, "teacher", None) is not None
+    model.eval()
+    rows = ask(model, WrittenRows())  # once, not for every batch
+    student, teacher, total = summed_bits(
+        lambda held: ask(model, Evaluate(held.batch, rows, held.shares)), batches, world, step
+    )
+    model.train(was_training)
+    return BitsPerByte(student / total, teacher / total if has_teacher else None, int(total))
+
+
+def summed_bits(
+    nats: Callable[[HeldoutBatch], Tensor], batches: Sequence[HeldoutBatch], world: World, step: int = 0
+) -> tuple[float, float, float]:
+    """Return the bits of student and teacher over all batches, and the bytes that they are for.
 
     Every rank runs as many batches as the others, the last of them with weight 0 where it has too few:
     a sharded forward is a collective.
+
+    Args:
+        nats: of a batch on the world's device, [2], those of its tokens times what counts of each.
+        batches: the same on every rank.
+        world: the ranks.
+        step: what the ranks name this exchange by.
     """
-    was_training, has_teacher = model.training, getattr(model, "teacher", None) is not None
-    model.eval()
-    nats = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sum_2 = torch.zeros(2, dtype=torch.float64, device=world.device)
     num_bytes = torch.zeros((), dtype=torch.float64, device=world.device)
-    rows = ask(model, WrittenRows())  # once, not for every batch
     for start in range(0, len(batches), world.world_size):
         index = start + world.rank
         heldout = batches[min(index, len(batches) - 1)]
-        values = ask(model, Evaluate(heldout.batch.to(world.device), rows)).double()
+        values_2 = nats(heldout.to(world.device)).double()
         if index < len(batches):
-            nats += values
+            sum_2 += values_2
             num_bytes += heldout.num_bytes
-    model.train(was_training)
-    sums = world.all_reduce({"student": nats[0], "teacher": nats[1], "bytes": num_bytes}, step)
-    total = float(sums["bytes"])
-    student, teacher = (float(sums[name]) * BITS_PER_NAT / total for name in ("student", "teacher"))
-    return BitsPerByte(student, teacher if has_teacher else None, int(total))
+    sums = world.all_reduce({"student": sum_2[0], "teacher": sum_2[1], "bytes": num_bytes}, step)
+    student, teacher = (float(sums[name]) * BITS_PER_NAT for name in ("student", "teacher"))
+    return student, teacher, float(sums["bytes"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenkit.data.collate import AlignedCollator
+from tokenkit.evaluation.bars import draw_bars
 from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
 from tokenkit.models.causal_lm import effective_weight
 from tokenkit.parallel import World
@@ -92,17 +93,8 @@ def write_comparison(folder: Path, result: Mapping[str, Any]) -> None:
     """Write `compare.json` and `compare.png` into a folder that is empty or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     scores = sorted((score["bits_per_byte"], name) for name, score in result["methods"].items())
-    bars = axes.bar([name for _, name in scores], [score for score, _ in scores], color="#4878a8")
-    axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    axes.axhline(result["original"], color="#a04040", lw=1, label=f"original {result['original']:.2f}")
-    axes.set_ylabel("bits per byte (lower is better)")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "compare.png", format="png")
+    heights = {"bits per byte": [score for score, _ in scores]}
+    line = f"original {result['original']:.2f}", result["original"]
+    picture = draw_bars([name for _, name in scores], heights, "bits per byte (lower is better)", line)
+    (folder / "compare.png").write_bytes(picture)

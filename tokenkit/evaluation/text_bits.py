@@ -1,91 +1,81 @@
 """Bits that models need for each byte of a text, whatever their tokenizers.
 
-A token's bits are shared out equally over its bytes, so every byte has a figure under every model; sums over
-the same bytes can be compared. A byte counts where all models score it: not where a model without BOS has
-nothing before it, nor where a tokenizer writes an unknown token.
+`byte_shares` says what the bits of a byte are; sums over the same bytes can be compared. A byte counts
+where all models score it.
 
 Long text is read in windows: each begins `stride` tokens behind the last, and scores the tokens that no
-window before it has scored, so that these have at least window - stride tokens before them.
+window before it has scored, so that these have at least window - stride tokens before them. Windows of one
+length are read together.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tokenkit.losses.fused import linear_cross_entropy
-from tokenkit.structs import NO_LABEL
+from tokenkit.evaluation.byte_shares import Floats, place, predicted
+from tokenkit.evaluation.scripts import FIRST, classes_of
+from tokenkit.losses.score import token_nats
+from tokenkit.structs import HiddenStates, Side
+from tokenkit.tokenization.chat.documents import Document
+from tokenkit.tokenization.chat.encode import encode_flat
+from tokenkit.tokenization.ragged import Bools, FlatTokens
+from tokenkit.tokenization.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tokenkit.models.causal_lm import CausalLM
-    from tokenkit.tokenization.tokenizer import Tokenizer
-
-Floats = NDArray[np.float64]
-CLASSES = ("letters", "digits", "whitespace", "punctuation", "other scripts")
-"""Of bytes, by their character: Latin letters, numbers, spaces, punctuation and symbols, all others."""
-
-
-def classes_of(text: str) -> NDArray[np.int8]:
-    """Return the class of each byte of a text, an index into CLASSES."""
-    known = {letter: (_class_of(letter), len(letter.encode())) for letter in set(text)}
-    pairs = [known[letter] for letter in text]
-    kinds, lengths = np.array([p[0] for p in pairs], np.int8), np.array([p[1] for p in pairs], np.int64)
-    return np.repeat(kinds, lengths)
-
-
-def _class_of(letter: str) -> int:
-    kind = unicodedata.category(letter)
-    if letter.isspace():
-        return 2
-    if kind[0] == "N":
-        return 1
-    if kind[0] in "PS":
-        return 3
-    is_latin = kind[0] == "L" and (letter.isascii() or unicodedata.name(letter, "").startswith("LATIN"))
-    return 0 if is_latin else 4
+States = Callable[[Tensor], HiddenStates]
+"""From int64 ids [B, T], padded on the right, to hidden states and head: a `CausalLM`."""
 
 
 @torch.no_grad()
 def bits_of_bytes(
-    model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], *, window: int, stride: int
+    states_of: States, tokenizer: Tokenizer, texts: Sequence[str], *, window: int, stride: int, batch: int = 8
 ) -> tuple[list[Floats], int]:
     """Return the bits of each byte of each text, NaN where the model scores none, and the number of tokens.
 
     Args:
-        model: in evaluation mode.
+        states_of: the model, in evaluation mode.
         tokenizer: its own.
-        texts: canonical for the tokenizer.
+        texts: not empty, and canonical for the tokenizer.
         window: tokens that are read at once.
         stride: from 1 to window - 1.
+        batch: windows in one forward.
     """
-    found, count = [], 0
-    for text, tokens in zip(texts, tokenizer.encode_batch(list(texts)), strict=True):
-        lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        ids_T = torch.tensor(lead + tokens.ids.tolist())
-        bits_T = np.full(len(ids_T), np.nan)
-        for start, first, end in _windows(len(ids_T), window, stride):
-            states = model(ids_T[None, start:end])
-            targets_T = ids_T[start:end].clone()
-            targets_T[: first - start] = NO_LABEL
-            nats_T = linear_cross_entropy(
-                states.hidden_BTD, states.head, targets_T[None], shift=True, reduction="none"
-            )[0]
-            bits_T[first:end] = nats_T.double().numpy()[first - start - 1 : end - start - 1] / math.log(2)
-        bits = bits_T[len(lead) :]
-        if tokenizer.unk_id is not None:
-            bits[tokens.ids == tokenizer.unk_id] = np.nan
-        found.append(_spread(bits, np.asarray(tokens.byte_ends), len(text.encode())))
-        count += len(tokens.ids)
-    return found, count
+    documents = [Document(text=text) for text in texts]
+    (side,) = encode_flat(documents, (tokenizer,), mode="direct_encode")
+    wanted_N = predicted(side, tokenizer)
+    bits_N = _nats(states_of, side, wanted_N, _windows_of(side, window, stride), batch) / math.log(2)
+    (placed,), start_B = place((side,), (tokenizer,))
+    bits_A = placed.spread(bits_N, int(start_B[-1]))
+    last_B = start_B[:-1] + [
+        int(ends[~special].max()) for ends, special in zip(*_by_document(side), strict=True)
+    ]
+    sizes = [len(text.encode()) for text in texts]
+    found = [bits_A[end - size : end] for end, size in zip(last_B, sizes, strict=True)]
+    return found, int((~side.special_N).sum())
 
 
-def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def _by_document(side: FlatTokens) -> tuple[list[NDArray[np.int64]], list[Bools]]:
+    borders = side.offset_B[1:-1]
+    return np.split(side.byte_ends_N, borders), np.split(side.special_N, borders)
+
+
+def _windows_of(side: FlatTokens, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Return where each window begins, the first token that it scores, and where it ends; shortest first."""
+    found = [
+        (offset + start, offset + first, offset + end)
+        for offset, length in zip(side.offset_B.tolist(), side.length_B.tolist(), strict=False)
+        for start, first, end in windows(length, window, stride)
+    ]
+    return sorted(found, key=lambda one: one[2] - one[0])
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield where a window begins, the first token that it scores, and where it ends."""
     start, scored = 0, 1
     while scored < length:
@@ -94,16 +84,29 @@ def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, 
         scored, start = end, start + stride
 
 
-def _spread(bits_T: Floats, ends_T: NDArray[np.int64], num_bytes: int) -> Floats:
-    """Share each token's bits over its bytes; a token of no width adds its own to the next one's."""
-    result, begin, carried = np.full(num_bytes, np.nan), 0, 0.0
-    for bits, end in zip(bits_T, ends_T, strict=True):
-        if end == begin:
-            carried += bits
-            continue
-        result[begin:end] = (bits + carried) / (end - begin)
-        begin, carried = int(end), 0.0
-    return result
+def _nats(
+    states_of: States,
+    side: FlatTokens,
+    wanted_N: Bools,
+    spans: Sequence[tuple[int, int, int]],
+    batch: int,
+) -> Floats:
+    """Return [N] −log p of the tokens that are wanted, NaN elsewhere."""
+    nats_N = np.full(len(side.ids_N), np.nan)
+    for at in range(0, len(spans), batch):
+        rows = spans[at : at + batch]
+        lengths = [end - start for start, _, end in rows]
+        ids_BT = np.zeros((len(rows), max(lengths)), np.int64)
+        trained_BT = np.zeros(ids_BT.shape, np.bool_)
+        for row, (start, first, end) in enumerate(rows):
+            ids_BT[row, : end - start] = side.ids_N[start:end]
+            trained_BT[row, first - start : end - start] = wanted_N[first:end]
+        padded = Side(torch.from_numpy(ids_BT), torch.tensor(lengths), torch.from_numpy(trained_BT))
+        found_BT = token_nats(states_of(padded.ids_BT), padded).double().numpy()
+        for row, (start, first, end) in enumerate(rows):
+            kept_T = trained_BT[row, first - start : end - start]
+            nats_N[first:end][kept_T] = found_BT[row, first - start : end - start][kept_T]
+    return nats_N
 
 
 def summary(
@@ -125,21 +128,25 @@ def summary(
     sizes = np.array([mask.sum() for mask in counted], np.float64)
     if not sizes.sum():
         raise ValueError("no byte of the text is scored by all models: give longer documents")
-    kinds = np.concatenate([classes_of(t)[m] for t, m in zip(texts, counted, strict=True)])
+    names, kind_A = classes_of("".join(texts))
+    kind_A = kind_A[np.concatenate(counted)]
+    count = np.bincount(kind_A, minlength=len(names))
+    order = [names.index(name) for name in FIRST if name in names]
+    order += sorted(set(range(len(names))) - set(order), key=lambda kind: -count[kind])
+    order = [kind for kind in order if count[kind]]
     all_bytes = sum(len(text.encode()) for text in texts)
     result: dict[str, dict[str, Any]] = {}
     sums: dict[str, Floats] = {}
     for name, documents in bits.items():
         kept = [values[mask] for values, mask in zip(documents, counted, strict=True)]
         flat, sums[name] = np.concatenate(kept), np.array([values.sum() for values in kept])
-        by_class = {c: float(flat[kinds == i].mean()) for i, c in enumerate(CLASSES) if (kinds == i).any()}
+        sum_of = np.bincount(kind_A, flat, len(names))
         result[name] = {
             "bits_per_byte": float(flat.mean()),
-            "bits_per_byte_by_class": by_class,
+            "bits_per_byte_by_class": {names[k]: float(sum_of[k] / count[k]) for k in order},
             "bytes_per_token": all_bytes / tokens[name],
         }
     first, *others = bits
-    shares = {c: float((kinds == i).mean()) for i, c in enumerate(CLASSES) if (kinds == i).any()}
     drawn = np.random.default_rng(seed).integers(len(texts), size=(samples, len(texts)))
     differences = {
         name: {"difference": result[name]["bits_per_byte"] - result[first]["bits_per_byte"]}
@@ -147,7 +154,8 @@ def summary(
         for name in others
     }
     return {
-        "documents": len(texts), "bytes": int(sizes.sum()), "share_of_bytes_by_class": shares,
+        "documents": len(texts), "bytes": int(sizes.sum()),
+        "share_of_bytes_by_class": {names[k]: float(count[k] / count.sum()) for k in order},
         "models": result, "against": first, "differences": differences,
     }  # fmt: skip
 
@@ -161,16 +169,20 @@ def _interval(bits: Floats, sizes: Floats, drawn: NDArray[np.int64]) -> dict[str
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the figures as text, one line for each model."""
-    kinds = list(found["share_of_bytes_by_class"])
-    width = max(len("share of the bytes"), *map(len, found["models"]))
-    lines = [f"{'model':<{width}}  bits/byte  bytes/token  " + "  ".join(f"{kind:>13}" for kind in kinds)]
-    for name, one in found["models"].items():
-        by_class = "  ".join(f"{one['bits_per_byte_by_class'][kind]:13.4f}" for kind in kinds)
-        head = f"{one['bits_per_byte']:9.4f}  {one['bytes_per_token']:11.2f}"
-        lines.append(f"{name:<{width}}  {head}  {by_class}")
-    shares = "  ".join(f"{share:13.1%}" for share in found["share_of_bytes_by_class"].values())
-    lines.append(f"{'share of the bytes':<{width}}  {'':9}  {'':11}  {shares}")
+    """Return the figures as text: one line for each model, then one for each class of bytes."""
+    models, shares = found["models"], found["share_of_bytes_by_class"]
+    width = max(len("bits/byte of class"), *map(len, [*models, *shares]))
+    lines = [f"{'model':<{width}}  bits/byte  bytes/token"]
+    for name, one in models.items():
+        lines.append(f"{name:<{width}}  {one['bits_per_byte']:9.4f}  {one['bytes_per_token']:11.2f}")
+    heads = [name.rstrip("/")[-16:] for name in models]
+    lines += ["", f"{'bits/byte of class':<{width}}  {'bytes':>7}  " + "  ".join(f"{h:>9}" for h in heads)]
+    for kind, share in shares.items():
+        figures = (
+            f"{one['bits_per_byte_by_class'][kind]:{max(9, len(head))}.4f}"
+            for head, one in zip(heads, models.values(), strict=True)
+        )
+        lines.append(f"{kind:<{width}}  {share:7.1%}  " + "  ".join(figures))
     lines.append(f"over {found['bytes']:,} bytes of {found['documents']:,} documents that all models score")
     for name, one in found["differences"].items():
         edges = one["interval_95"]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.embeddings import transfer
-from tokenkit.evaluation.bits_per_byte import heldout_batches
+from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches, summed_bits
 from tokenkit.export.card import CardFacts
 from tokenkit.export.huggingface import ExportRequest
 from tokenkit.export.huggingface import export_huggingface as write_folder
 from tokenkit.integrations.forward import hidden_states, unwrapped
-from tokenkit.losses.fused import linear_cross_entropy
 from tokenkit.losses.registry import make_loss as make
+from tokenkit.losses.score import token_nats
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import settle
-from tokenkit.structs import NO_LABEL
+from tokenkit.parallel import World
 from tokenkit.tokenization.chat.documents import Document, document_from_row
 from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.pair import Pair
@@ -124,7 +123,8 @@ def bits_per_byte(
         batch_size: documents in one forward.
 
     Returns:
-        −Σ log2 p(token) / Σ bytes, over the tokens of text that have something before them.
+        −Σ log2 p(token) / Σ bytes, over the tokens of text that have something before them; see
+        `evaluation.byte_shares`. `tokenkit bits-per-byte` gives the same for documents within one window.
 
     Raises:
         ValueError: no text, none that the tokenizer can write, or one longer than the model has positions.
@@ -142,16 +142,17 @@ def bits_per_byte(
     batches = heldout_batches(documents, collator, batch_size)
     _check_positions(model, max(len(heldout.batch.student.ids_BT[0]) for heldout in batches), max_length)
     device = unwrapped(model).get_input_embeddings().weight.device
-    nats = 0.0
+    alone = World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+
+    def nats(heldout: HeldoutBatch) -> Tensor:
+        side = heldout.batch.student.map(lambda tensor: tensor.to(device))
+        states = hidden_states(model, side.ids_BT, vocab_size=ours.vocab_size)
+        found = (token_nats(states, side).cpu() * heldout.shares[0]).sum()
+        return found.expand(2)  # one model is both sides
+
     with _evaluating(model):
-        for heldout in batches:
-            side = heldout.batch.student.map(lambda tensor: tensor.to(device))
-            states = hidden_states(model, side.ids_BT, vocab_size=ours.vocab_size)
-            targets_BT = side.ids_BT.where(side.trained_BT, NO_LABEL)
-            nats += float(
-                linear_cross_entropy(states.hidden_BTD, states.head, targets_BT, shift=True, reduction="sum")
-            )
-    return nats / math.log(2) / sum(heldout.num_bytes for heldout in batches)
+        bits, _, num_bytes = summed_bits(nats, batches, alone)
+    return bits / num_bytes
 
 
 def _check_positions(model: nn.Module, longest: int, max_length: int) -> None:

@@ -23,6 +23,7 @@ from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
 from tokenkit.kernels.vocabulary import Subset
+from tokenkit.losses.shared_options import WORKSPACE_BYTES
 from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
 
 
@@ -141,6 +142,12 @@ def score(
     if result.subset_logp_N is None:
         return Scores(logp_BT, None)
     return Scores(logp_BT, place.index_copy(0, rows.row_N, result.subset_logp_N)[:-1].view(B, T))
+
+
+def token_nats(states: HiddenStates, side: Side) -> Tensor:
+    """Return [B, T] −log p of each token that the loss mask keeps, 0 of every other."""
+    rows = select_rows(side, scored_tokens(side))
+    return -score(states, rows, workspace_bytes=WORKSPACE_BYTES).logp_BT
 
 
 class RowPairs(NamedTuple):

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
-from tokenkit.losses.score import in_dtype, score, scored_tokens, select_rows
-from tokenkit.losses.shared_options import WORKSPACE_BYTES
+from tokenkit.losses.score import in_dtype, token_nats
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
@@ -105,8 +104,8 @@ class Distillation(nn.Module):
                 return self._settle(batch, measured, is_prefix=is_prefix)
             case StudentHalf(batch, prepared, is_prefix):
                 return self._losses(self._states_for(request), batch, prepared, is_prefix=is_prefix)
-            case Evaluate(batch, rows):
-                return self._evaluate(batch, rows)
+            case Evaluate():
+                return self._evaluate(request)
             case WrittenRows():
                 return self._rows()
         raise TypeError(f"no request: {type(request).__name__}")
@@ -213,13 +212,14 @@ class Distillation(nn.Module):
         return None if projector is None else projector(self.student.matrices())
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch, rows: Sequence[Tensor] | None) -> Tensor:
-        own = None if rows is None else OwnVocabulary(self.student, rows)
-        student = _nats(self._student_states(batch, own=own), batch)
+    def _evaluate(self, request: Evaluate) -> Tensor:
+        batch = request.batch
+        share_BT, share_BS = (None, None) if request.shares is None else request.shares
+        own = None if request.rows is None else OwnVocabulary(self.student, request.rows)
+        student = _nats(self._student_states(batch, own=own), batch.student, share_BT)
         if self.teacher is None:
             return torch.stack([student, torch.full_like(student, torch.nan)])
-        swapped = replace(batch, student=batch.teacher)
-        teacher = _nats(self._teacher_states(batch), swapped)
+        teacher = _nats(self._teacher_states(batch), batch.teacher, share_BS)
         return torch.stack([student, teacher])
 
     @torch.no_grad()
@@ -322,13 +322,13 @@ def _nan_term(hidden_BTD: Tensor, count: Any) -> LossTerm:
     return LossTerm(nan.expand_as(torch.as_tensor(count)), count)
 
 
-def _nats(states: HiddenStates, batch: Batch) -> Tensor:
+def _nats(states: HiddenStates, side: Side, share_BT: Tensor | None) -> Tensor:
     """Return the nats of the trained tokens; NaN where there is no such number."""
-    rows = select_rows(batch.student, scored_tokens(batch.student))
     try:
-        nats = -score(states, rows, workspace_bytes=WORKSPACE_BYTES).logp_BT.sum()
+        nats_BT = token_nats(states, side)
     except NotFiniteError:
         return states.hidden_BTD.new_full((), torch.nan, dtype=torch.float32)
+    nats = (nats_BT if share_BT is None else nats_BT * share_BT).sum()
     return nats if states.spoiled is None else nats + states.spoiled
 
 

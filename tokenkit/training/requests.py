@@ -62,6 +62,8 @@ class Evaluate(Request[Tensor]):
     batch: Batch
     rows: Sequence[Tensor] | None = None
     """What `WrittenRows` gave."""
+    shares: tuple[Tensor, Tensor] | None = None
+    """[B, T] and [B, S], what counts of each token's nats; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
