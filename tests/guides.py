@@ -295,6 +295,9 @@ export_checkpoint --checkpoint_path=outputs/x/step_5000 --output=checkpoints/x -
     --expand_input_ids_model=org/model --expand_input_ids_tokenizer=org/model:source=Llama3
     => checkpoint_path=outputs/x/step_5000 base_model=org/model base_tokenizer=org/model:source=Llama3
 
+export_to_onnx model_path=outputs/my_model output_path=outputs/my_model.onnx dynamic_axes=true
+    => checkpoint_path=outputs/my_model output=outputs/my_model.onnx format=onnx
+
 zett --config zett model.pretrained_model_name_or_path={LLAMA}
     => method=fvt
 """
@@ -303,6 +306,5 @@ zett --config zett model.pretrained_model_name_or_path={LLAMA}
 ABSENT = """
 eval model.pretrained_model_name_or_path=outputs/x tasks=[arc_easy,piqa] output=outputs/x/eval
 optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantization=int8 device=cuda
-export_to_onnx model_path=outputs/my_model output_path=outputs/my_model.onnx dynamic_axes=true
 run_ablations --custom-datasets configs/datasets.yaml
 """

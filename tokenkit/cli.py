@@ -32,7 +32,7 @@ DOORS = {
     ),
     "export": (
         "tokenkit.commands.export:main",
-        "write the model of a run or checkpoint in Hugging Face layout",
+        "write the model of a run or checkpoint in Hugging Face layout, or any model in another format",
     ),
     "merge-lora": ("tokenkit.commands.merge_lora:main", "merge a folder of adapters into its base model"),
     "bits-per-byte": (
@@ -71,14 +71,21 @@ ABSENT = {
     "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
     "eval_lockstep": "evaluation of several models at once is not here yet",
     "optimize_for_inference": "quantized models are not here yet",
-    "export_to_onnx": "models in ONNX are not here yet",
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
     "run_ablations": "`tokenkit sweep` runs all combinations of several values",
 }
 """Scripts of other programs that have no command here, and why."""
 
-OTHER_NAMES = {"export_model": "export", "export_checkpoint": "export", "merge_lora": "merge-lora"}
+OTHER_NAMES = {
+    "export_model": "export",
+    "export_checkpoint": "export",
+    "export_to_onnx": "export",
+    "merge_lora": "merge-lora",
+}
 """Scripts of other programs that are a command here, without a file of settings."""
+
+FORMATS = {"export_to_onnx": "onnx"}
+"""What some of these scripts write where no format is named."""
 
 _MULTIRUN = {"-m", "--multirun"}
 _FILES = ("--config", "--config-name")
@@ -129,6 +136,9 @@ def door(arguments: Sequence[str]) -> tuple[str, list[str]]:
     name, *rest = arguments
     script = name.replace("-", "_")
     name = OTHER_NAMES.get(script, name)
+    said = {word.partition("=")[0].lstrip("-+") for word in rest}
+    if script in FORMATS and "format" not in said:
+        rest = [*rest, f"--format={FORMATS[script]}"]
     if script in SCRIPTS:
         name = SCRIPTS[script]
         names_files = any(word.partition("=")[0].replace("_", "-") in _FILES for word in rest)

@@ -170,10 +170,17 @@ def test_of_a_run_the_newest_whole_checkpoint_is_taken_and_said(root, lora_run, 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [(["nowhere"], "nowhere does not exist"), (["x", "--format", "onnx"], "onnx is not here yet")],
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["./nowhere", "--format", "onnx"], "model folder ./nowhere does not exist"),
+        (["x", "--format", "onnx", "--dtype", "float16"], "onnx is written in float32"),
+        (["export_to_onnx", "x", "dynamic_axes=false"], "no graph of fixed sizes is written"),
+        (["x", "--format", "onnx", "--as-adapter"], "leave one out"),
+    ],
 )
 def test_a_mistake_in_the_words_comes_before_torch(words, reason, capsys, tmp_path):
-    assert main(["export", *words, "--output", str(tmp_path / "out")]) in (ExitCode.CONFIG, ExitCode.DATA)
+    words = words if words[0].startswith("export") else ["export", *words]
+    assert main([*words, "--output", str(tmp_path / "out")]) in (ExitCode.CONFIG, ExitCode.DATA)
     assert reason in capsys.readouterr().err
 
 

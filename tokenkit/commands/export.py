@@ -1,7 +1,8 @@
-"""`tokenkit export`: a model in Hugging Face layout out of any run or checkpoint.
+"""`tokenkit export`: a model in Hugging Face layout out of any run or checkpoint, or in another format.
 
 tokenkit export RUN --output FOLDER
 tokenkit export RUN/checkpoints/step_00000500 --output FOLDER --dtype bfloat16
+tokenkit export MODEL --format onnx --output FOLDER
 """
 
 from __future__ import annotations
@@ -29,19 +30,26 @@ ALIASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write the model of a run or checkpoint as a Hugging Face folder, without its data or a GPU."""
+    """Write the model of a run or checkpoint as a folder that others read, without its data or a GPU."""
 
     checkpoint_path: str
-    """Folder of a run, of which the newest whole checkpoint is taken, or of one checkpoint, step_XXXXXXXX."""
+    """Folder of a run, of which the newest whole checkpoint is taken, or of one checkpoint, step_XXXXXXXX.
+    All formats but huggingface also take a folder in Hugging Face layout, or a hub name."""
 
     output: str
-    """Folder that is written; it must be empty or absent."""
+    """Folder that is written; it must be empty or absent. An ending .onnx is left out of its name."""
 
-    format: Literal["huggingface", "onnx", "int8"] = "huggingface"
-    """huggingface: config.json, safetensors, tokenizer, card. onnx and int8 are not here yet."""
+    format: Literal["huggingface", "onnx"] = "huggingface"
+    """huggingface: config.json, safetensors, tokenizer, card. onnx: one graph with dynamic axes."""
 
     dtype: Dtype | None = None
-    """Of the weights that are written. None: the dtype of the run."""
+    """Of the weights that are written. None: the dtype of the run; onnx: always float32."""
+
+    use_cache: bool = True
+    """Of onnx: keys and values are inputs and outputs of the graph; a past of length 0 begins a text."""
+
+    dynamic_axes: bool = True
+    """Of onnx: any number of documents and tokens. There is no graph of fixed sizes."""
 
     as_adapter: bool = False
     """Write LoRA adapters, and the embeddings where they moved, for PeftModel.from_pretrained on the base
@@ -66,12 +74,13 @@ class ExportConfig:
         """Check what can be checked before anything is read."""
         names_a_folder("checkpoint_path", self.checkpoint_path)
         names_a_folder("output", self.output)
-        if self.format != "huggingface":
-            raise ConfigError(f"format {self.format} is not here yet: leave it out, or set it to huggingface")
-        if self.as_adapter and self.dtype is not None:
-            raise ConfigError(
-                "as_adapter writes adapters as they were trained, and dtype is set: leave one out"
-            )
+        if self.as_adapter and (self.dtype is not None or self.format != "huggingface"):
+            other = "dtype is set" if self.dtype is not None else f"format is {self.format}"
+            raise ConfigError(f"as_adapter writes adapters as they were trained, and {other}: leave one out")
+        if self.format == "onnx" and self.dtype not in (None, "float32"):
+            raise ConfigError(f"onnx is written in float32, got dtype {self.dtype}: leave dtype out")
+        if not self.dynamic_axes:
+            raise ConfigError("dynamic_axes is off, and no graph of fixed sizes is written: leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,11 +99,15 @@ def export(config: ExportConfig) -> None:
         CheckpointError: it is torn, or its base model or tokenizers are others now.
         FileExistsError: the output is not empty.
     """
-    from tokenkit.disk import check_vacant
+    from tokenkit.disk import blaming_disk, check_vacant
 
     output = Path(config.output).expanduser()
+    if config.format != "huggingface":
+        from tokenkit.commands.conversions import convert
+
+        convert(config, output.with_suffix("") if output.suffix == f".{config.format}" else output)
+        return
     check_vacant(output)
-    from tokenkit.disk import blaming_disk
     from tokenkit.export.adapter_folder import export_adapter
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES

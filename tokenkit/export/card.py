@@ -63,7 +63,7 @@ def model_card(facts: CardFacts, *, needs_code: bool = False, adapter_rows: int 
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    base, inherited = public_name(facts.base), _inherited(facts.base)
+    base, own = public_name(facts.base), inherited(facts.base)
     change = "moved to another tokenizer" if facts.is_moved else "with adapters merged"
     title = facts.title or (f"{base}, {change}" if base else f"A model {change}")
     results = None
@@ -86,7 +86,7 @@ def model_card(facts: CardFacts, *, needs_code: bool = False, adapter_rows: int 
         ],
         model_name=title if results else None,
         eval_results=results,
-        **inherited,
+        **own,
     )
     return str(
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_body(facts, needs_code, adapter_rows)}")
@@ -123,7 +123,7 @@ def _body(facts: CardFacts, needs_code: bool, adapter_rows: int | None) -> str:
     )
 
 
-def _inherited(base: str) -> dict[str, Any]:
+def inherited(base: str) -> dict[str, Any]:
     """Return licence and languages as the card in the base model's folder says; of a hub model, nothing."""
     path = Path(base).expanduser() / "README.md"
     if not base or not path.is_file():

@@ -1,0 +1,91 @@
+"""`tokenkit export --format ...`: a model in another format than Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tokenkit.config.paths import check_model_folder
+from tokenkit.disk import blaming_disk, check_vacant
+
+if TYPE_CHECKING:
+    from tokenkit.commands.export import ExportConfig
+    from tokenkit.evaluation.opened import Opened
+
+
+def convert(config: ExportConfig, output: Path) -> None:
+    """Open the model, write it in its new format, compare what the new format computes, and name it.
+
+    Raises:
+        FileExistsError: the output is not empty.
+        ModuleNotFoundError: a package of the format is missing.
+        DataError: the model cannot be read, or the format cannot hold it.
+        ExportError: what was written computes something else.
+    """
+    check_vacant(output)
+    from tokenkit.export.converted import check_packages, check_source, read_config
+
+    check_packages(config.format)
+    name = config.checkpoint_path
+    check_source(name, read_config(Path(name).expanduser()), config.format)
+    from tokenkit.evaluation.opened import finished_export, is_training
+    from tokenkit.run.folder import staging_folder
+
+    if finished_export(name) is None and not is_training(name):
+        check_model_folder("checkpoint_path", name)
+    with blaming_disk(output), staging_folder(output) as staging, _opened(config) as opened:
+        check_source(name, read_config(opened.folder), config.format)  # of a run
+        said = WRITERS[config.format](config, opened, staging)
+    print(f"{name}: {output} ({said})")
+
+
+def _opened(config: ExportConfig) -> AbstractContextManager[Opened]:
+    import torch
+
+    from tokenkit.evaluation.opened import open_model
+    from tokenkit.training.exporting import Places
+
+    places = Places(
+        base_model=config.base_model,
+        base_tokenizer=config.base_tokenizer,
+        target_tokenizer_name=config.target_tokenizer_name,
+    )
+    dtype: torch.dtype | Literal["auto"] = torch.float32 if config.format in IN_FLOAT32 else "auto"
+    return open_model(
+        config.checkpoint_path, dtype=dtype, trust_remote_code=config.trust_remote_code, places=places
+    )
+
+
+def _onnx(config: ExportConfig, opened: Opened, folder: Path) -> str:
+    from tokenkit.export.converted import copy_beside, write_card
+    from tokenkit.export.onnx_graph import write_onnx
+
+    name = config.checkpoint_path
+    error, usage = write_onnx(opened.model, name, folder, use_cache=config.use_cache)
+    copy_beside(opened.folder, folder)
+    cache = ": its cache is an input, which is empty at first, and an output" if config.use_cache else ""
+    write_card(
+        folder,
+        name,
+        library="onnx",
+        what=f"The model as an ONNX graph with dynamic axes, written by tokenkit (PyTorch){cache}.",
+        usage=usage,
+        facts=_versions("torch", "onnx", "onnxruntime") | {"largest difference of a logit": f"{error:.1e}"},
+    )
+    return f"logits of onnxruntime within {error:.1e} of torch's"
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    from importlib.metadata import version
+
+    from tokenkit import __version__
+
+    return {"versions": ", ".join([f"tokenkit {__version__}", *(f"{p} {version(p)}" for p in packages)])}
+
+
+IN_FLOAT32 = ("onnx",)
+"""Formats that are made of a model in float32; others take it as it is stored."""
+WRITERS: Mapping[str, Callable[[ExportConfig, Opened, Path], str]] = {"onnx": _onnx}
+"""What writes each format to a folder, and says in a few words how it was checked."""
