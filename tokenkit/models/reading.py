@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenkit.models.peer_mla import register
+
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import LoadOptions
 
@@ -31,6 +33,7 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register()
     check_path(name_or_path)
     quiet_off_terminal()
     origin = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
@@ -71,6 +74,7 @@ def stored_dtype(name_or_path: str, options: LoadOptions) -> torch.dtype:
     """Return the dtype that a model's configuration gives its weights; float32 where it gives none."""
     from transformers import AutoConfig
 
+    register()
     config = AutoConfig.from_pretrained(
         name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
