@@ -141,6 +141,7 @@ IDLE = {
 
 ALM_ONLY = {"losses": ["alm_unconstrained"]}
 FULL = {"train_model_mode": "full"}
+NEW = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}
 SIDE = {"losses": ["alm_side_path"]}
 LATENTS = {"losses": ["alm_latents"]}
 DSKD = {"losses": ["baseline_dskd"]}
@@ -165,7 +166,8 @@ ACTS = {
     "baseline.gold.uld_skip_student_eos": (False, POSITIONAL), "data.heldout.dataset_name": (HERE, {}),
     "baseline.gold.beta": (0.0, HYBRID),
     "student.pretrained_model_name_or_path": (HERE, {}), "student.tokenizer_name": ("byte", {}),
-    "teacher.pretrained_model_name_or_path": (HERE, {}),
+    "student.from_config": (NEW, {**FULL, "student.tokenizer_name": "byte", "losses": ["clm"]}),
+    "pack": (True, CLM), "teacher.pretrained_model_name_or_path": (HERE, {}),
     "teacher.tokenizer_name": ("byte", {"teacher.pretrained_model_name_or_path": HERE}),
     "target_tokenizer_name": ("byte", {}), "tokens_to_add": (["<x>"], {}),
     "special_tokens_mode": ("ignore", ALM_ONLY), "pad_to_multiple_of": (37, {}),
@@ -254,6 +256,7 @@ ELSEWHERE = {
             "data/test_unwritable.py::test_the_row_or_its_characters_are_left_out",
         "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
+        "tf32": "training/test_pretrain.py::test_tf32_is_of_the_gpus_products",
         "use_flash_attention": "config/test_effects.py::test_flash_attention_is_the_attention_of_that_name",
         "data.split": "data/test_mix.py::test_hub_data_sets_resume_like_local_ones",
         "data.dataset_config_name": "data/test_mix.py::test_hub_data_sets_resume_like_local_ones",

@@ -59,6 +59,9 @@ class Side:
     space_V: Tensor | None = None
     """bool, tokens that `space_mask_mode` counts as beginning with whitespace."""
     eos_id: int | None = None
+    position_BT: Tensor | None = None
+    """int64, the position of each token in its document, where rows hold several (`data.packing`); None: a
+    row is a document."""
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Side:
         """Return the same side with `move` applied to each tensor."""
@@ -68,6 +71,7 @@ class Side:
             length_B=move(self.length_B),
             trained_BT=move(self.trained_BT),
             space_V=None if self.space_V is None else move(self.space_V),
+            position_BT=None if self.position_BT is None else move(self.position_BT),
         )
 
     def tensors(self) -> dict[str, Tensor]:

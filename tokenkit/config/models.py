@@ -1,7 +1,8 @@
 """What is loaded, and what of it is trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.errors import ConfigError, at_least
@@ -26,6 +27,32 @@ class ModelSource:
 
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+
+    @property
+    def new_model(self) -> Mapping[str, Any] | None:
+        """The settings of a model that is not read but made; None: it is read."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSource(ModelSource):
+    """The model that is trained, and the tokenizer that it has."""
+
+    from_config: Mapping[str, Any] | None = None
+    """Begin with a new model, its weights drawn at random: `model_type` and the other settings that the
+    config.json of that architecture has. pretrained_model_name_or_path is then only what it is called, and
+    tokenizer_name must be set."""
+
+    def __post_init__(self) -> None:
+        if self.from_config is not None and self.tokenizer_name is None:
+            raise ConfigError(
+                "student.from_config makes a model that has no tokenizer: name one as student.tokenizer_name"
+            )
+
+    @property
+    def new_model(self) -> Mapping[str, Any] | None:
+        """`from_config`."""
+        return self.from_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +136,9 @@ class Training:
 
     dtype: Dtype = "float32"
     """Computation; the parameters that are trained stay float32."""
+
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 matrix products to 10 bits of fraction, which is faster."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""

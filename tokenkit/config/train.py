@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from tokenkit.config.later import refuse_later
-from tokenkit.config.models import ModelSource, Target, Training
+from tokenkit.config.models import ModelSource, StudentSource, Target, Training
 from tokenkit.config.objective import Objective
 from tokenkit.config.schema import flatten
 from tokenkit.data.options import DataOptions
@@ -129,6 +129,10 @@ class Text:
     max_length_new: int = 512
     """Student tokens of a document; the rest is cut off."""
 
+    pack: bool = False
+    """Fill rows of max_length_new tokens with documents, one behind the other, which do not see each other;
+    what has no room goes on in the next row. batch_size then counts rows. With clm alone."""
+
     use_chat_template: bool = True
     """Write conversations with each tokenizer's own template pieces. false: as one plain text, a line or more
     for each message; no tokenizer needs a template then. Not with chat_template_mode surround_instruct."""
@@ -229,7 +233,7 @@ class Parallel:
 class TrainConfig:
     """Move a language model to another tokenizer: train a student against a teacher."""
 
-    student: ModelSource
+    student: StudentSource
     teacher: ModelSource | None = None
     target: Target = flat(Target)
     run: Run = flat(Run)
@@ -263,6 +267,7 @@ class TrainConfig:
                 f"({self.schedule.batch_size}): remove data.batch_size"
             )
         self._check_prefix()
+        self._check_new()
         if self.run.trust_remote_code:
             self._check_pinned()
 
@@ -281,6 +286,25 @@ class TrainConfig:
             raise ConfigError(
                 "prefix_trainable is non_overlapping_embeddings, and the student keeps its tokenizer: set "
                 "target_tokenizer_name, or prefix_trainable to embeddings"
+            )
+
+    def _check_new(self) -> None:
+        """What a model from nothing and packed rows go with."""
+        training, named = self.training, self.teacher is not None or self.objective.needs_teacher
+        if self.student.from_config is not None and training.train_model_mode != "full":
+            raise ConfigError(
+                f"student.from_config begins with random weights, and train_model_mode "
+                f"{training.train_model_mode} leaves them so: set it to full"
+            )
+        if self.student.from_config is not None and self.teacher is None and named:
+            raise ConfigError(
+                "student.from_config begins with random weights, which teach nothing: name a teacher, or use "
+                "the loss clm alone"
+            )
+        if self.text.pack and (named or {*self.objective.losses} - {"clm", "sft"}):
+            raise ConfigError(
+                f"pack joins documents, and the losses {', '.join(self.objective.losses)} of a student and a "
+                "teacher compare them one by one: use clm alone and no teacher, or set pack to false"
             )
 
     def _check_pinned(self) -> None:

@@ -44,6 +44,8 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
 
 def _coerce_one(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, value, name)
     if origin is Literal:
@@ -135,7 +137,14 @@ def describe(hint: Any) -> str:
 
 
 def _describe_one(hint: Any) -> str:
-    simple = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    simple = {
+        Any: "anything",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if hint in simple:
         return simple[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

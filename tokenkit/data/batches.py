@@ -12,18 +12,48 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from tokenkit.data.collate import AlignedCollator
-from tokenkit.data.mix import Mix
 from tokenkit.errors import StuckError
 from tokenkit.structs import Batch
 
 _LOOK_SECONDS = 0.2  # between two looks at whether somebody wants the run to stop
 _LEAVE_SECONDS = 1.0  # that the end of a run waits for its thread
+
+
+class Documents(Protocol):
+    """A `mix.Mix`, or what gives out rows in its place."""
+
+    @property
+    def reading(self) -> str:
+        """Where it is, for people."""
+
+    def take(self, count: int) -> Sequence[Any]:
+        """Return the next ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state behind the last one given out; JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+
+
+class Collator(Protocol):
+    """A `collate.AlignedCollator`, or what makes a batch of other rows."""
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows left out so far, by reason."""
+
+    @property
+    def altered(self) -> Counter[str]:
+        """Characters that were dropped or replaced so far."""
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Return the batch of some rows."""
 
 
 class _Step(NamedTuple):
@@ -55,8 +85,8 @@ class Batches:
 
     def __init__(
         self,
-        mix: Mix,
-        collator: AlignedCollator,
+        mix: Documents,
+        collator: Collator,
         batch_size: int,
         *,
         accumulation: int = 1,

@@ -164,6 +164,10 @@ class AlignedCollator:
             encoded = [tuple(map(_untrained, self._pads))]
         return tuple(map(joined, zip(*encoded, strict=True)))
 
+    def tokens_of(self, documents: Sequence[Document]) -> FlatTokens:
+        """Return the student's tokens of some documents, all of them; what cannot be read is left out."""
+        return self._encode_readable(list(documents))[0]
+
     def sides_of(self, document: Document) -> tuple[FlatTokens, FlatTokens] | None:
         """Return both tokenizations of one document, cut to length; None: it is left out and counted."""
         sides = self._alone(self._beginning(document))

@@ -17,6 +17,7 @@ MOVED = (
     "The rows of its vocabulary were made anew for the tokenizer in this folder by tokenkit (PyTorch), "
     "without any training."
 )
+NEW = "The weights were trained from random ones with tokenkit (PyTorch): {losses}."
 MERGED = "Adapters were merged into the weights by tokenkit (PyTorch)."
 
 
@@ -25,7 +26,7 @@ class CardFacts:
     """What is known of an exported model. Paths are cut to names: a card is published."""
 
     base: str = ""
-    """Folder or hub name of the model that it was made from."""
+    """Folder or hub name of the model that it was made from; empty: of none, where it was trained."""
     teacher: str | None = None
     """Folder or hub name of another model that taught it."""
     losses: tuple[str, ...] = ()
@@ -63,8 +64,10 @@ def model_card(facts: CardFacts, *, needs_code: bool = False, adapter_rows: int 
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    base, own = public_name(facts.base), inherited(facts.base)
+    base, own = public_name(facts.base) if facts.base else "", inherited(facts.base)
+    is_new = not base and bool(facts.losses)
     change = "moved to another tokenizer" if facts.is_moved else "with adapters merged"
+    change = "trained from nothing" if is_new else change
     title = facts.title or (f"{base}, {change}" if base else f"A model {change}")
     results = None
     if facts.bits_per_byte is not None:
@@ -81,7 +84,7 @@ def model_card(facts: CardFacts, *, needs_code: bool = False, adapter_rows: int 
         pipeline_tag="text-generation",
         tags=[
             "tokenkit",
-            *(["tokenizer-transfer"] if facts.is_moved else []),
+            *(["tokenizer-transfer"] if facts.is_moved and not is_new else []),
             *(["distillation"] if _is_distilled(facts) else []),
         ],
         model_name=title if results else None,
@@ -101,7 +104,7 @@ def _body(facts: CardFacts, needs_code: bool, adapter_rows: int | None) -> str:
     code = ", trust_remote_code=True" if needs_code else ""
     what = MOVED if facts.is_moved else MERGED
     if facts.losses:
-        what = TRAINED.format(losses=", ".join(facts.losses))
+        what = (TRAINED if facts.base else NEW).format(losses=", ".join(facts.losses))
     if any(loss.startswith("alm") for loss in facts.losses):
         what += " ALM: Minixhofer et al. 2025, arXiv:2503.20083."
     named = {"made from": facts.base, "teacher": facts.teacher}

@@ -151,11 +151,12 @@ class Wrapped(CausalLM):
             _FORMS[model] = self.form
         self.form = _FORMS[model]
 
-    def run_body(self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor) -> Tensor:
+    def run_body(
+        self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor, position_BT: Tensor | None = None
+    ) -> Tensor:
         """Return the last hidden states as the model itself hands them out, from ids."""
-        outputs = self.causal_lm(
-            input_ids=ids_BT, use_cache=False, output_hidden_states=True, return_dict=True
-        )
+        how = {"use_cache": False, "output_hidden_states": True, "return_dict": True}
+        outputs = self.causal_lm(input_ids=ids_BT, position_ids=position_BT, **how)
         states: Tensor = outputs.hidden_states[-1]
         return states
 
@@ -189,9 +190,12 @@ class Wrapped(CausalLM):
         ids_BT: Tensor,
         vocabulary: Rows | None = None,
         collect: frozenset[StateKind] = frozenset(),
+        position_BT: Tensor | None = None,
         **inputs: Any,
     ) -> HiddenStates:
         """Run the wrapper; see `CausalLM.forward`. Only the model's own vocabulary can be used."""
+        if position_BT is not None:
+            inputs["position_ids"] = position_BT
         assert vocabulary is None or isinstance(vocabulary, OwnVocabulary), "a wrapper reads ids"
         # of the class: trainers put a forward of their own on the model
         if "logits_to_keep" in inspect.signature(type(self.causal_lm).forward).parameters:

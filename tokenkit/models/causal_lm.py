@@ -252,6 +252,7 @@ class CausalLM(nn.Module):
         ids_BT: Tensor,
         vocabulary: Rows | None = None,
         collect: frozenset[StateKind] = frozenset(),
+        position_BT: Tensor | None = None,
     ) -> HiddenStates:
         """Run the body on right-padded ids.
 
@@ -261,6 +262,8 @@ class CausalLM(nn.Module):
             ids_BT: int64 token ids of `vocabulary`, or of the model's own when it is None.
             vocabulary: embedding and head to use instead of the model's own.
             collect: what to return beside the last hidden states.
+            position_BT: int64, of rows that hold several documents: it begins anew in each, and a token
+                attends to its own document alone (`check.check_packing` says whether that holds).
 
         Raises:
             ValueError: "qkv" of an architecture whose projections are not known.
@@ -268,7 +271,7 @@ class CausalLM(nn.Module):
         source = self.own() if vocabulary is None else vocabulary
         embedded_BTD = source.embedding(ids_BT)
         with collecting(self.layers if collect else (), collect, self.config) as found:
-            hidden_BTD = self.run_body(source, ids_BT, embedded_BTD)
+            hidden_BTD = self.run_body(source, ids_BT, embedded_BTD, position_BT)
         if self.form.transform is not None:
             hidden_BTD = self.causal_lm.get_submodule(self.form.transform)(hidden_BTD)
         return HiddenStates(
@@ -279,10 +282,14 @@ class CausalLM(nn.Module):
             qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
         )
 
-    def run_body(self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor) -> Tensor:
+    def run_body(
+        self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor, position_BT: Tensor | None = None
+    ) -> Tensor:
         """Return the body's last hidden states for ids of `source` and their embeddings."""
         rows_BTLP = source.per_layer(ids_BT)
         more = {} if rows_BTLP is None else {"per_layer_inputs": rows_BTLP}
+        if position_BT is not None:
+            more["position_ids"] = position_BT
         if self.form.embedding_scale != 1:
             embedded_BTD = self.form.embedding_scale * embedded_BTD
         hidden_BTD: Tensor = self.body(inputs_embeds=embedded_BTD, use_cache=False, **more).last_hidden_state

@@ -112,6 +112,47 @@ def settle(model: CausalLM, name: str) -> None:
     )
 
 
+@torch.no_grad()
+def check_packing(model: CausalLM, rows: int) -> None:
+    """Compare a document behind another one in its row with the same document alone.
+
+    transformers builds the mask from positions: a document is where they rise by one. With that, eager, sdpa
+    and flex attention take any number of rows; its flash attention looks at positions only in a batch of one
+    row. What reads its neighbours otherwise than by attention (convolutions, recurrent states) sees across.
+
+    Args:
+        model: in evaluation mode, whole.
+        rows: of a micro-batch.
+
+    Raises:
+        ValueError: they differ, or the attention keeps documents apart in single rows alone.
+    """
+    chosen = getattr(model.causal_lm.config, "_attn_implementation", None) or ""
+    if "flash" in chosen and rows > 1:
+        raise ValueError(
+            f"pack: {chosen} keeps documents apart only in micro-batches of one row, and these have {rows}: "
+            "set attn_implementation to sdpa or flex_attention, or raise gradient_accumulation_steps"
+        )
+    ids_BT = _sample(model)[:2]
+    T = ids_BT.shape[1]
+    packed_BT = ids_BT.reshape(1, -1).repeat(2, 1)  # a mask of one row might be shared by all
+    position_BT = torch.arange(T, device=ids_BT.device).repeat(2)[None].repeat(2, 1)
+    with _plain_attention(model.causal_lm):
+        try:
+            together_TD = model(packed_BT, position_BT=position_BT).hidden_BTD[0, T:].float()
+        except TypeError as error:
+            raise ValueError(
+                f"pack: {type(model.causal_lm).__name__} takes no positions ({error}): set pack to false"
+            ) from error
+        alone_TD = model(ids_BT).hidden_BTD[1].float()
+    off = (together_TD - alone_TD).abs().max() / alone_TD.abs().max().clamp(min=1e-30)
+    if not off <= 16 * _tolerance(model):
+        raise ValueError(
+            f"pack: documents of one row see each other in {type(model.causal_lm).__name__}: what it "
+            f"computes for one behind another differs by {off:.2g} of its size; set pack to false"
+        )
+
+
 def _sample(model: CausalLM) -> Tensor:
     """Return three rows of ids: over the whole vocabulary; with another second half; with the padding id."""
     pad = getattr(model.config, "pad_token_id", None)

@@ -86,6 +86,21 @@ def has_own_code(model: Any) -> bool:
     return not type(model).__module__.startswith("transformers.")
 
 
+def config_classes() -> Mapping[str, Any]:
+    """Return the classes of configurations that transformers knows, by `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    classes: Mapping[str, Any] = CONFIG_MAPPING
+    return classes
+
+
+def random_model(config: Any, **how: Any) -> Any:
+    """Return the causal language model of a configuration, its weights drawn from torch's generator."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, **how)
+
+
 def model_from_config(like: Any, config: Any, **more: Any) -> Any:
     """Return a model of a configuration, as a plain user's `AutoModelForCausalLM` makes it.
 

@@ -18,6 +18,7 @@ from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
+from tokenkit.data.packing import PackedRows
 from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
 from tokenkit.embeddings.transfer import transfer_vocabulary
@@ -34,8 +35,10 @@ from tokenkit.models.causal_lm import (
     effective_weight,
     load_causal_lm,
 )
+from tokenkit.models.check import check_packing
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.lora import add_lora
+from tokenkit.models.new import new_causal_lm
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.parallel import World, shard
@@ -115,9 +118,10 @@ def build(config: TrainConfig, world: World) -> Parts:
         mix, documents = open_data(config.data, config.run.seed)
         if config.evaluation.ppl_eval_data is not None:
             documents = read_documents(SourceOptions(path=config.evaluation.ppl_eval_data))
+    packed = PackedRows(mix, collator, config.text.max_length_new) if config.text.pack else None
     batches = Batches(
-        mix,
-        collator,
+        packed or mix,
+        packed or collator,
         config.schedule.batch_size,
         accumulation=config.schedule.gradient_accumulation_steps,
         rank=world.rank,
@@ -130,6 +134,9 @@ def build(config: TrainConfig, world: World) -> Parts:
     if config.teacher is not None and heldout:
         needs_teacher = True  # bits per byte are measured of it
     student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
+    if config.text.pack:
+        share = config.schedule.batch_size // world.world_size
+        check_packing(student, share // config.schedule.gradient_accumulation_steps)
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
     model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
     _place(model, world, config)
@@ -185,7 +192,8 @@ def load_tokenizers(config: TrainConfig, *, needs_teacher: bool = True) -> Token
     def of(source: ModelSource) -> Tokenizer:
         spec = source.tokenizer_name or source.pretrained_model_name_or_path
         tokenizer = load(spec, revision=source.revision)
-        check_is_the_models_own(tokenizer, source)
+        if source.new_model is None:
+            check_is_the_models_own(tokenizer, source)
         return tokenizer
 
     old = of(config.student)
@@ -244,7 +252,7 @@ def build_collator(config: TrainConfig, pair: Pair, losses: Mapping[str, Loss[An
         unbiased = pair.biases.rule(config.objective.options.alm.space_threshold)
     return AlignedCollator(
         pair.student,
-        pair.teacher,
+        None if config.text.pack else pair.teacher,
         max_length_student=config.text.max_length_new,
         max_length_teacher=config.text.max_length_teacher,
         chunk_kinds=kinds,
@@ -333,6 +341,9 @@ def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype:
         attn_implementation=config.training.attention,
         trust_remote_code=config.run.trust_remote_code,
     )
+    if source.new_model is not None:
+        name = source.pretrained_model_name_or_path
+        return new_causal_lm(name, source.new_model, tokenizer.vocab_size, options)
     with blaming_data():
         return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
 

@@ -252,7 +252,7 @@ class Distillation(nn.Module):
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
     ) -> HiddenStates:
         with self._autocast(batch):
-            states = self.student(batch.student.ids_BT, own, collect)
+            states = self.student(batch.student.ids_BT, own, collect, batch.student.position_BT)
         return _without_spoiled(self._in_compute_dtype(states), batch.student)
 
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:

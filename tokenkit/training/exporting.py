@@ -10,7 +10,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> C
         teacher = "" if measured.teacher is None else f", teacher {measured.teacher:.4f}"
         lines["bits per byte, held out"] = f"student {measured.student:.4f}{teacher}"
     return CardFacts(
-        base=config.student.pretrained_model_name_or_path,
+        base="" if config.student.from_config else config.student.pretrained_model_name_or_path,
         teacher=config.teacher.pretrained_model_name_or_path if config.teacher is not None else None,
         losses=config.objective.losses,
         lines=lines,
@@ -201,7 +201,7 @@ def run_settings(name: str, manifest: Manifest, places: Places, *, trust_remote_
             f"{name} was trained with trust_remote_code, and code that comes with its model or tokenizer "
             "would run: read it, then pass --trust-remote-code"
         )
-    moved = {
+    moved: dict[str, Any] = {
         "pretrained_model_name_or_path": places.base_model,
         "tokenizer_name": places.base_tokenizer,
     }

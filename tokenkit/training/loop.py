@@ -99,6 +99,8 @@ def _dry_run(config: TrainConfig, world: World) -> int:
 
 
 def _build(config: TrainConfig, world: World) -> Parts:
+    if config.training.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)  # the same on every rank: adapters begin equal
     with world.together("load models, tokenizers and data"):
         parts = build(config, world)

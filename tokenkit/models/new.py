@@ -1,0 +1,90 @@
+"""A model that nobody has trained: an architecture of transformers with weights drawn at random."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from tokenkit.errors import ConfigError, nearest
+from tokenkit.models.causal_lm import CausalLM, LoadOptions
+from tokenkit.models.check import settle
+from tokenkit.models.reading import check_config, config_classes, random_model
+
+PADDED_TO = 64
+"""Rows of a vocabulary whose size nobody gave are a multiple of this."""
+
+
+def architecture(settings: Mapping[str, Any]) -> Any:
+    """Return the configuration of transformers that `settings` describe.
+
+    Args:
+        settings: as in a config.json: `model_type`, and what that architecture has; the rest is its default.
+
+    Raises:
+        ConfigError: no such architecture, a setting that it has not, or one that it refuses.
+    """
+    classes = config_classes()
+    kind = str(settings.get("model_type"))
+    if "model_type" not in settings or kind not in classes:
+        raise ConfigError(
+            f"from_config needs the model_type of an architecture that transformers has, got "
+            f"{settings.get('model_type')!r}{nearest(kind, classes.keys())}"
+        )
+    schema = classes[kind]
+    known = _settings_of(schema)
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"from_config: {kind} has no setting {name!r}{nearest(name, known)}")
+    try:
+        config = schema(**{name: value for name, value in settings.items() if name != "model_type"})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"from_config: {kind} refuses these settings: {error}") from error
+    except Exception as error:  # transformers checks the types of fields with errors of a library's own
+        raise ConfigError(f"from_config: {kind} refuses these settings: {str(error).strip()}") from error
+    check_config("from_config", config)
+    return config
+
+
+def _settings_of(schema: Any) -> set[str]:
+    """Return the names that a configuration takes: its arguments, its fields, other names of them."""
+    names = set(inspect.signature(schema.__init__).parameters) | set(getattr(schema, "attribute_map", {}))
+    names |= set(schema().to_dict())
+    return names | {"model_type", "rope_theta"}  # the base of rotation stands inside rope_parameters
+
+
+def new_model(settings: Mapping[str, Any], vocab_size: int, **how: Any) -> Any:
+    """Return the model of transformers, its weights drawn from torch's generator.
+
+    Args:
+        settings: see `architecture`; without a `vocab_size` it has as many rows as the tokenizer needs.
+        vocab_size: ids of its tokenizer.
+        how: keyword arguments of `from_config`, such as dtype.
+
+    Raises:
+        ConfigError: see `architecture`, or fewer rows than ids.
+    """
+    config = architecture({"vocab_size": -(-vocab_size // PADDED_TO) * PADDED_TO, **settings})
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"from_config: vocab_size is {config.vocab_size}, and the tokenizer has {vocab_size} ids: raise "
+            "it (rows beyond the tokenizer's take no probability), or leave it out"
+        )
+    try:
+        return random_model(config, **how)
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"from_config: no model of {config.model_type} can be made: {reason}") from error
+
+
+def new_causal_lm(name: str, settings: Mapping[str, Any], vocab_size: int, options: LoadOptions) -> CausalLM:
+    """Return a new model as `load_causal_lm` returns one that is read.
+
+    Raises:
+        ConfigError: see `new_model`.
+        ValueError: an architecture that cannot be run as a language model is; see `check.settle`.
+    """
+    how = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    model = CausalLM(new_model(settings, vocab_size, **how).eval(), vocab_size)
+    settle(model, name)
+    return model
