@@ -87,9 +87,10 @@ def has_own_code(model: Any) -> bool:
 
 
 def config_classes() -> Mapping[str, Any]:
-    """Return the classes of configurations that transformers knows, by `model_type`."""
+    """Return the classes of configurations that transformers knows, and our own, by `model_type`."""
     from transformers import CONFIG_MAPPING
 
+    register()
     classes: Mapping[str, Any] = CONFIG_MAPPING
     return classes
 
