@@ -20,11 +20,14 @@ from transformers import (
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
+from tests.tiny import byte_level_bpe
+from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.peer_mla import PeerMlaConfig, PeerMlaForCausalLM
 from tokenkit.models.peer_mla.attention import LatentAttention, turns
 from tokenkit.models.peer_mla.deepseek import as_deepseek
 from tokenkit.models.peer_mla.experts import ExpertLayer, plain_experts, plain_topk
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 PEER = {
     "num_experts": 144, "product_key_dim": [12, 12], "num_experts_per_tok": 4, "num_heads": 2,
@@ -274,6 +277,21 @@ def test_it_is_a_causal_lm_of_ours(ids, tmp_path):
         states.hidden_BTD @ states.head.weight_VD[:300].T, expected, rtol=1e-5, atol=1e-5
     )
     assert len(states.layers_BTD) == 3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_export_needs_its_code_unless_it_is_deepseek(exact, ids, tmp_path):
+    changes = {"use_peer": False, "norm": "rms", "mlp": "gated", "hidden_act": "silu"} if exact else {}
+    byte_level_bpe(tmp_path / "tokenizer")
+    student = CausalLM(tiny_peer(**changes), 300)
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    export_huggingface(student, None, tokenizer, ExportRequest(folder=tmp_path / "export"))
+    assert (tmp_path / "export" / "modeling_peer_mla.py").exists() != exact
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=not exact)
+    assert type(loaded).__name__ == ("DeepseekV3ForCausalLM" if exact else "PeerMlaForCausalLM")
+    with torch.no_grad():
+        expected = student.causal_lm(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputed_layers_give_the_same_gradients_and_are_counted_once(ids):

@@ -27,6 +27,7 @@ from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.peer_mla.deepseek import as_plain
 from tokenkit.models.reading import has_own_code, model_from_config, quiet_off_terminal
 from tokenkit.run.folder import staging_folder
 from tokenkit.tokenization.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def _own_model(
 ) -> PreTrainedModel:
     """Return the model that is written, in its dtype."""
     if not request.is_consumed:
-        return merged_model(student, weights, tokenizer).to(request.dtype)
+        return as_plain(merged_model(student, weights, tokenizer).to(request.dtype))
     assert student.expansion is None
     assert not hasattr(student.model, "peft_config")
     # no cast: that of the whole module would round rotary frequencies, which a loaded model has in float32

@@ -19,6 +19,12 @@ def differences(config: Any) -> list[str]:
     return found
 
 
+def as_plain(model: Any) -> Any:
+    """Return a model as a class of transformers' own where it is exactly one, and any other as it is."""
+    own = model.config.model_type == "peer_mla" and not differences(model.config)
+    return as_deepseek(model) if own else model
+
+
 def as_deepseek(model: Any) -> Any:
     """Return a `DeepseekV3ForCausalLM` over the same tensors.
 
