@@ -10,6 +10,7 @@ from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
 from tokenkit.commands.pair_stats import PairStatsConfig
+from tokenkit.commands.report import ReportConfig
 from tokenkit.commands.zett import ZettConfig
 from tokenkit.config import TrainConfig
 from tokenkit.config.hypernet import TrainHypernetConfig
@@ -35,6 +36,7 @@ NEEDED = {
     ExportConfig: {"checkpoint_path": "run", "output": "out"},
     BitsPerByteConfig: {"text": "text.txt", "models": ["org/model"]},
     MergeLoraConfig: {"base_model": "org/model", "lora_model": ".", "output": "out"},
+    ReportConfig: {"runs": ["."], "output": "out.html"},
 }  # fmt: skip
 
 GOLD = {"losses": ["baseline_gold"]}
@@ -137,6 +139,7 @@ IDLE = {
     ExportConfig: {},
     BitsPerByteConfig: {},
     MergeLoraConfig: {},
+    ReportConfig: {},
 }  # fmt: skip
 
 ALM_ONLY = {"losses": ["alm_unconstrained"]}
@@ -316,6 +319,10 @@ ELSEWHERE = {
     MergeLoraConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(MergeLoraConfig)],
         "commands/test_merge_lora.py::test_a_folder_of_peft_and_its_base_become_one_model",
+    ),
+    ReportConfig: dict.fromkeys(
+        [leaf.name for leaf in leaves(ReportConfig)],
+        "commands/test_report.py::test_all_parts_are_there_of_a_run_and_of_one_that_was_cut",
     ),
     AlignOptions: dict.fromkeys(
         [leaf.name for leaf in leaves(AlignOptions)],

@@ -43,6 +43,10 @@ DOORS = {
         "tokenkit.commands.generate:main",
         "write on behind prompts, or answer in a conversation, as the text comes",
     ),
+    "report": (
+        "tokenkit.commands.report:main",
+        "write one page about one or several runs: figures, curves, alignments, samples",
+    ),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",

@@ -31,6 +31,7 @@ CONFIGURED = {
     "pair-stats": "tokenkit.commands.pair_stats:PairStatsConfig",
     "zett": "tokenkit.commands.zett:ZettConfig",
     "export": "tokenkit.commands.export:ExportConfig",
+    "report": "tokenkit.commands.report:ReportConfig",
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
     "generate": "tokenkit.commands.generate:GenerateConfig",

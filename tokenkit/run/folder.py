@@ -32,6 +32,7 @@ WRITTEN = frozenset(  # what runs write at the top of their folder; others are r
         "curves.png",
         "checkpoints",
         "export",
+        "facts.json",
         "run_id",
         "hypernet.json",
         "hypernet.safetensors",

@@ -46,7 +46,7 @@ PANELS = {  # by the first part of a metric's name, in this order
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
 }
-_NOISY = ("loss", "excess", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
+NOISY = ("loss", "excess", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 
 
@@ -152,7 +152,7 @@ class MetricsFile:
 
 def draw_curves(folder: Path) -> None:
     """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
-    series = _series(read_metrics(folder / METRICS_NAME))
+    series = series_of(read_metrics(folder / METRICS_NAME))
     panels = [prefix for prefix in PANELS if prefix in series]
     if not panels:
         return
@@ -167,7 +167,7 @@ def draw_curves(folder: Path) -> None:
         axes = figure.add_subplot(rows, columns, index + 1)
         for colour, (name, points) in zip(cycle(_COLOURS), sorted(series[panel].items()), strict=False):
             steps, values = zip(*points, strict=True)
-            noisy = panel in _NOISY and len(values) > 50
+            noisy = panel in NOISY and len(values) > 50
             axes.plot(
                 steps,
                 values,
@@ -190,7 +190,7 @@ def draw_curves(folder: Path) -> None:
     write_durably(folder / "curves.png", picture.getvalue())
 
 
-def _series(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+def series_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Return finite (step, value) points by panel, then by name."""
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in lines:

@@ -23,12 +23,13 @@ from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import World, start, stop
 from tokenkit.run.checkpoint import Identity, State
+from tokenkit.run.facts import write_facts
 from tokenkit.run.metrics import draw_curves
 from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.run.signals import StopRequest
 from tokenkit.training.build import Parts, build
 from tokenkit.training.exporting import run_facts, student_state
-from tokenkit.training.notes import describe
+from tokenkit.training.notes import describe, facts
 from tokenkit.training.prefix_stage import take_over
 from tokenkit.training.reports import Reports
 from tokenkit.training.session import Session, check_same, taken
@@ -130,6 +131,8 @@ def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequ
         with closing(parts.batches):
             world.say(describe(parts, config))
             training = _begin(config, session, parts)
+            if world.is_main:
+                write_facts(session.folder, facts(parts), resumed=session.is_resumed)
             session.ending.code, session.ending.reason = _train(training)
     return session.ending.code
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch.nn import Parameter
 
 from tokenkit.config import TrainConfig
@@ -41,6 +43,19 @@ def describe(parts: Parts, config: TrainConfig) -> str:
     notes = [note, template, explain_saving(pair[0])]
     lines += [note for note in notes if note is not None]
     return "\n".join([*lines, *_idle(parts, config)])
+
+
+def facts(parts: Parts) -> dict[str, Any]:
+    """Return what `run.facts` keeps of a run beside its command and versions."""
+    sizes = [(p.numel(), p.requires_grad) for p in parts.student.parameters()]
+    world = parts.run.world
+    return {
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
+        "ranks": world.world_size,
+        "parameters": sum(n for n, _ in sizes),
+        "trained": sum(n for n, is_trained in sizes if is_trained),
+        "embedding_rows": dict(parts.transfer),
+    }
 
 
 def _trained(parameters: Iterable[Parameter]) -> str:

@@ -1,0 +1,1 @@
+"""One page about runs: what they did, what their models are worth, how they were made."""
