@@ -197,6 +197,15 @@ convert_by_matching = true
 output = outputs/llama3_to_qwen2
 """
 
+EVAL_LOCKSTEP = """
+models = [{pretrained_model_name_or_path: org/a, tokenizer_name: "org/a:source=Qwen2"}, org/b]
+models = [org/a, org/b]
+combine_strategy = mean_prob
+combine_strategy = mean_logits
+baseline_mined_mapping_paths = [null, FOLDER]
+text = stories.txt
+"""
+
 PAIR_STATS = """
 teacher_tokenizer_name = google/gemma-2-2b-it:source=Gemma2
 target_tokenizer_name = Qwen/Qwen2.5-1.5B:source=Qwen2:target=Gemma2

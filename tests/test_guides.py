@@ -11,6 +11,8 @@ import yaml
 
 from tests import guides
 from tokenkit.cli import door, main
+from tokenkit.commands.eval_ensemble import ALIASES as ENSEMBLE_ALIASES
+from tokenkit.commands.eval_ensemble import EvalEnsembleConfig
 from tokenkit.commands.export import ALIASES as EXPORT_ALIASES
 from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
@@ -34,6 +36,7 @@ DOORS = {
         ZETT_ALIASES,
         {f"model.{MODEL}": "m", "target_tokenizer_name": "byte", "output": "o"},
     ),
+    "eval-ensemble": (EvalEnsembleConfig, ENSEMBLE_ALIASES, {"models": ["m", "n"], "prompts": "x"}),
     "pair-stats": (PairStatsConfig, {}, PAIR | DATA),
     "mined-mapping": (MinedMappingConfig, {}, PAIR),
     "export": (ExportConfig, EXPORT_ALIASES, {"checkpoint_path": "x", "output": "o"}),
@@ -43,6 +46,7 @@ NEEDED = {name: [f"{field}={value}" for field, value in door[2].items()] for nam
 TABLES = {
     "train": guides.TRAIN,
     "zett": guides.ZETT,
+    "eval-ensemble": guides.EVAL_LOCKSTEP,
     "pair-stats": guides.PAIR_STATS,
     "mined-mapping": guides.MINED_MAPPING,
 }

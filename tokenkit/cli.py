@@ -39,6 +39,10 @@ DOORS = {
         "tokenkit.commands.bits_per_byte:main",
         "compare models with any tokenizers on a text, over the very same bytes",
     ),
+    "eval-ensemble": (
+        "tokenkit.commands.eval_ensemble:main",
+        "ask several models as one, token by token: bits per byte, texts",
+    ),
     "generate": (
         "tokenkit.commands.generate:main",
         "write on behind prompts, or answer in a conversation, as the text comes",
@@ -68,12 +72,12 @@ SCRIPTS = {
     "cross_tokenizer_distill": "train",
     "compute_tokenizer_info": "pair-stats",
     "compute_mined_mapping": "mined-mapping",
+    "eval_lockstep": "eval-ensemble",
 }
 """Commands by the names of other programs' scripts. Each begins with the shipped file of that name."""
 
 ABSENT = {
     "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
-    "eval_lockstep": "evaluation of several models at once is not here yet",
     "optimize_for_inference": "quantized models are not here yet",
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
     "run_ablations": "`tokenkit sweep` runs all combinations of several values",

@@ -22,7 +22,7 @@ from tokenkit.config.schema import flatten, leaves
 from tokenkit.config.yaml_files import parse_yaml, read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OF_OTHER_DOORS = ("zett", "compute_tokenizer_info", "compute_mined_mapping")
+OF_OTHER_DOORS = ("zett", "compute_tokenizer_info", "compute_mined_mapping", "eval_lockstep")
 FILES_OF_TRAIN = sorted(file for file in CONFIGS.rglob("*.yaml") if file.stem not in OF_OTHER_DOORS)
 
 NEEDED = {

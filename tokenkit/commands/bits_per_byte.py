@@ -104,7 +104,7 @@ def score(config: BitsPerByteConfig) -> None:
         DataError, FileNotFoundError: a text, a model or a tokenizer that cannot be read.
     """
     from tokenkit.disk import write_durably
-    from tokenkit.evaluation.text_bits import bits_of_bytes, summary, table
+    from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary, table
     from tokenkit.tokenization.unwritable import writable_text
 
     with ExitStack() as held:
@@ -119,7 +119,7 @@ def score(config: BitsPerByteConfig) -> None:
                 window = min(config.max_length, model.positions or config.max_length)
                 stride = min(config.stride or max(1, window // 2), window - 1)
                 bits[name], tokens[name] = bits_of_bytes(
-                    model.causal, model.tokenizer, texts,
+                    nats_of(model.causal), model.tokenizer, texts,
                     window=window, stride=stride, batch=config.batch_size,
                 )  # fmt: skip
         with blaming_data():

@@ -34,6 +34,7 @@ CONFIGURED = {
     "report": "tokenkit.commands.report:ReportConfig",
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
+    "eval-ensemble": "tokenkit.commands.eval_ensemble:EvalEnsembleConfig",
     "generate": "tokenkit.commands.generate:GenerateConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tokenkit.config.schema import options
+from tokenkit.config.schema import MAIN, options
 from tokenkit.errors import ConfigError, nearest
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -107,9 +107,11 @@ def _choice(hint: Any, value: Any, name: str) -> Any:
 def _record(schema: type, value: Any, name: str) -> Any:
     if isinstance(value, schema):
         return value
+    hints = typing.get_type_hints(schema)
+    if isinstance(value, str) and (main := next((field for field in MAIN if field in hints), None)):
+        value = {main: value}
     if not isinstance(value, Mapping):
         raise _wrong(name, value, schema)
-    hints = typing.get_type_hints(schema)
     for key in value:
         if key not in hints:
             raise ConfigError(

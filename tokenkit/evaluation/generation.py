@@ -147,6 +147,7 @@ def generate(
     sampling: Sampling,
     say: Say | None = None,
     processors: Sequence[Any] = (),
+    positions: int | None = None,
 ) -> Generated:
     """Write on behind one prompt.
 
@@ -156,12 +157,13 @@ def generate(
         sampling: how tokens are chosen. Who wants other draws seeds torch before.
         say: gets the text piece by piece; with beams, all of it at the end.
         processors: of transformers, over the logits before anything is drawn.
+        positions: tokens that can be read. None: the model's own number.
 
     Raises:
         ValueError: a prompt without tokens, or one that fills the model's positions.
     """
     length = prompt_1T.shape[1]
-    limit = room_for(opened, length, sampling.max_new_tokens)
+    limit = room_for(opened, length, sampling.max_new_tokens, positions or opened.positions)
     stream = TextStream(opened.tokenizer, sampling.stop, say or (lambda text: None))
     settings = generation_config(opened, sampling, limit)
     ids_1T = opened.model.generate(
@@ -182,7 +184,7 @@ def generate(
     return Generated(stream.text, new, "length" if first_stop(text, sampling.stop) is None else "stop")
 
 
-def room_for(opened: Opened, length: int, max_new_tokens: int) -> int:
+def room_for(opened: Opened, length: int, max_new_tokens: int, positions: int | None) -> int:
     """Return how many tokens can be written behind a prompt of `length` tokens.
 
     Raises:
@@ -192,11 +194,10 @@ def room_for(opened: Opened, length: int, max_new_tokens: int) -> int:
         raise ValueError(
             "the prompt has no tokens, and this tokenizer writes none before a text: give a prompt"
         )
-    if opened.positions is None:
+    if positions is None:
         return max_new_tokens
-    if length >= opened.positions:
+    if length >= positions:
         raise ValueError(
-            f"the prompt has {length} tokens and {opened.name} has {opened.positions} positions: give a "
-            "shorter one"
+            f"the prompt has {length} tokens and {opened.name} has {positions} positions: give a shorter one"
         )
-    return min(max_new_tokens, opened.positions - length)
+    return min(max_new_tokens, positions - length)

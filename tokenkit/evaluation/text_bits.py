@@ -30,17 +30,24 @@ from tokenkit.tokenization.tokenizer import Tokenizer
 
 States = Callable[[Tensor], HiddenStates]
 """From int64 ids [B, T], padded on the right, to hidden states and head: a `CausalLM`."""
+Nats = Callable[[Side], Tensor]
+"""From a batch to [B, T] −log p of each token that its loss mask keeps."""
+
+
+def nats_of(model: States) -> Nats:
+    """Return what one model needs for the tokens of a batch."""
+    return lambda side: token_nats(model(side.ids_BT), side)
 
 
 @torch.no_grad()
 def bits_of_bytes(
-    states_of: States, tokenizer: Tokenizer, texts: Sequence[str], *, window: int, stride: int, batch: int = 8
+    nats: Nats, tokenizer: Tokenizer, texts: Sequence[str], *, window: int, stride: int, batch: int = 8
 ) -> tuple[list[Floats], int]:
     """Return the bits of each byte of each text, NaN where the model scores none, and the number of tokens.
 
     Args:
-        states_of: the model, in evaluation mode.
-        tokenizer: its own.
+        nats: of a model in evaluation mode, `nats_of`, or of several.
+        tokenizer: the model's.
         texts: not empty, and canonical for the tokenizer.
         window: tokens that are read at once.
         stride: from 1 to window - 1.
@@ -49,7 +56,7 @@ def bits_of_bytes(
     documents = [Document(text=text) for text in texts]
     (side,) = encode_flat(documents, (tokenizer,), mode="direct_encode")
     wanted_N = predicted(side, tokenizer)
-    bits_N = _nats(states_of, side, wanted_N, _windows_of(side, window, stride), batch) / math.log(2)
+    bits_N = _in_place(nats, side, wanted_N, _windows_of(side, window, stride), batch) / math.log(2)
     (placed,), start_B = place((side,), (tokenizer,))
     bits_A = placed.spread(bits_N, int(start_B[-1]))
     last_B = start_B[:-1] + [
@@ -84,8 +91,8 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         scored, start = end, start + stride
 
 
-def _nats(
-    states_of: States,
+def _in_place(
+    nats: Nats,
     side: FlatTokens,
     wanted_N: Bools,
     spans: Sequence[tuple[int, int, int]],
@@ -102,7 +109,7 @@ def _nats(
             ids_BT[row, : end - start] = side.ids_N[start:end]
             trained_BT[row, first - start : end - start] = wanted_N[first:end]
         padded = Side(torch.from_numpy(ids_BT), torch.tensor(lengths), torch.from_numpy(trained_BT))
-        found_BT = token_nats(states_of(padded.ids_BT), padded).double().numpy()
+        found_BT = nats(padded).double().cpu().numpy()
         for row, (start, first, end) in enumerate(rows):
             kept_T = trained_BT[row, first - start : end - start]
             nats_N[first:end][kept_T] = found_BT[row, first - start : end - start][kept_T]
