@@ -51,6 +51,10 @@ DOORS = {
         "tokenkit.commands.report:main",
         "write one page about one or several runs: figures, curves, alignments, samples",
     ),
+    "analyze-model": (
+        "tokenkit.commands.analyze_model:main",
+        "count a model's parameters by part, and those that a token meets",
+    ),
     "mined-mapping": (
         "tokenkit.commands.mined_mapping:main",
         "find the nearest teacher token of every student token",
@@ -85,6 +89,7 @@ ABSENT = {
 """Scripts of other programs that have no command here, and why."""
 
 OTHER_NAMES = {
+    "analyze_model": "analyze-model",
     "export_model": "export",
     "export_checkpoint": "export",
     "export_to_onnx": "export",

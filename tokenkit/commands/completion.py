@@ -33,6 +33,7 @@ CONFIGURED = {
     "export": "tokenkit.commands.export:ExportConfig",
     "report": "tokenkit.commands.report:ReportConfig",
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
+    "analyze-model": "tokenkit.commands.analyze_model:AnalyzeModelConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
     "eval-ensemble": "tokenkit.commands.eval_ensemble:EvalEnsembleConfig",
     "generate": "tokenkit.commands.generate:GenerateConfig",

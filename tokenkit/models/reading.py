@@ -70,6 +70,22 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
     return model
 
 
+def model_of_name(name_or_path: str, trust_remote_code: bool = False) -> Any:
+    """Return a model of a folder's or hub name's configuration, without memory and without its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_causal_lm`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    check_path(name_or_path)
+    with _one_line(name_or_path, None), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        check_config(name_or_path, config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def stored_dtype(name_or_path: str, options: LoadOptions) -> torch.dtype:
     """Return the dtype that a model's configuration gives its weights; float32 where it gives none."""
     from transformers import AutoConfig
@@ -117,12 +133,12 @@ def model_from_config(like: Any, config: Any, **more: Any) -> Any:
 
 
 @contextmanager
-def _one_line(name_or_path: str, options: LoadOptions) -> Iterator[None]:
+def _one_line(name_or_path: str, options: LoadOptions | None) -> Iterator[None]:
     """Turn what transformers raises into one line."""
     try:
         yield
     except ImportError as error:
-        wanted = options.attn_implementation
+        wanted = None if options is None else options.attn_implementation
         what = "it" if wanted is None else f"{wanted!r} attention"
         raise ValueError(f"{name_or_path!r}: {what} cannot be used here: {error}") from error
     except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
