@@ -164,7 +164,7 @@ eval_config: evals_registry_path evals eval_batch_size
 wandb_config: project entity name log_model
 data_mixes: mix.name mix.datasets
 """
-"""Fields of a trainer of PEER and MLA language models, which this project has not: refused, each with the
+"""Fields of `tokenkit pretrain`, which `tokenkit train` has not: refused there, each with the
 field that says it here, or with what there is."""
 
 LM_WORDS = """
@@ -179,7 +179,7 @@ model_config.peer_config.num_experts = starts from a model
 dataset_config.max_seq_length = it is max_length_new
 dataset_config.datasets = it is data.datasets
 eval_config.evals = measured with ppl_eval_data
-wandb_config.project = report_to: wandb
+wandb_config.project = it is wandb.project
 data_mixes.mix.name = name one mix as data.datasets
 """
 

@@ -21,6 +21,10 @@ except ModuleNotFoundError as missing:  # installed for the losses alone, with t
 
 DOORS = {
     "train": ("tokenkit.train:main", "move a model to another tokenizer: distil a teacher into a student"),
+    "pretrain": (
+        "tokenkit.commands.pretrain:main",
+        "train a language model from nothing: PEER and MLA layers, or any of transformers",
+    ),
     "align": ("tokenkit.commands.align:main", "show where two tokenizers cut the same text alike"),
     "pair-stats": (
         "tokenkit.commands.pair_stats:main",

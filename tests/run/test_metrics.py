@@ -258,7 +258,12 @@ def test_wandb_works_offline_and_no_key_reaches_any_file(tmp_path):
     script = (
         "import sys, pathlib; from tokenkit.run.trackers import Trackers, run_id\n"
         "folder = pathlib.Path(sys.argv[1]) / 'run'; folder.mkdir()\n"
-        "t = Trackers(['wandb'], folder, {'hub_token': 'canary-in-the-config', 'lr': 1}, is_main=True)\n"
+        "own = {'wandb.project': 'p', 'wandb.entity': 'e', 'wandb.log_model': 'checkpoints'}\n"
+        "config = {'hub_token': 'canary-in-the-config', 'lr': 1} | own\n"
+        "t = Trackers(['wandb'], folder, config, is_main=True); run = t._runs['wandb']._run\n"
+        "assert (run.project, run.entity) == ('p', 'e')\n"
+        "step = folder / 'step_1'; step.mkdir(); (step / 'weights').write_bytes(b'w'); kept = []\n"
+        "run.log_artifact = lambda *a, **k: kept.append(a); t.upload(step); assert kept == [(str(step),)]\n"
         "t.log(1, {'loss': 1.0, 'name': 'x', 'bad': float('nan')}); t.close()\n"
         "assert not t.failures, t.failures\n"
         "assert len(run_id(folder)) == 16 and run_id(folder) == run_id(folder)\n"

@@ -1,6 +1,7 @@
 """A model from nothing, of packed rows, through the loop that all trainings share."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tokenkit.data.options import DataOptions
 from tokenkit.data.packing import PackedRows
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import check_packing
+from tokenkit.models.float8 import use_float8
 from tokenkit.models.new import architecture, new_model
 from tokenkit.parallel import World
 from tokenkit.tokenization.tokenizer import load_tokenizer
@@ -188,3 +190,24 @@ def test_tf32_is_of_the_gpus_products(config_of):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_float8_is_refused_with_its_reason(config_of, monkeypatch):
+    with pytest.raises(ConfigError, match=r"float8 .tensorwise. needs dtype bfloat16"):
+        config_of(float8="tensorwise")
+    float8 = {"float8": "rowwise", "dtype": "bfloat16"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a GPU, and there is none"):
+        build(config_of(**float8), SINGLE)
+    model = CausalLM(tiny_model(), 300)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    with pytest.raises(ConfigError, match=r"capability 9.0, and an old one has 8.9"):
+        use_float8(model, "rowwise")
+    odd = CausalLM(tiny_model(hidden_size=24, intermediate_size=40), 300)
+    with pytest.raises(ConfigError, match="multiples of 16, and no linear layer"):
+        use_float8(odd, "tensorwise")
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ConfigError, match="pip install torchao"):
+        use_float8(model, "tensorwise")

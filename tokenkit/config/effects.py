@@ -301,6 +301,8 @@ TRAIN = (
     Rule(
         ("eval_interval", "eval_at_step_zero"), "where text is held out, or ppl_eval_data is set", _heldout
     ),
+    Rule(("wandb.",), "with report_to wandb", lambda v: v["report_to"] == "wandb"),
+    Rule(("eval_batch_size",), "where text is held out, or ppl_eval_data is set", _heldout),
     Rule(("skip_lm_eval",), "beside eval.tasks", lambda v: bool(v["eval.tasks"])),
     *HYPERNET, *DATA, *ORDER,
 )  # fmt: skip

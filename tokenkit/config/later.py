@@ -13,15 +13,15 @@ LATER = {
 }
 """Name, or beginning of names that ends in `_` or `.`: what its feature comes with."""
 
-_NO_LANGUAGE_MODELS = "no command here trains a language model of PEER and MLA layers from nothing"
+_PRETRAIN = "`tokenkit pretrain` reads it, and trains a language model from nothing"
 FOREIGN = {
-    "model_config": f"{_NO_LANGUAGE_MODELS}; `tokenkit train` starts from a model: student",
-    "train_config": f"{_NO_LANGUAGE_MODELS}; the fields of `tokenkit train` are steps, batch_size, "
+    "model_config": f"{_PRETRAIN}; `tokenkit train` starts from a model: student",
+    "train_config": f"{_PRETRAIN}; the fields of `tokenkit train` are steps, batch_size, "
     "optimizer.learning_rate and so on",
-    "dataset_config": f"{_NO_LANGUAGE_MODELS}; data.datasets of `tokenkit train` has the same entries",
-    "eval_config": f"{_NO_LANGUAGE_MODELS}; text held out is measured with ppl_eval_data",
-    "wandb_config": f"{_NO_LANGUAGE_MODELS}; `tokenkit train` has report_to: wandb",
-    "data_mixes": f"{_NO_LANGUAGE_MODELS}; name one mix as data.datasets",
+    "dataset_config": f"{_PRETRAIN}; data.datasets of `tokenkit train` has the same entries",
+    "eval_config": f"{_PRETRAIN}; text held out is measured with ppl_eval_data",
+    "wandb_config": f"{_PRETRAIN}; `tokenkit train` has report_to: wandb",
+    "data_mixes": "`tokenkit ablate --custom-datasets` reads it; name one mix as data.datasets",
 }
 """Groups of fields of other programs that users of this one know, and why there are none here."""
 

@@ -121,6 +121,18 @@ class Prefix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Products:
+    """How matrix products may be rounded, to be faster."""
+
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 matrix products to 10 bits of fraction, which is faster."""
+
+    float8: Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "none"
+    """Multiply in float8 what linear layers of the body multiply, by a recipe of torchao, which must be
+    installed. Needs dtype bfloat16 and a GPU of compute capability 8.9 (row by row 9.0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Which parameters move, and in which precision."""
 
@@ -136,9 +148,6 @@ class Training:
 
     dtype: Dtype = "float32"
     """Computation; the parameters that are trained stay float32."""
-
-    tf32: bool = False
-    """Let GPUs round the inputs of float32 matrix products to 10 bits of fraction, which is faster."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
@@ -157,11 +166,17 @@ class Training:
     """A network that is trained between the embeddings and the student; None, or identity: there is none."""
 
     prefix: Prefix = flat(Prefix)
+    products: Products = flat(Products)
 
     def __post_init__(self) -> None:
         if self.use_flash_attention and self.attn_implementation not in (None, "flash_attention_2"):
             raise ConfigError(
                 f"use_flash_attention contradicts attn_implementation {self.attn_implementation}: remove one"
+            )
+        if self.products.float8 != "none" and (self.dtype != "bfloat16" or self.train_model_mode != "full"):
+            raise ConfigError(
+                f"float8 ({self.products.float8}) needs dtype bfloat16 and train_model_mode full, got "
+                f"{self.dtype} and {self.train_model_mode}: set those, or float8 to none"
             )
         at_least("loss_workspace_mib", self.loss_workspace_mib, 1)
         if self.train_model_mode == "none" and not self.train_embeddings and not self.has_hypernet:

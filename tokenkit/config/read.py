@@ -243,7 +243,8 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
     where = f" ({source})" if source else ""
     valid = [leaf.name for leaf in leaves(schema)]
     last = name.rsplit(".", 1)[-1]
-    if looks_secret(last) and foreign(name) is None:
+    reason = None if name.partition(".")[0] + "." in group_prefixes(schema) else foreign(name)
+    if looks_secret(last) and reason is None:
         return (
             f"{name} looks like a secret{where}, and configurations are saved with checkpoints: remove it "
             "and pass it through the environment (HF_TOKEN, WANDB_API_KEY)"
@@ -252,12 +253,12 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
         inside = [other for other in valid if other.startswith(name + ".")]
         more = f", or {', '.join(inside[1:4])}" + (", ..." if len(inside) > 4 else "") if inside[1:] else ""
         return f"{name} is a group of fields{where}: set {inside[0]}{more}"
-    if last == "name" and foreign(name) is not None:
-        return f"unknown field {name}{where}: {foreign(name)}"  # what has a name there has none here
+    if last == "name" and reason is not None:
+        return f"unknown field {name}{where}: {reason}"  # what has a name there has none here
     nested = [other for other in valid if other.rsplit(".", 1)[-1] in (last, SYNONYMS.get(last))]
     if nested:
         return f"unknown field {name}{where}: it is {' or '.join(nested)}"
-    if (reason := foreign(name)) is not None:
+    if reason is not None:
         return f"unknown field {name}{where}: {reason}"
     hint = nearest(name, valid)
     if not hint and (near := nearest(last, [other.rsplit(".", 1)[-1] for other in valid])):

@@ -32,6 +32,20 @@ ALIASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Where a run is reported with `report_to: wandb`. Keys and WANDB_MODE stay in the environment."""
+
+    project: str | None = None
+    """The project. None: WANDB_PROJECT, or tokenkit."""
+
+    entity: str | None = None
+    """User or team. None: that of the key."""
+
+    log_model: Literal["checkpoints", "all"] | None = None
+    """Upload each checkpoint as it is written; both words say that. None: nothing is uploaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """What the run is called, and what it leaves behind."""
 
@@ -61,6 +75,8 @@ class Run:
 
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
     """Experiment tracker, beside metrics.jsonl and curves.png."""
+
+    wandb: Wandb = field(default_factory=Wandb)
 
     trust_remote_code: bool = False
     """Run code that comes with a model or tokenizer. On the hub it needs student.revision as a 40-digit
@@ -191,6 +207,9 @@ class Evaluation:
     eval_at_step_zero: bool = True
     """Measure before the first step, too: the end of the run then says what it changed."""
 
+    eval_batch_size: int = 8
+    """Documents that are measured together, on each process."""
+
     ppl_eval_data: str | None = None
     """File of held-out text. None: the held-out part of the training data."""
 
@@ -201,6 +220,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         at_least("eval_interval", self.eval_interval, 1)
+        at_least("eval_batch_size", self.eval_batch_size, 1, MOST_DOCUMENTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,19 @@ def new_model(settings: Mapping[str, Any], vocab_size: int, **how: Any) -> Any:
         raise ConfigError(f"from_config: no model of {config.model_type} can be made: {reason}") from error
 
 
+def new_model_on_meta(settings: Mapping[str, Any]) -> Any:
+    """Return the model with parameters that have shapes and no memory.
+
+    Raises:
+        ConfigError: see `architecture`.
+    """
+    import torch
+
+    config = architecture(settings)
+    with torch.device("meta"):
+        return random_model(config)
+
+
 def new_causal_lm(name: str, settings: Mapping[str, Any], vocab_size: int, options: LoadOptions) -> CausalLM:
     """Return a new model as `load_causal_lm` returns one that is read.
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 class _Run(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def upload(self, checkpoint: Path) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -57,6 +59,11 @@ class Trackers:
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for name, run in self._runs.items():
             self._try(name, partial(run.log, step, numbers))
+
+    def upload(self, checkpoint: Path) -> None:
+        """Offer a checkpoint that was written; a tracker that was not asked to keep them leaves it alone."""
+        for name, run in self._runs.items():
+            self._try(name, partial(run.upload, checkpoint))
 
     def close(self) -> None:
         """Let each tracker finish."""
@@ -97,8 +104,10 @@ class _Wandb:
 
         has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         settings = wandb.Settings(init_timeout=5, console="off", disable_git=True, save_code=False)
+        self._uploads = config.get("wandb.log_model") is not None
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tokenkit"),
+            project=config.get("wandb.project") or os.environ.get("WANDB_PROJECT", "tokenkit"),
+            entity=config.get("wandb.entity"),
             name=run_name(folder, config),
             id=run_id(folder),
             resume="allow",
@@ -112,6 +121,11 @@ class _Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
+
+    def upload(self, checkpoint: Path) -> None:
+        if self._uploads:
+            name = f"checkpoint-{self._run.id}"
+            self._run.log_artifact(str(checkpoint), name=name, type="model", aliases=[checkpoint.name])
 
     def close(self) -> None:
         self._run.finish()
@@ -130,6 +144,9 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def upload(self, checkpoint: Path) -> None:
+        """It takes no files."""
 
     def close(self) -> None:
         self._writer.close()

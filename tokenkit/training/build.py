@@ -37,6 +37,7 @@ from tokenkit.models.causal_lm import (
 )
 from tokenkit.models.check import check_packing
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.float8 import use_float8
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_causal_lm
 from tokenkit.objective.weights import Objective
@@ -128,7 +129,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world=world.world_size,
         prefetch=config.data.num_workers,
     )
-    heldout = heldout_batches(documents, collator) if documents else []
+    heldout = heldout_batches(documents, collator, config.evaluation.eval_batch_size) if documents else []
 
     needs_teacher = prefix_steps > 0 or any(loss.needs_teacher for loss in losses.values())
     if config.teacher is not None and heldout:
@@ -319,6 +320,8 @@ def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: 
         student.projector = build_projector(
             config.training.hypernet, student, old, tokenizers.old, tokenizers.target
         )
+    if config.training.products.float8 != "none":
+        use_float8(student, config.training.products.float8)
     if config.training.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return Models(student, teacher, report, was_tied)

@@ -39,6 +39,7 @@ MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
     "logging_interval", "save_interval", "sync_interval", "eval_interval",
     "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
+    "eval_batch_size", "wandb.project", "wandb.entity", "wandb.log_model",
     "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout",
 )  # fmt: skip
 
@@ -100,7 +101,7 @@ def _dry_run(config: TrainConfig, world: World) -> int:
 
 
 def _build(config: TrainConfig, world: World) -> Parts:
-    if config.training.tf32:
+    if config.training.products.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)  # the same on every rank: adapters begin equal
     with world.together("load models, tokenizers and data"):
@@ -298,6 +299,7 @@ def _save(training: Training) -> None:
             "untrained_steps": run.untrained_steps,
         }
     )
+    training.reports.trackers.upload(session.folder / "checkpoints" / f"step_{run.step:08d}")
 
 
 def _untokenized(training: Training) -> Counter[str]:
