@@ -77,6 +77,39 @@ def _onnx(config: ExportConfig, opened: Opened, folder: Path) -> str:
     return f"logits of onnxruntime within {error:.1e} of torch's"
 
 
+def _gguf(config: ExportConfig, opened: Opened, folder: Path) -> str:
+    import torch
+
+    from tokenkit.export.card import public_name
+    from tokenkit.export.converted import write_card
+    from tokenkit.export.gguf_file import FILE, USAGE, GgufSource, GgufType, write_gguf
+
+    name, theirs = config.checkpoint_path, opened.hf_tokenizer
+    kinds: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
+    kind = config.gguf_type or kinds.get(opened.model.dtype, "f32")
+    first = theirs("a")["input_ids"][0]
+    template = theirs.chat_template
+    source = GgufSource(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        name=public_name(name),
+        chat_template=template if isinstance(template, str) else None,
+        adds_bos=first == opened.tokenizer.bos_id,
+    )
+    counts = write_gguf(source, folder, kind)
+    said = ", ".join(f"{count} tensors in {dtype.lower()}" for dtype, count in sorted(counts.items()))
+    size = f"{(folder / FILE).stat().st_size / 1e6:.1f} MB"
+    write_card(
+        folder,
+        name,
+        library="gguf",
+        what="The model and its tokenizer as a GGUF file, written by tokenkit (PyTorch).",
+        usage=USAGE,
+        facts=_versions("torch", "gguf") | {"tensors": said, "size": size},
+    )
+    return f"{said}, {size}; every tensor and every token read back"
+
+
 def _versions(*packages: str) -> dict[str, str]:
     from importlib.metadata import version
 
@@ -87,5 +120,5 @@ def _versions(*packages: str) -> dict[str, str]:
 
 IN_FLOAT32 = ("onnx",)
 """Formats that are made of a model in float32; others take it as it is stored."""
-WRITERS: Mapping[str, Callable[[ExportConfig, Opened, Path], str]] = {"onnx": _onnx}
+WRITERS: Mapping[str, Callable[[ExportConfig, Opened, Path], str]] = {"onnx": _onnx, "gguf": _gguf}
 """What writes each format to a folder, and says in a few words how it was checked."""

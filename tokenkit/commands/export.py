@@ -22,6 +22,7 @@ from tokenkit.models.options import Dtype
 ALIASES = {
     "model_path": "checkpoint_path",
     "checkpoint": "checkpoint_path",
+    "outtype": "gguf_type",
     "output_path": "output",
     "expand_input_ids_model": "base_model",
     "expand_input_ids_tokenizer": "base_tokenizer",
@@ -37,13 +38,17 @@ class ExportConfig:
     All formats but huggingface also take a folder in Hugging Face layout, or a hub name."""
 
     output: str
-    """Folder that is written; it must be empty or absent. An ending .onnx is left out of its name."""
+    """Folder that is written; it must be empty or absent. Its name loses an ending .onnx or .gguf."""
 
-    format: Literal["huggingface", "onnx"] = "huggingface"
-    """huggingface: config.json, safetensors, tokenizer, card. onnx: one graph with dynamic axes."""
+    format: Literal["huggingface", "onnx", "gguf"] = "huggingface"
+    """huggingface: config.json, safetensors, tokenizer, card. onnx: one graph with dynamic axes. gguf: one
+    file for llama.cpp, of Llama- and Qwen-shaped models."""
 
     dtype: Dtype | None = None
     """Of the weights that are written. None: the dtype of the run; onnx: always float32."""
+
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Of the matrices of a GGUF file. None: as the weights are stored."""
 
     use_cache: bool = True
     """Of onnx: keys and values are inputs and outputs of the graph; a past of length 0 begins a text."""
@@ -79,6 +84,10 @@ class ExportConfig:
             raise ConfigError(f"as_adapter writes adapters as they were trained, and {other}: leave one out")
         if self.format == "onnx" and self.dtype not in (None, "float32"):
             raise ConfigError(f"onnx is written in float32, got dtype {self.dtype}: leave dtype out")
+        if self.gguf_type is not None and self.format != "gguf":
+            raise ConfigError(f"gguf_type is for --format gguf, and format is {self.format}: leave one out")
+        if self.format == "gguf" and self.dtype is not None:
+            raise ConfigError("the types of a GGUF file are f32, f16, bf16, q8_0: set gguf_type, not dtype")
         if not self.dynamic_axes:
             raise ConfigError("dynamic_axes is off, and no graph of fixed sizes is written: leave it out")
 
