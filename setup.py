@@ -24,6 +24,7 @@ EXTRAS = {
     "track": ["wandb", "tensorboard"],
     "eval": ["lm_eval>=0.4.9"],
     "export": ["onnx", "onnxscript", "onnxruntime", "gguf"],
+    "quantize": ["torchao>=0.17"],  # not among those of tests: it slows every import of peft
     "flash": ["flash-attn"],
     # mkdocs 2 is another program: no plugins
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2", "ruff"],

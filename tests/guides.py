@@ -307,6 +307,9 @@ export_checkpoint --checkpoint_path=outputs/x/step_5000 --output=checkpoints/x -
 export_to_onnx model_path=outputs/my_model output_path=outputs/my_model.onnx dynamic_axes=true
     => checkpoint_path=outputs/my_model output=outputs/my_model.onnx format=onnx
 
+optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantization=int8 device=cuda
+    => checkpoint_path=outputs/my_model output=outputs/y format=int8
+
 zett --config zett model.pretrained_model_name_or_path={LLAMA}
     => method=fvt
 """
@@ -314,6 +317,5 @@ zett --config zett model.pretrained_model_name_or_path={LLAMA}
 
 ABSENT = """
 eval model.pretrained_model_name_or_path=outputs/x tasks=[arc_easy,piqa] output=outputs/x/eval
-optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantization=int8 device=cuda
 run_ablations --custom-datasets configs/datasets.yaml
 """

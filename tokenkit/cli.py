@@ -86,7 +86,6 @@ SCRIPTS = {
 
 ABSENT = {
     "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
-    "optimize_for_inference": "quantized models are not here yet",
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
     "run_ablations": "`tokenkit sweep` runs all combinations of several values",
 }
@@ -98,10 +97,11 @@ OTHER_NAMES = {
     "export_checkpoint": "export",
     "export_to_onnx": "export",
     "merge_lora": "merge-lora",
+    "optimize_for_inference": "export",
 }
 """Scripts of other programs that are a command here, without a file of settings."""
 
-FORMATS = {"export_to_onnx": "onnx"}
+FORMATS = {"export_to_onnx": "onnx", "optimize_for_inference": "int8"}
 """What some of these scripts write where no format is named."""
 
 _MULTIRUN = {"-m", "--multirun"}
@@ -116,6 +116,10 @@ EXTRAS = {
     "tensorboard": "track",
     "lm_eval": "eval",
     "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "gguf": "export",
+    "torchao": "quantize",
     "flash_attn": "flash",
 }
 """Which extra brings a package that is missing; any other comes with `train`."""
@@ -154,7 +158,7 @@ def door(arguments: Sequence[str]) -> tuple[str, list[str]]:
     script = name.replace("-", "_")
     name = OTHER_NAMES.get(script, name)
     said = {word.partition("=")[0].lstrip("-+") for word in rest}
-    if script in FORMATS and "format" not in said:
+    if script in FORMATS and not said & {"format", "quantization"}:
         rest = [*rest, f"--format={FORMATS[script]}"]
     if script in SCRIPTS:
         name = SCRIPTS[script]

@@ -86,6 +86,9 @@ def test_every_token_is_there_with_its_bytes_and_its_type(tokenizers, tmp_path, 
     assert (specials == tokenizer.is_special_V).all()
     assert (read.types.count(BYTE) == 256) is (kind == "sentencepiece")
     assert (read.merges == []) is (kind != "bpe")
+    assert ("tokenizer.ggml.merges" in fields(tmp_path)) is (
+        kind != "sentencepiece"
+    )  # bytes have none, said so
     assert fields(tmp_path)["tokenizer.ggml.add_bos_token"].contents() is True
     assert fields(tmp_path)["tokenizer.chat_template"].contents() == "{{ x }}"
     assert fields(tmp_path)["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_id

@@ -63,9 +63,11 @@ def _onnx(config: ExportConfig, opened: Opened, folder: Path) -> str:
     from tokenkit.export.onnx_graph import write_onnx
 
     name = config.checkpoint_path
-    error, usage = write_onnx(opened.model, name, folder, use_cache=config.use_cache)
+    error, usage = write_onnx(opened.model, name, folder, use_cache=config.options.use_cache)
     copy_beside(opened.folder, folder)
-    cache = ": its cache is an input, which is empty at first, and an output" if config.use_cache else ""
+    cache = (
+        ": its cache is an input, which is empty at first, and an output" if config.options.use_cache else ""
+    )
     write_card(
         folder,
         name,
@@ -82,11 +84,12 @@ def _gguf(config: ExportConfig, opened: Opened, folder: Path) -> str:
 
     from tokenkit.export.card import public_name
     from tokenkit.export.converted import write_card
-    from tokenkit.export.gguf_file import FILE, USAGE, GgufSource, GgufType, write_gguf
+    from tokenkit.export.gguf_file import FILE, USAGE, GgufSource, write_gguf
+    from tokenkit.export.options import GgufType
 
     name, theirs = config.checkpoint_path, opened.hf_tokenizer
     kinds: dict[torch.dtype, GgufType] = {torch.float16: "f16", torch.bfloat16: "bf16"}
-    kind = config.gguf_type or kinds.get(opened.model.dtype, "f32")
+    kind = config.options.gguf_type or kinds.get(opened.model.dtype, "f32")
     first = theirs("a")["input_ids"][0]
     template = theirs.chat_template
     source = GgufSource(
@@ -110,6 +113,37 @@ def _gguf(config: ExportConfig, opened: Opened, folder: Path) -> str:
     return f"{said}, {size}; every tensor and every token read back"
 
 
+def _int8(config: ExportConfig, opened: Opened, folder: Path) -> str:
+    from tokenkit.export.converted import copy_beside, write_card
+    from tokenkit.export.quantised import USAGE, write_int8
+
+    copy_beside(opened.folder, folder)  # what is written next has the configuration anew
+    facts = write_int8(opened, folder, _texts(config, opened)).facts()
+    write_card(
+        folder,
+        config.checkpoint_path,
+        library="transformers",
+        what="The model with the matrices of its linear layers in 8 bits (torchao, weights only), written by "
+        "tokenkit (PyTorch).",
+        usage=USAGE,
+        facts=_versions("torch", "transformers", "torchao") | facts,
+    )
+    return "; ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def _texts(config: ExportConfig, opened: Opened) -> list[str]:
+    """Return the documents on which bits per byte are measured; none where no text is named."""
+    if config.options.text is None:
+        return []
+    from tokenkit.data.mix import read_documents
+    from tokenkit.data.options import SourceOptions
+    from tokenkit.tokenization.unwritable import writable_text
+
+    documents = read_documents(SourceOptions(path=config.options.text), DOCUMENTS)
+    texts = [writable_text(document.text, [opened.tokenizer])[0] for document in documents if document.text]
+    return [text for text in texts if text]
+
+
 def _versions(*packages: str) -> dict[str, str]:
     from importlib.metadata import version
 
@@ -118,7 +152,13 @@ def _versions(*packages: str) -> dict[str, str]:
     return {"versions": ", ".join([f"tokenkit {__version__}", *(f"{p} {version(p)}" for p in packages)])}
 
 
+DOCUMENTS = 64
+"""Of the text that bits per byte are measured on, at most."""
 IN_FLOAT32 = ("onnx",)
 """Formats that are made of a model in float32; others take it as it is stored."""
-WRITERS: Mapping[str, Callable[[ExportConfig, Opened, Path], str]] = {"onnx": _onnx, "gguf": _gguf}
+WRITERS: Mapping[str, Callable[[ExportConfig, Opened, Path], str]] = {
+    "onnx": _onnx,
+    "gguf": _gguf,
+    "int8": _int8,
+}
 """What writes each format to a folder, and says in a few words how it was checked."""

@@ -17,12 +17,15 @@ from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
 from tokenkit.errors import ConfigError, names_a_folder
+from tokenkit.export.options import FormatOptions
 from tokenkit.models.options import Dtype
+from tokenkit.options import flat
 
 ALIASES = {
     "model_path": "checkpoint_path",
     "checkpoint": "checkpoint_path",
     "outtype": "gguf_type",
+    "quantization": "format",
     "output_path": "output",
     "expand_input_ids_model": "base_model",
     "expand_input_ids_tokenizer": "base_tokenizer",
@@ -40,21 +43,14 @@ class ExportConfig:
     output: str
     """Folder that is written; it must be empty or absent. Its name loses an ending .onnx or .gguf."""
 
-    format: Literal["huggingface", "onnx", "gguf"] = "huggingface"
+    format: Literal["huggingface", "onnx", "gguf", "int8"] = "huggingface"
     """huggingface: config.json, safetensors, tokenizer, card. onnx: one graph with dynamic axes. gguf: one
-    file for llama.cpp, of Llama- and Qwen-shaped models."""
+    file for llama.cpp, of Llama- and Qwen-shaped models. int8: Hugging Face layout, matrices in 8 bits."""
 
     dtype: Dtype | None = None
     """Of the weights that are written. None: the dtype of the run; onnx: always float32."""
 
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """Of the matrices of a GGUF file. None: as the weights are stored."""
-
-    use_cache: bool = True
-    """Of onnx: keys and values are inputs and outputs of the graph; a past of length 0 begins a text."""
-
-    dynamic_axes: bool = True
-    """Of onnx: any number of documents and tokens. There is no graph of fixed sizes."""
+    options: FormatOptions = flat(FormatOptions)
 
     as_adapter: bool = False
     """Write LoRA adapters, and the embeddings where they moved, for PeftModel.from_pretrained on the base
@@ -84,11 +80,17 @@ class ExportConfig:
             raise ConfigError(f"as_adapter writes adapters as they were trained, and {other}: leave one out")
         if self.format == "onnx" and self.dtype not in (None, "float32"):
             raise ConfigError(f"onnx is written in float32, got dtype {self.dtype}: leave dtype out")
-        if self.gguf_type is not None and self.format != "gguf":
+        if self.options.gguf_type is not None and self.format != "gguf":
             raise ConfigError(f"gguf_type is for --format gguf, and format is {self.format}: leave one out")
         if self.format == "gguf" and self.dtype is not None:
             raise ConfigError("the types of a GGUF file are f32, f16, bf16, q8_0: set gguf_type, not dtype")
-        if not self.dynamic_axes:
+        if self.format == "int8" and self.dtype is not None:
+            raise ConfigError("int8 keeps the type of what it leaves in place: leave dtype out")
+        if self.options.text is not None and self.format != "int8":
+            raise ConfigError(f"text is for --format int8, and format is {self.format}: leave one out")
+        if self.options.text is not None and not Path(self.options.text).expanduser().exists():
+            raise FileNotFoundError(f"text: {self.options.text} does not exist")
+        if not self.options.dynamic_axes:
             raise ConfigError("dynamic_axes is off, and no graph of fixed sizes is written: leave it out")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from tokenkit.export.gguf_vocabulary import (
 )
 
 if TYPE_CHECKING:
+    from tokenkit.export.options import GgufType
     from tokenkit.tokenization.tokenizer import Tokenizer
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Model types of transformers, and what GGUF calls them."""
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 BLOCK = 32  # numbers of q8_0 that share a scale
 ROPE = ("default", "linear", "llama3")
 """Kinds of rotary embedding that are written; the last for Llama alone."""
@@ -224,6 +224,8 @@ def _add_settings(writer: Any, source: GgufSource, kind: GgufType) -> None:
 
 
 def _add_vocabulary(writer: Any, source: GgufSource, vocabulary: GgufVocabulary) -> None:
+    import gguf
+
     tokenizer = source.tokenizer
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -233,7 +235,8 @@ def _add_vocabulary(writer: Any, source: GgufSource, vocabulary: GgufVocabulary)
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.adds_space)
     else:
-        writer.add_token_merges(vocabulary.merges)
+        # not add_token_merges, which leaves an empty list out
+        writer.add_key_value(gguf.Keys.Tokenizer.MERGES, vocabulary.merges, gguf.GGUFValueType.ARRAY)
     ids = {
         writer.add_bos_token_id: tokenizer.bos_id,
         writer.add_eos_token_id: tokenizer.eos_id,

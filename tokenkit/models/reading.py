@@ -86,6 +86,29 @@ def model_of_name(name_or_path: str, trust_remote_code: bool = False) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
+def read_quantised(name_or_path: str, *, quantise: bool, trust_remote_code: bool) -> Any:
+    """Read a model for use whose linear layers hold 8-bit numbers, by torchao.
+
+    Args:
+        name_or_path: a folder or hub name.
+        quantise: the weights there are not quantised yet.
+        trust_remote_code: run code that comes with it.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    how: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if quantise:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        how["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    quiet_off_terminal()
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **how).eval()
+
+
 def stored_dtype(name_or_path: str, options: LoadOptions) -> torch.dtype:
     """Return the dtype that a model's configuration gives its weights; float32 where it gives none."""
     from transformers import AutoConfig
