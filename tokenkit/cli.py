@@ -25,6 +25,10 @@ DOORS = {
         "tokenkit.commands.pretrain:main",
         "train a language model from nothing: PEER and MLA layers, or any of transformers",
     ),
+    "estimate": (
+        "tokenkit.commands.estimate:main",
+        "say what memory, communication and time a training will take",
+    ),
     "align": ("tokenkit.commands.align:main", "show where two tokenizers cut the same text alike"),
     "pair-stats": (
         "tokenkit.commands.pair_stats:main",

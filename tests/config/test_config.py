@@ -329,10 +329,7 @@ def test_a_field_without_its_feature_says_so_when_set(leaf):
 
 def test_the_features_that_are_not_here_yet():
     alone = {leaf.name for leaf in LATER_FIELDS if "." not in leaf.name}
-    assert alone == set(
-        """do_cost_analysis
-        n_model_parallel""".split()
-    )
+    assert alone == set("""n_model_parallel""".split())
     assert {leaf.name.split(".")[0] for leaf in LATER_FIELDS} - alone == {"eval"}
 
 

@@ -47,9 +47,13 @@ WORDS = {
     "configs": ("list", "show", "copy", "convert"),
     "completion": ("bash", "zsh", "fish"),
     "sweep": (),
+    "estimate": (),
 }
-OWN = ("--jobs", "--launch", "--slurm", "--slurm-options", "--metrics", "--list", "--table")
-"""Of `tokenkit sweep`, beside the fields of training."""
+OWN = {
+    "sweep": ("--jobs", "--launch", "--slurm", "--slurm-options", "--metrics", "--list", "--table"),
+    "estimate": ("--gpus", "--gpu", "--mfu", "--output"),
+}
+"""Of commands that take the fields of training, what they take beside."""
 
 Flags = dict[str, tuple[tuple[str, ...], str]]
 
@@ -78,7 +82,7 @@ def script(arguments: list[str]) -> str:
 
 def flags(command: str) -> Flags:
     """Flag: (its values, what it means) of a command."""
-    place = CONFIGURED.get("train" if command == "sweep" else command)
+    place = CONFIGURED.get("train" if command in OWN else command)
     if place is None:
         return {}
     module, _, name = place.partition(":")
@@ -87,9 +91,8 @@ def flags(command: str) -> Flags:
     found |= {f"--{short.replace('_', '-')}": ((), name) for short, name in short_forms(schema).items()}
     for leaf in leaves(schema):
         found[f"--{leaf.name.replace('_', '-')}"] = (_values(leaf.type), leaf.help)
-    found |= (
-        {flag: ((), "") for flag in OWN} if command == "sweep" else {"--print-config": ((), "show and stop")}
-    )
+    own = {flag: ((), "") for flag in OWN.get(command, ())}
+    found |= own or {"--print-config": ((), "show and stop")}
     return found
 
 

@@ -7,7 +7,6 @@ from tokenkit.config.schema import leaves
 from tokenkit.errors import ConfigError
 
 LATER = {
-    "do_cost_analysis": "`tokenkit estimate`",
     "n_model_parallel": "vocabulary-parallel heads",
     "eval.": "lm-eval",
 }

@@ -65,7 +65,7 @@ class Run:
     """Load everything, run one step without keeping its result, and write nothing."""
 
     do_cost_analysis: bool = False
-    """Print floating-point operations and memory of a step."""
+    """Print before the start what memory and communication each process will need (docs/estimate.md)."""
 
     debug: bool = False
     """Show the traceback of an error."""

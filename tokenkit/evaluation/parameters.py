@@ -32,13 +32,15 @@ def read_shape(name: str, *, trust_remote_code: bool = False) -> Any:
     import torch
 
     from tokenkit.config.yaml_files import read_yaml
+    from tokenkit.models.causal_lm import LoadOptions
     from tokenkit.models.peer_mla import PeerMlaConfig, PeerMlaForCausalLM
     from tokenkit.models.peer_mla.settings import model_settings
-    from tokenkit.models.reading import model_of_name
+    from tokenkit.models.reading import blank_model
 
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        return model_of_name(str(path) if path.exists() else name, trust_remote_code)
+        options = LoadOptions(trust_remote_code=trust_remote_code)
+        return blank_model(str(path) if path.exists() else name, options)
     given = read_yaml(path)
     if "model_config" in given:
         given = given["model_config"] or {}

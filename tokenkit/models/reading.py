@@ -70,20 +70,36 @@ def read_model(name_or_path: str, options: LoadOptions) -> Any:
     return model
 
 
-def model_of_name(name_or_path: str, trust_remote_code: bool = False) -> Any:
-    """Return a model of a folder's or hub name's configuration, without memory and without its weights.
+def read_configuration(name_or_path: str, options: LoadOptions) -> Any:
+    """Read the configuration of a model, of one of images and text that of the text part; no weights.
 
     Raises:
         FileNotFoundError, ValueError: see `load_causal_lm`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     register()
     check_path(name_or_path)
-    with _one_line(name_or_path, None), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        check_config(name_or_path, config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with _one_line(name_or_path, options):
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    check_config(name_or_path, config)
+    part = text_class(config)
+    return config if part is None else part[1]
+
+
+def blank_model(name_or_path: str, options: LoadOptions, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of its configuration alone, without memory and without weights.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_causal_lm`.
+    """
+    config = read_configuration(name_or_path, options)
+    with _one_line(name_or_path, options), torch.device("meta"):
+        return random_model(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=options.trust_remote_code
+        )
 
 
 def read_quantised(name_or_path: str, *, quantise: bool, trust_remote_code: bool) -> Any:

@@ -315,7 +315,7 @@ def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: 
     _check_lengths(config, student, teacher)
     if mode == "lora":
         add_lora(student, config.training.lora)
-    _set_trainable(student, config)
+    set_trainable(student, config)
     if config.training.hypernet is not None and old:
         student.projector = build_projector(
             config.training.hypernet, student, old, tokenizers.old, tokenizers.target
@@ -358,7 +358,8 @@ def _float_norms(student: CausalLM) -> None:
             module.float()
 
 
-def _set_trainable(student: CausalLM, config: TrainConfig) -> None:
+def set_trainable(student: CausalLM, config: TrainConfig) -> None:
+    """Choose the parameters that move."""
     mode = config.training.train_model_mode
     if student.expansion is not None:
         student.expansion.requires_grad_(config.training.train_embeddings)

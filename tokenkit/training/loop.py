@@ -63,6 +63,8 @@ def train(config: TrainConfig) -> int:
     with StopRequest() as stop_request:
         world = _join(config)
         try:
+            if config.run.do_cost_analysis:
+                _say_cost(config, world)
             if config.run.dry_run:
                 return _dry_run(config, world)
             return _run(Path(config.run.output_dir), config, world, stop_request)
@@ -82,6 +84,14 @@ def _join(config: TrainConfig) -> World:
         n_data_parallel=parallel.n_data_parallel,
         n_model_parallel=parallel.n_model_parallel,
     )
+
+
+def _say_cost(config: TrainConfig, world: World) -> None:
+    """Say what each process will hold and send; see `estimate`."""
+    from tokenkit.training.estimate import estimate, table
+
+    if world.is_main:
+        world.say(table({world.world_size: estimate(config, world.world_size)}, None))
 
 
 def _dry_run(config: TrainConfig, world: World) -> int:

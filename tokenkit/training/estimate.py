@@ -1,0 +1,132 @@
+"""What a training takes, before it is started: memory by part, communication, time. No weight is read.
+
+    memory = weights + gradients + optimizer / ranks, + what is gathered + activations + what the losses hold
+    bytes  = 2 gathers of a student layer, 1 of a teacher layer, 2 of the vocabularies, a micro-batch;
+             1 reduction of the gradients a step; each times (ranks - 1) / ranks
+
+Time is calculated for a share of the GPU's peak, which is assumed; nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tokenkit.config import TrainConfig
+from tokenkit.training.counting import Counted, count
+from tokenkit.training.gpus import Gpu
+
+MIB, GIB = 2**20, 2**30
+RESERVED = 1.5 * GIB
+"""Of a GPU, that its driver, its libraries and fragments of memory take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one rank needs."""
+
+    memory: dict[str, float]
+    """Bytes, by part."""
+    peak: float
+    traffic: float
+    """Bytes that one rank receives in a step."""
+    checkpoint: float
+    """Bytes of one checkpoint, on disk, all ranks."""
+    seconds: float | None
+    """Of a step; None: no GPU was named."""
+    tokens_per_second: float | None
+    """Of the student, all ranks."""
+    counted: Counted
+
+
+def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: float = 0.4) -> Estimate:
+    """Return what each of `ranks` processes needs.
+
+    Args:
+        config: of the training; no weights, no data are opened.
+        ranks: processes over which both models are sharded; 1: none.
+        gpu: for the time.
+        mfu: share of the GPU's peak that matrix products reach.
+
+    Raises:
+        DataError: a model or tokenizer whose configuration cannot be read.
+        ValueError: a batch that cannot be cut over so many ranks.
+    """
+    counted = count(config, ranks)
+    share = 1 / ranks
+    adam = 2 * 4 * counted.trained
+    parts = {
+        "student": counted.weights * share,
+        "teacher": (counted.teacher + counted.teacher_vocabulary) * share,
+        "optimizer": adam * share,
+        "gradients": counted.gradients * (share if counted.micro_batches == 1 else 1),
+        "gathered": (2 * counted.layer + counted.vocabularies) if ranks > 1 else 0,
+        "activations": counted.activations + counted.recomputed,
+        "losses": counted.losses,
+    }
+    kept = parts["student"] + parts["teacher"] + parts["optimizer"] + parts["gathered"]
+    begin = parts["activations"] + parts["losses"]
+    if counted.micro_batches > 1:
+        begin += parts["gradients"]
+    peak = kept + max(begin, parts["gradients"] + counted.embedding_gradient)
+    of_others = (ranks - 1) / ranks
+    gathers = 2 * counted.layers + counted.teacher_layers + 2 * counted.vocabularies
+    traffic = of_others * (counted.micro_batches * gathers + counted.gradients)
+    seconds = tokens = None
+    if gpu is not None:
+        flops = counted.micro_batches * (counted.body_flops + counted.head_flops)
+        computing = flops / (gpu.tflops * 1e12 * mfu)
+        updating = 5 * 4 * counted.trained * share / (gpu.memory_bandwidth * 1e9)
+        moving = traffic / (gpu.link_of(ranks) * 1e9)
+        seconds = max(computing, moving) + updating
+        tokens = ranks * counted.micro_batches * counted.student_tokens / seconds
+    return Estimate(
+        memory={name: float(size) for name, size in parts.items()},
+        peak=float(peak),
+        traffic=float(traffic),
+        checkpoint=float(3 * 4 * counted.trained),
+        seconds=seconds,
+        tokens_per_second=tokens,
+        counted=counted,
+    )
+
+
+def to_json(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as plain values."""
+    return dataclasses.asdict(found)
+
+
+def table(found: dict[int, Estimate], gpu: Gpu | None) -> str:
+    """Return the estimates side by side, a column for each number of processes."""
+    rows: list[tuple[str, list[str]]] = [("GPUs", [str(ranks) for ranks in found])]
+    first = next(iter(found.values()))
+    for part in first.memory:
+        rows.append((f"  {part}", [_words(one.memory[part]) for one in found.values()]))
+    rows.append(("peak of one GPU", [_words(one.peak) for one in found.values()]))
+    if gpu is not None:
+        room = gpu.memory_gib * GIB - RESERVED
+        fits = ["yes" if one.peak <= room else f"no: {one.peak / room:.1f} times" for one in found.values()]
+        rows.append((f"fits in {gpu.memory_gib} GiB", fits))
+    rows.append(("received a step", [_words(one.traffic) for one in found.values()]))
+    rows.append(("a checkpoint", [_words(one.checkpoint) for one in found.values()]))
+    if first.seconds is not None:
+        rows.append(("seconds a step, calculated", [f"{one.seconds:.3g}" for one in found.values()]))
+        tokens = [f"{one.tokens_per_second:,.0f}" for one in found.values()]
+        rows.append(("tokens/s, calculated", tokens))
+    width = max(len(name) for name, _ in rows)
+    columns = [max(len(cells[i]) for _, cells in rows) for i in range(len(found))]
+    lines = [
+        f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, columns, strict=True))
+        for name, cells in rows
+    ]
+    counted = first.counted
+    lines.append(
+        f"{counted.trained:,} numbers are trained; {counted.micro_batches} micro-batches in a step, of "
+        f"{counted.student_tokens:,} tokens at most"
+    )
+    return "\n".join(lines)
+
+
+def _words(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 2 else f"{size / MIB:.0f} MiB"
