@@ -11,6 +11,8 @@ from tokenkit.optim import (
     set_learning_rate,
 )
 from tokenkit.optim_options import SCHEDULES, OptimizerOptions, ParamGroup
+from tokenkit.parallel import World
+from tokenkit.run.checkpoint import Identity, State, restore, save
 
 
 def rates(schedule, total=8, warmup=2, **options):
@@ -146,3 +148,47 @@ def test_three_steps_match_the_formula_of_adamw(fused, device):
         unbiased = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6
         truth = truth * (1 - rate * 0.1) - rate * first / (1 - 0.9 ** (step + 1)) / unbiased
     torch.testing.assert_close(weight.detach().double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["rowwise_adam", "rowwise_adagrad"])
+def test_tables_of_experts_have_one_second_moment_a_row(how, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.down = nn.Parameter(torch.linspace(-1, 1, 24).reshape(3, 2, 4).clone())
+            self.other = nn.Parameter(torch.ones(2, 2))
+
+    model = nn.ModuleDict({"layer": Model()})
+    table = model["layer"].experts.down
+    options = OptimizerOptions(learning_rate=0.1, weight_decay=0.5, use_fused_adam=False)
+    experts = {"optimizer": how, "expert_lr": 0.02}
+    optimizer = build_optimizer(model.named_parameters(), options, experts)
+    set_learning_rate(optimizer, 0.1)
+    expected, m, v = table.detach().double().clone(), 0.0, 0.0
+    gradients = [torch.sin(torch.arange(24.0) + step).reshape(3, 2, 4) for step in range(3)]
+    for step, gradient in enumerate(gradients, 1):
+        table.grad, model["layer"].other.grad = gradient.clone(), torch.ones(2, 2)
+        optimizer.step()
+        g = gradient.double()
+        square = g.square().mean((1, 2), keepdim=True)
+        if how == "rowwise_adagrad":
+            v = v + square
+            expected = expected - 0.02 * g / (v.sqrt() + 1e-8)
+            continue
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * square
+        expected = expected - 0.02 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+    assert torch.allclose(table.double(), expected, atol=1e-6)
+    state = optimizer.state[table]
+    assert state["row_sq"].shape == (3, 1, 1)
+    assert ("exp_avg" in state) == (how == "rowwise_adam")
+    assert (model["layer"].other < 1 - 0.1).all(), "the others are AdamW's, decayed"
+
+    world = World(0, 1, torch.device("cpu"), None)
+    save(tmp_path, State(module=model, optimizer=optimizer, step=1), Identity({}), world)
+    again = nn.ModuleDict({"layer": Model()})
+    other = build_optimizer(again.named_parameters(), options, experts)
+    restore(tmp_path, State(module=again, optimizer=other), Identity({}), world)
+    found = other.state[again["layer"].experts.down]
+    assert torch.equal(found["row_sq"], state["row_sq"])
+    assert found["step"] == 3

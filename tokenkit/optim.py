@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from tokenkit.optim_options import SCHEDULES, OptimizerOptions, ParamGroup
@@ -58,13 +60,78 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
+TABLES = (".experts.down", ".experts.up", "shared_experts.down", "shared_experts.up")
+"""Ends of the names of the tables of PEER layers, [experts, neurons, hidden size]."""
+ROWWISE = ("rowwise_adam", "rowwise_adagrad")
+
+
+class RowwiseAdamW(AdamW):
+    """AdamW in which groups with `rowwise` keep one second moment for each row: one number for an expert.
+
+    rowwise_adam: m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂) mean(g²), θ ← θ − η m̂ / (√v̂ + ε), with corrected
+    moments. rowwise_adagrad: v ← v + mean(g²), θ ← θ − η g / (√v + ε), and no first moment. The mean is over
+    a row. Sources: Duchi et al. 2011; the row-wise optimizers of embedding tables (FBGEMM).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all groups, each in its way."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("rowwise")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get("rowwise"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        _update_rows(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+
+def _update_rows(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    inner = tuple(range(1, grad.ndim))
+    square = grad.float().square().mean(inner, keepdim=True)
+    keeps_first = group["rowwise"] == "rowwise_adam"
+    if not state:
+        state["step"] = torch.zeros(())
+        state["row_sq"] = torch.zeros_like(square)
+        if keeps_first:
+            state["exp_avg"] = torch.zeros_like(parameter)
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    if not keeps_first:
+        state["row_sq"] += square
+        parameter -= group["lr"] * grad / (state["row_sq"].sqrt() + group["eps"])
+        return
+    step = float(state["step"])
+    state["exp_avg"].lerp_(grad, 1 - beta1)
+    state["row_sq"].lerp_(square, 1 - beta2)
+    scale = (state["row_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+    parameter -= group["lr"] / (1 - beta1**step) * state["exp_avg"] / scale
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is a table of a PEER layer's experts."""
+    return name.endswith(TABLES)
+
+
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], options: OptimizerOptions
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    options: OptimizerOptions,
+    experts: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """Return AdamW over the trainable ones of `named_parameters` (after sharding, not before).
 
     Each group carries a `name`: "student", or "parts" for what losses train beside it (parameters whose
     names begin with `parts.`).
+
+    Args:
+        named_parameters: of the whole module.
+        options: of all of them.
+        experts: `peer_config` of a model that has PEER layers: `optimizer` of their tables, which are never
+            decayed row-wise, and `expert_lr`, the peak of their rate.
 
     Matrices and embeddings are decayed; parameters of one dimension (norms, biases) never are. Every
     form of the update works element by element: the same inputs give the same bits.
@@ -83,9 +150,14 @@ def build_optimizer(
                 f"optimizer.param_groups: {group.pattern!r} matches none of the {len(trainable)} trainable "
                 f"parameters, whose names look like {trainable[0][0]!r}: correct it or remove it"
             )
-    by_kind: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    rowwise, expert_lr = (experts or {}).get("optimizer"), (experts or {}).get("expert_lr")
+    by_kind: dict[tuple[str, float, bool, str | None], list[nn.Parameter]] = {}
     for name, parameter in trainable:
-        kind = (_group_name(name), _lr_scale(name, options.param_groups), parameter.ndim > 1)
+        lr_scale, how = _lr_scale(name, options.param_groups), None
+        if is_table(name):
+            lr_scale *= expert_lr / options.learning_rate if expert_lr else 1.0
+            how = rowwise if rowwise in ROWWISE else None
+        kind = (_group_name(name), lr_scale, parameter.ndim > 1 and how is None, how)
         by_kind.setdefault(kind, []).append(parameter)
     fused = options.use_fused_adam and all(p.device.type in ("cpu", "cuda") for _, p in trainable)
     groups = [
@@ -94,10 +166,12 @@ def build_optimizer(
             "params": parameters,
             "lr_scale": lr_scale,
             "weight_decay": options.weight_decay if is_decayed else 0.0,
+            **({} if how is None else {"rowwise": how}),
         }
-        for (group_name, lr_scale, is_decayed), parameters in by_kind.items()
+        for (group_name, lr_scale, is_decayed, how), parameters in by_kind.items()
     ]
-    return AdamW(
+    kind_of_all = RowwiseAdamW if any(how for *_, how in by_kind) else AdamW
+    return kind_of_all(
         groups,
         lr=options.learning_rate,
         betas=(options.beta1, options.beta2),

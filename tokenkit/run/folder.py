@@ -30,6 +30,7 @@ WRITTEN = frozenset(  # what runs write at the top of their folder; others are r
         "config.yaml",
         "metrics.jsonl",
         "curves.png",
+        "expert_usage.png",
         "checkpoints",
         "export",
         "facts.json",

@@ -11,6 +11,7 @@ for are the strings "nan", "inf" and "-inf".
     loss/prefix, phase            of the steps of a prefix stage, whose phase is "prefix"; they have no `loss`
     bits_per_byte/<model>         on held-out text
     grad_norm, learning_rate, tokens_per_second
+    expert_usage/..., experts/... of PEER layers, a window of log_freq steps (`models.expert_usage`)
     rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
 """
 
@@ -20,7 +21,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -268,3 +269,22 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / OUTCOME_NAME).read_bytes())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def draw_heatmap(path: Path, rows: Mapping[str, Sequence[float]], title: str) -> None:
+    """Draw rows of numbers, of any lengths, as a PNG file; nothing where there are none."""
+    width = max(map(len, rows.values()), default=0)
+    if not width:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(rows)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = [[*row, *[math.nan] * (width - len(row))] for row in rows.values()]
+    figure.colorbar(axes.imshow(values, aspect="auto", cmap="viridis"))
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlabel("rank")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path)

@@ -118,17 +118,23 @@ def tensors_to_load(state: State, metadata: Metadata, within: str = "model/") ->
 
 
 def _room(entry_name: str, entry: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return zeros for a moment, sharded like its parameter; counters of steps are scalars."""
+    """Return zeros for a moment, sharded like its parameter, one for a row or an entry; steps are scalars."""
     kind, _, rest = entry_name.partition("/")
     name = rest.partition("/")[2]
     shape = parameters[name].shape if kind == "optimizer" and name in parameters else None
-    if shape is None or entry.size not in (torch.Size(), shape):
+    row = None if shape is None else torch.Size([*shape[:1], *[1] * (len(shape) - 1)])
+    if shape is None or entry.size not in (torch.Size(), shape, row):
         raise CheckpointError(
             f"the checkpoint does not fit this model: {entry_name} of shape {tuple(entry.size)} has no place "
             "in it. Use the configuration that it was saved with"
         )
     if entry.size == shape:
         return torch.zeros_like(parameters[name].detach(), dtype=entry.properties.dtype)
+    if entry.size == row:
+        whole = parameters[name].detach()
+        return torch.zeros_like(
+            whole[(slice(None), *[slice(1)] * (whole.ndim - 1))], dtype=entry.properties.dtype
+        )
     return torch.zeros((), dtype=entry.properties.dtype)
 
 

@@ -18,11 +18,16 @@ from tokenkit.run.redaction import redact, redact_config, shortened
 UNNAMED = "tokenkit"
 """The default of `name`, which names no run."""
 
+Histograms = Mapping[str, Sequence[float]]
+Tables = Mapping[str, tuple[Sequence[str], list[list[int]]]]
+
 logger = logging.getLogger(__name__)
 
 
 class _Run(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None: ...
 
     def upload(self, checkpoint: Path) -> None: ...
 
@@ -59,6 +64,11 @@ class Trackers:
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for name, run in self._runs.items():
             self._try(name, partial(run.log, step, numbers))
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        """Send what is no number: values of histograms, rows of tables under their columns, PNG files."""
+        for name, run in self._runs.items():
+            self._try(name, partial(run.show, step, histograms, tables, images))
 
     def upload(self, checkpoint: Path) -> None:
         """Offer a checkpoint that was written; a tracker that was not asked to keep them leaves it alone."""
@@ -122,6 +132,14 @@ class _Wandb:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        import wandb
+
+        shown: dict[str, Any] = {name: wandb.Histogram(values) for name, values in histograms.items()}
+        shown |= {name: wandb.Table(list(columns), rows) for name, (columns, rows) in tables.items()}
+        shown |= {name: wandb.Image(str(path)) for name, path in images.items()}
+        self._run.log({**shown, "step": step})
+
     def upload(self, checkpoint: Path) -> None:
         if self._uploads:
             name = f"checkpoint-{self._run.id}"
@@ -144,6 +162,10 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        for name, values in histograms.items():
+            self._writer.add_histogram(name, values, step)
 
     def upload(self, checkpoint: Path) -> None:
         """It takes no files."""

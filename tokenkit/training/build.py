@@ -157,9 +157,10 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """Return what is trained when, after sharding."""
     options, prefix = config.optimizer, config.training.prefix
+    experts = getattr(model.student.config, "peer_config", None)
     main = Stage(
         objective=objective,
-        optimizer=build_optimizer(model.named_parameters(), options),
+        optimizer=build_optimizer(model.named_parameters(), options, experts),
         learning_rate=LearningRate(
             options, config.schedule.steps - prefix.prefix_steps, config.schedule.warmup_steps
         ),

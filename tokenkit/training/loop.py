@@ -20,6 +20,7 @@ from tokenkit.errors import CheckpointError, DataError, ExitCode, NonFiniteError
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES
+from tokenkit.models.expert_usage import ExpertUsage
 from tokenkit.models.fingerprint import model_fingerprint
 from tokenkit.parallel import World, start, stop
 from tokenkit.run.checkpoint import Identity, State
@@ -28,6 +29,7 @@ from tokenkit.run.metrics import draw_curves
 from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.run.signals import StopRequest
 from tokenkit.training.build import Parts, build
+from tokenkit.training.expert_reports import ExpertReports
 from tokenkit.training.exporting import run_facts, student_state
 from tokenkit.training.notes import describe, facts
 from tokenkit.training.prefix_stage import take_over
@@ -52,6 +54,8 @@ class Training:
     session: Session
     parts: Parts
     reports: Reports
+    experts: ExpertReports | None = None
+    """What is said of the use of experts, where the model's configuration asks for it."""
 
 
 def train(config: TrainConfig) -> int:
@@ -176,7 +180,9 @@ def _begin(config: TrainConfig, session: Session, parts: Parts) -> Training:
     resumed_at = None if found is None else run.step
     shown = config.run.report_to, about
     reports = Reports.open(session.folder, config.schedule.steps, resumed_at, world.is_main, *shown)
-    return Training(config, session, parts, reports)
+    usage = ExpertUsage.of(parts.student)
+    experts = None if usage is None else ExpertReports(usage, session.folder)
+    return Training(config, session, parts, reports, experts)
 
 
 def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
@@ -266,6 +272,8 @@ def _one_step(training: Training) -> None:
         reports.untrained(run.step, run.untrained_steps)
     is_last = run.step == schedule.steps
     reports.step(run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last))
+    if training.experts is not None:
+        training.experts.after_step(run.step, reports, training.session.world)
     if _due(run.step, config.evaluation.eval_interval, is_last):
         _evaluate(training)
     if _due(run.step, schedule.save_interval, is_last):
@@ -309,6 +317,8 @@ def _save(training: Training) -> None:
             "untrained_steps": run.untrained_steps,
         }
     )
+    if training.experts is not None:
+        training.experts.after_checkpoint(run.step, session.world)
     training.reports.trackers.upload(session.folder / "checkpoints" / f"step_{run.step:08d}")
 
 

@@ -138,7 +138,7 @@ class Reports:
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
             if report.phase is not None:
                 values["phase"] = report.phase
-            self._write(step, values)
+            self.write(step, values)
             self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 
@@ -152,7 +152,7 @@ class Reports:
         values: dict[str, Any] = {"bits_per_byte/student": measured.student}
         if measured.teacher is not None:
             values["bits_per_byte/teacher"] = measured.teacher
-        self._write(step, {**values, "heldout_bytes": measured.num_bytes})
+        self.write(step, {**values, "heldout_bytes": measured.num_bytes})
         self.since = time.perf_counter()
 
     def summary(self) -> str | None:
@@ -164,11 +164,11 @@ class Reports:
     def left_out(self, step: int, rows: Mapping[str, int]) -> None:
         """Write how many rows of the data were left out so far, where there are any."""
         if rows:
-            self._write(step, {"rows_left_out": sum(rows.values())})
+            self.write(step, {"rows_left_out": sum(rows.values())})
 
     def untrained(self, step: int, number: int) -> None:
         """Write that a step was skipped because no token of it is trained, the run's `number`-th."""
-        self._write(step, {"untrained_steps": number})
+        self.write(step, {"untrained_steps": number})
 
     def sync(self) -> None:
         """Put every line on the disk: a checkpoint expects them there."""
@@ -191,7 +191,8 @@ class Reports:
                 raise
             complain(f"tokenkit: {trouble}")
 
-    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a line of metrics, and send its numbers to the trackers."""
         self.metrics.write(step, values)
         self.trackers.log(step, values)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOMENTS = {"adamw": 2}
-"""Numbers that an optimizer keeps of each number that is trained."""
+from tokenkit.optim import ROWWISE, is_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +27,22 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def memory(model: Any, optimizer: str) -> Memory:
-    """Return what the training of all parameters of a model takes.
+def memory(model: Any, experts: Mapping[str, Any] | None = None) -> Memory:
+    """Return what the training of all parameters of a model takes, by AdamW.
 
     Args:
         model: any module, also on the meta device; shared parameters count once.
-        optimizer: its name.
+        experts: its `peer_config`, whose `optimizer` is that of the tables.
     """
-    weights = sum(4 * p.numel() for p in model.parameters())
-    tables = sum(4 * p.numel() for name, p in model.named_parameters() if is_table(name))
-    return Memory(weights, weights, MOMENTS[optimizer] * weights, tables)
-
-
-def is_table(name: str) -> bool:
-    """Whether a parameter is one of the tables of a PEER layer's experts."""
-    return name.endswith((".experts.down", ".experts.up", "shared_experts.down", "shared_experts.up"))
+    how = (experts or {}).get("optimizer")
+    moments = {"rowwise_adam": 1, "rowwise_adagrad": 0}.get(str(how), 2)
+    weights, optimizer, tables = 0, 0, 0
+    for name, parameter in model.named_parameters():
+        size, has_rows = 4 * parameter.numel(), is_table(name) and how in ROWWISE
+        weights += size
+        tables += size if is_table(name) else 0
+        optimizer += moments * size + 4 * len(parameter) if has_rows else 2 * size
+    return Memory(weights, weights, optimizer, tables)
 
 
 def table(found: Memory) -> str:
