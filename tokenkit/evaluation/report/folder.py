@@ -153,7 +153,7 @@ def _timings(
 
 def _results(folder: Path) -> list[Path]:
     """Return what lm-eval left in a run's folder."""
-    names = ("results*.json", "eval*.json", "eval*/**/*.json")
+    names = ("results*.json", "eval*.json", "eval*/**/results*.json")
     return sorted({path for name in names for path in folder.glob(name) if path.is_file()})
 
 
