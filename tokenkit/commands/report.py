@@ -40,7 +40,7 @@ class ReportConfig:
     results: tuple[str, ...] = ()
     """Files of lm-eval's results: of one run all, of several one for each, in their order."""
 
-    documents: int = 24
+    documents: int = 16
     """Documents that are measured, at most."""
 
     characters: int = 1000
@@ -49,7 +49,7 @@ class ReportConfig:
     samples: int = 3
     """Documents whose first words the model goes on with."""
 
-    new_tokens: int = 48
+    new_tokens: int = 40
     """Of each sample."""
 
     trust_remote_code: bool = False

@@ -46,11 +46,11 @@ class Measures:
     """Measured in place of the run's held-out text."""
     texts: str | None = None
     """Folder of one file for each language."""
-    documents: int = 24
+    documents: int = 16
     characters: int = 1000
     """Of a document."""
     samples: int = 3
-    new_tokens: int = 48
+    new_tokens: int = 40
     trust_remote_code: bool = False
 
 

@@ -131,10 +131,8 @@ def _curves(runs: Runs) -> Safe | None:
         names = sorted({name for run in runs for name in run["curves"].get(kind, {})})
         if len(names) == 2 and "total" in names:  # the sum of one is that one
             names.remove("total")
-        if kind == "loss" and len(names) > 1 and len(runs) > 1:
-            groups = [[name] for name in names]
-        else:
-            groups = [names]
+        # losses are of sizes that hardly fit one scale
+        groups = [[name] for name in names] if kind == "loss" and len(names) > 1 else [names]
         for group in groups:
             series = {}
             for number, run in enumerate(runs):

@@ -48,11 +48,13 @@ def key_figures(run: Run) -> list[tuple[str, Child, str]]:
         found.append(("Bytes per token", figure, one["text"]))
     overlap = run.get("overlap")
     if overlap:
-        under = f"{overlap['shared']:,} tokens have the same bytes"
-        found.append(("New vocabulary that is old", f"{overlap['share_of_new']:.0%}", under))
+        under = f"of the new: {overlap['shared']:,} tokens"
+        found.append(("Shared vocabulary", f"{overlap['share_of_new']:.0%}", under))
     if run["size"].get("parameters"):
         trained = run["size"].get("trained", 0) / run["size"]["parameters"]
-        found.append(("Parameters", short(run["size"]["parameters"]), f"{trained:.1%} of them trained"))
+        found.append(
+            ("Parameters", short(run["size"]["parameters"]), f"{100 * trained:.3g} % of them trained")
+        )
     timings = run["timings"]
     if timings.get("seconds"):
         under = f"{timings.get('tokens_per_second', 0):,.0f} tokens per second"

@@ -29,7 +29,7 @@ p { max-width: 46rem; margin: .5rem 0 }
 .lead, .note, figcaption, caption { color: var(--muted) }
 .kicker { color: var(--accent); font-weight: 600; font-size: .85rem; margin: 0 }
 a { color: var(--accent) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); gap:
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11.5rem), 1fr)); gap:
   .8rem; margin: 1.4rem 0 }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem
   1rem }
