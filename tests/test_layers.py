@@ -43,7 +43,7 @@ TRAVELLERS = {f"tokenkit.models.peer_mla.{name}" for name in FILES}
 """Copied into a model's folder: classes of transformers, which import each other relatively."""
 
 OWNERS = {
-    "transformers": 10,
+    "transformers": 11,
     "tokenizers": 4,
     "peft": 2,
     "datasets": 2,

@@ -65,7 +65,7 @@ def assert_same(folder, other):
         ("--train-model-mode", "full", "--hypernet.architecture", "linear"),
         ("--target", "byte", "--expand-input-ids"),
     ],
-    ids=["lora", "full with a hypernetwork", "byte expansion"],
+    ids=["lora", "full with a hypernetwork", "byte expansion, verified"],
 )
 def test_a_finished_run_is_written_as_at_its_end(root, lora_run, tmp_path, more):
     """Seconds long: each form is trained for four steps and written twice."""
@@ -73,7 +73,8 @@ def test_a_finished_run_is_written_as_at_its_end(root, lora_run, tmp_path, more)
     if "bfloat16" not in more:
         run = tmp_path / "run"
         assert train(configured(root, run, *more)) == ExitCode.DONE
-    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    verify = ["--verify"] if "byte" in more else []
+    assert main(["export", str(run), "--output", str(tmp_path / "out"), *verify]) == 0
     assert_same(tmp_path / "out", run / "export")
     assert (tmp_path / "out" / "README.md").read_text() == (run / "export" / "README.md").read_text()
 
@@ -97,12 +98,14 @@ def test_a_checkpoint_in_the_middle_is_written_with_its_own_figures(root, lora_r
     assert not torch.equal(tensors(tmp_path / "out")[name], tensors(lora_run / "export")[name].float())
 
 
-def test_checkpoints_of_two_ranks_are_read_in_one_process(root, tmp_path):
-    """Seconds long: two ranks train, and no other test leaves their folder."""
-    config = configured(root, tmp_path / "run", "--train-model-mode", "full")
-    assert run_ranks(run_in_rank, 2, config, None, always_shard=False) == [ExitCode.DONE] * 2
-    assert read_manifest(tmp_path / "run" / "checkpoints" / "step_00000004").world_size == 2
-    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+def test_sharded_adapters_of_four_ranks_are_read_in_one_process_and_verified_in_another(
+    root, tmp_path, capsys
+):
+    """Seconds long: four ranks train, and a fresh process loads what was written."""
+    config = configured(root, tmp_path / "run", "--steps", "2")
+    assert run_ranks(run_in_rank, 4, config, None) == [ExitCode.DONE] * 4
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "step_00000002").world_size == 4
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--verify"]) == 0
     assert_same(tmp_path / "out", tmp_path / "run" / "export")
 
 

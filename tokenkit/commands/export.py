@@ -56,6 +56,10 @@ class ExportConfig:
     """Write LoRA adapters, and the embeddings where they moved, for PeftModel.from_pretrained on the base
     model; not merged. Their weights keep the dtype that they were trained in."""
 
+    verify: bool = False
+    """Load the folder in a fresh process too, which has transformers alone: logits, every id, 1,000 random
+    strings, a pipeline. Without it the folder is loaded back in this process."""
+
     base_model: str | None = None
     """Where the model that the run began with lies now. None: where the run found it."""
 
@@ -78,6 +82,8 @@ class ExportConfig:
         if self.as_adapter and (self.dtype is not None or self.format != "huggingface"):
             other = "dtype is set" if self.dtype is not None else f"format is {self.format}"
             raise ConfigError(f"as_adapter writes adapters as they were trained, and {other}: leave one out")
+        if self.verify and (self.as_adapter or self.format != "huggingface"):
+            raise ConfigError("verify is for whole models in Hugging Face layout; others are compared anyway")
         if self.format == "onnx" and self.dtype not in (None, "float32"):
             raise ConfigError(f"onnx is written in float32, got dtype {self.dtype}: leave dtype out")
         if self.options.gguf_type is not None and self.format != "gguf":
@@ -135,7 +141,7 @@ def export(config: ExportConfig) -> None:
     measured = measurements(folder.parent.parent) if folder.parent.name == "checkpoints" else {}
     facts = run_facts(settings, manifest.step, measured.get(manifest.step))
     dtype = DTYPES[config.dtype or settings.training.dtype]
-    request = ExportRequest(folder=output, dtype=dtype, facts=facts)
+    request = ExportRequest(folder=output, dtype=dtype, facts=facts, is_verified=config.verify)
     with blaming_disk(output):
         if config.as_adapter:
             is_changed = settings.target.target_tokenizer_name is not None or settings.target.tokens_to_add

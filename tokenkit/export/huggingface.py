@@ -23,6 +23,7 @@ from tokenkit.export.adapters import with_adapters
 from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
 from tokenkit.export.tokenizer_folder import padding_id, sample_ids, write_tokenizer
+from tokenkit.export.verification import verify
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import HeadForm, positions_from_padding
@@ -53,6 +54,8 @@ class ExportRequest:
     """Write the student itself, which keeps neither its memory nor its values: at no time are there two
     models. It must have `dtype` and no adapters, and
     `state` must be None."""
+    is_verified: bool = False
+    """Load the folder in a fresh process too, see `verify`."""
     max_shard_size: str = "5GB"
     """Of one file of weights."""
 
@@ -98,6 +101,8 @@ def export_huggingface(
             _check_consumed(staging, model, tokenizer)
         else:
             _check(staging, model, tokenizer, student.form, expansion)
+            if request.is_verified:
+                verify(staging.absolute(), written.float(), tokenizer, trusts_code=needs_code)
     return folder
 
 

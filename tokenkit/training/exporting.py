@@ -102,6 +102,7 @@ def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> C
     lines = {
         "tokenizer": public_name(config.target.target_tokenizer_name or "unchanged"),
         "steps": str(step) if step == config.schedule.steps else f"{step} of {config.schedule.steps}",
+        **_data_line(config),
         "versions": f"tokenkit {__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}",
     }
@@ -116,6 +117,14 @@ def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> C
         title=None if config.run.name == UNNAMED else config.run.name,
         bits_per_byte=None if measured is None else measured.student,
     )
+
+
+def _data_line(config: TrainConfig) -> dict[str, str]:
+    """Return the names of what a run read, without where it lies."""
+    data = config.data
+    names = [data.dataset_name, *(source.path or source.name for source in data.datasets)]
+    said = ", ".join(public_name(name) for name in names if name)
+    return {"data": said} if said else {}
 
 
 def restore(name: str, places: Places, *, trust_remote_code: bool) -> Restored:
