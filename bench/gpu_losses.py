@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokenkit.kernels import logprob_plan
+from tokenkit.kernels.head import tiles
 
 MIB = 2**20
 PEER_SECONDS = 60
@@ -51,14 +51,13 @@ def logprob(stage: Any) -> None:
     def ours(name: str) -> bool:
         return name in ("recompute", "recompute + mass", "cached + mass", "frozen + mass")
 
-    tiles = [(8, 8)] if stage.dry_run else [(32, 128), (64, 128), (128, 128), (128, 256), (256, 256)]
-    before = logprob_plan.FORWARD_TILE_BYTES, logprob_plan.BACKWARD_TILE_BYTES
+    shapes = [(8, 1)] if stage.dry_run else [(128, 40), (128, 80), (128, 120), (256, 120), (256, 240)]
+    before = tiles.TILE_BYTES, tiles.TILE_FLOP
     case = bench.TINY_CASE if stage.dry_run else bench.Case()
-    for forward, backward in tiles:
-        logprob_plan.FORWARD_TILE_BYTES = forward * MIB
-        logprob_plan.BACKWARD_TILE_BYTES = backward * MIB
-        measured(stage, bench, case, ours, tiles_MiB=[forward, backward])
-    logprob_plan.FORWARD_TILE_BYTES, logprob_plan.BACKWARD_TILE_BYTES = before
+    for most, gflop in shapes:
+        tiles.TILE_BYTES, tiles.TILE_FLOP = most * MIB, gflop * 10**9
+        measured(stage, bench, case, ours, tiles_MiB_GFLOP=[most, gflop])
+    tiles.TILE_BYTES, tiles.TILE_FLOP = before
     others = [(2048, 2048, 151_936), (8192, 4096, 256_000)]
     for tokens, hidden, vocab in [] if stage.dry_run else others:
         measured(stage, bench, bench.Case(tokens=tokens, hidden=hidden, vocab=vocab), ours)

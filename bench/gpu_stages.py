@@ -27,7 +27,9 @@ from gpu_losses import divergence, logprob, one_peer, peers
 from harness import time_interleaved
 from torch import Tensor
 
-from tokenkit.kernels import launch, linear_logprob_fused, products
+from tokenkit.kernels import launch
+from tokenkit.kernels.head import products
+from tokenkit.kernels.linear_logprob import fused as linear_logprob_fused
 
 REPETITIONS = 15
 MIB = 2**20

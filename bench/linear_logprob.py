@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Cases, Rows, Step, as_row, measure_cases, peak_bytes, time_interleaved
 
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, split_vocabulary
 from tokenkit.kernels.reference.linear_logprob import linear_logprob as reference
-from tokenkit.kernels.vocabulary import split_vocabulary
 from tokenkit.structs import Head
 
 CHECKED_ROWS = 64

@@ -25,19 +25,22 @@ Dimensions: N rows, V student and W teacher vocabulary, P pairs, D and E hidden 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import sorted_tile as tile
-from tokenkit.kernels.divergence_checks import check_sides
+from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
+from tokenkit.kernels.head.logits import slope
+from tokenkit.kernels.head.sharded import vocab_size
+from tokenkit.kernels.head.side import Side, side_of
+from tokenkit.kernels.head.sums import Gradients
+from tokenkit.kernels.head.tiles import Buffer, chunks
 from tokenkit.kernels.launch import refuse_forward_mode
-from tokenkit.kernels.row_chunks import chunks
-from tokenkit.kernels.sorted_exact import compare_sorted, sort_memory, sorts
-from tokenkit.kernels.sorted_rows import Gradients, Side
-from tokenkit.kernels.vocabulary_parallel import vocab_size
+from tokenkit.kernels.linear_divergence.checks import check_sides
+from tokenkit.kernels.sorted_distance import tile
+from tokenkit.kernels.sorted_distance.exact import compare_sorted, sort_memory, sorts
+from tokenkit.kernels.sorted_distance.rows import whole_logits
 from tokenkit.structs import Head
 
 DEFAULT_WORKSPACE_BYTES = 2**30
@@ -192,20 +195,21 @@ class _Rows(NamedTuple):
 
 
 def _run(
-    student: Side, teacher: Side, rows_N: _Rows, pairs: Pairs | None, needs: str, measure: Measure
+    sides: tuple[Side, Side], rows_N: _Rows, pairs: Pairs | None, needs: str, measure: Measure
 ) -> list[Tensor]:
     """Return the weighted sum, its gradient by log c, and those of x, w and b that `needs` names."""
+    student, teacher = sides
     dtype, cap = student.dtype, student.cap
     total = torch.zeros((), dtype=dtype, device=student.hidden_ND.device)
     log_scale_N, teacher_log_scale_N, weight_N = (x.to(dtype) for x in rows_N)
     dlog_scale_N = torch.zeros_like(weight_N)
-    gradients = Gradients(student, needs)
+    gradients, buffer = Gradients(student, needs), Buffer(student.hidden_ND)
     row_bytes, fixed_bytes = _row_bytes(student, teacher, bool(measure.exact))
     workspace_bytes = measure.workspace_bytes - gradients.extra_bytes() - fixed_bytes
     for rows in chunks(len(weight_N), row_bytes, workspace_bytes):
-        z_NV, z_NW = student.logits(rows), teacher.logits(rows)
-        softmax = _scaled(student.softmax(z_NV, "student_ND", rows), log_scale_N[rows])
-        teacher_softmax = teacher.softmax(z_NW, "teacher_NE", rows)
+        z_NV, softmax = whole_logits(student, buffer, rows)
+        z_NW, teacher_softmax = whole_logits(teacher, buffer, rows)
+        softmax = _scaled(softmax, log_scale_N[rows])
         teacher_softmax = _scaled(teacher_softmax, teacher_log_scale_N[rows])
         value_N, pull_NV = _compare(z_NV, softmax, z_NW, teacher_softmax, pairs, measure)
         total += (weight_N[rows] * value_N).sum()
@@ -213,15 +217,15 @@ def _run(
         dlog_scale_N[rows] = weight_N[rows] * sum_N
         if not needs:
             continue
-        slope_NV = None if cap is None else (z_NV / cap).square_().neg_().add_(1)
+        slope_NV = None if cap is None else slope(z_NV, cap)
         # P (Σ P G) / c is p Σ P G, and 0 where c is too small for float32
         mean_N = sum_N / log_scale_N[rows].exp().clamp_min(torch.finfo(dtype).tiny)
         dz_NV = pull_NV.sub_(_probabilities(z_NV, softmax).mul_(mean_N[:, None]))
         dz_NV.mul_((weight_N[rows] * student.alpha)[:, None])
         if slope_NV is not None:
             dz_NV.mul_(slope_NV)
-        gradients.add(dz_NV.to(gradients.low), rows)
-    return [total, dlog_scale_N, *gradients.results()]
+        gradients.add(dz_NV.to(student.low), student.rows, rows)
+    return [total, dlog_scale_N, *(x for x in gradients.results() if x is not None)]
 
 
 def _row_bytes(student: Side, teacher: Side, exact: bool) -> tuple[int, int]:
@@ -229,7 +233,7 @@ def _row_bytes(student: Side, teacher: Side, exact: bool) -> tuple[int, int]:
     both_bytes = student.row_bytes() + teacher.row_bytes()
     order_bytes, fixed_bytes = 3 * 8 * tile.BINS, 0
     if exact:
-        order_bytes, fixed_bytes = sort_memory(student.hidden_ND.device, student.V, teacher.V)
+        order_bytes, fixed_bytes = sort_memory(student.hidden_ND.device, student.columns, teacher.columns)
     return 4 * both_bytes + student.row_bytes() + order_bytes, fixed_bytes
 
 
@@ -237,20 +241,25 @@ def _row_bytes(student: Side, teacher: Side, exact: bool) -> tuple[int, int]:
     "tokenkit::hybrid_distance",
     mutates_args=(),
     schema="(Tensor student, Tensor weight, Tensor? bias, Tensor log_scale, Tensor[] constants, "
-    "float[] numbers, str needs) -> Tensor[]",
+    "float[] numbers, str words) -> Tensor[]",
 )
 def _operation(
     student: Tensor, weight: Tensor, bias: Tensor | None, log_scale: Tensor, *packed: Any
 ) -> list[Tensor]:
-    constants, numbers, needs = packed
-    own, other, rows_N, pairs, measure = _unpack((student, weight, bias, log_scale), constants, numbers)
+    call = unpack(*packed)
+    measure = Measure(**call["measure"])
+    own = side_of("student_ND", student, head_of(call["student_head"], weight, bias), measure.temperature)
+    other = side_of(
+        "teacher_NE", call["teacher_NE"], head_of(call["teacher_head"]), measure.teacher_temperature
+    )
+    pairs = Pairs(**call["pairs"]) if "pairs" in call else None
     with torch.autocast(student.device.type, enabled=False):  # it would round float32 operands
-        return _run(own, other, rows_N, pairs, needs, measure)
+        return _run((own, other), _Rows(log_scale, **call["rows"]), pairs, call["needs"], measure)
 
 
 @_operation.register_fake
 def _(student: Tensor, weight: Tensor, bias: Tensor | None, log_scale: Tensor, *packed: Any) -> list[Tensor]:
-    needs = packed[-1]
+    needs = unpack(*packed)["needs"]
     dtype = torch.promote_types(student.dtype, torch.float32)
     wanted = {"x": student, "w": weight, "b": bias}
     found = [wanted[name] for name in needs]
@@ -261,7 +270,7 @@ def _(student: Tensor, weight: Tensor, bias: Tensor | None, log_scale: Tensor, *
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.dtypes = dict(zip("xwbs", (None if x is None else x.dtype for x in inputs[:4]), strict=True))
-    ctx.lists, ctx.needs = len(inputs[4]), inputs[6]
+    ctx.lists, ctx.needs = len(inputs[4]), unpack(*inputs[4:])["needs"]
     ctx.save_for_backward(*output[1:])
 
 
@@ -277,41 +286,6 @@ def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 _operation.register_autograd(_gradients, setup_context=_keep)
-
-
-def _pack(
-    teacher_NE: Tensor, heads: tuple[Head, Head], rows_N: _Rows, pairs: Pairs | None, measure: Measure
-) -> tuple[list[Tensor], list[float]]:
-    """Lay out as tensors and numbers what no gradient flows to."""
-    teacher_head = heads[1]
-    constants = [*rows_N[1:], teacher_NE, teacher_head.weight_VD, *(pairs or ())]
-    constants += [] if teacher_head.bias_V is None else [teacher_head.bias_V]
-    numbers: list[float] = [*(float(x or 0) for x in measure), float(pairs is not None)]
-    for head in heads:
-        numbers += [head.softcap or 0.0, head.scale, vocab_size(head)]
-    return [x.detach() for x in constants], [float(x) for x in numbers]
-
-
-def _unpack(
-    inputs: tuple[Any, ...], constants: Sequence[Tensor], numbers: Sequence[float]
-) -> tuple[Side, Side, _Rows, Pairs | None, Measure]:
-    student_ND, weight_VD, bias_V, log_scale_N = inputs
-    teacher_log_scale_N, weight_N, teacher_NE, teacher_weight, *rest = constants
-    *floats, has_pairs, cap, scale, size, teacher_cap, teacher_scale, teacher_size = numbers
-    named = dict(zip(Measure._fields, floats, strict=True))
-    exact, workspace_bytes = bool(named.pop("exact")), int(named.pop("workspace_bytes"))
-    measure = Measure(**named, exact=exact, workspace_bytes=workspace_bytes)
-    pairs = Pairs(*rest[:4]) if has_pairs else None
-    teacher_bias = next(iter(rest[4 if has_pairs else 0 :]), None)
-    head = Head(weight_VD, bias_V, cap or None, scale, int(size))
-    teacher_head = Head(teacher_weight, teacher_bias, teacher_cap or None, teacher_scale, int(teacher_size))
-    return (
-        Side(student_ND, head, measure.temperature),
-        Side(teacher_NE, teacher_head, measure.teacher_temperature),
-        _Rows(log_scale_N, teacher_log_scale_N, weight_N),
-        pairs,
-        measure,
-    )
 
 
 def hybrid_distance(
@@ -344,13 +318,17 @@ def hybrid_distance(
     teacher_NE, teacher_head, teacher_log_scale_N = teacher
     rows_N = _Rows(log_scale_N, teacher_log_scale_N, row_weight_N)
     _check((student_ND, head), (teacher_NE, teacher_head), rows_N, measure)
-    parameters = (("x", student_ND), ("w", head.weight_VD), ("b", head.bias_V))
-    needs = ""
-    if torch.is_grad_enabled():
-        needs = "".join(name for name, x in parameters if x is not None and x.requires_grad)
     measure = measure._replace(exact=sorts(measure.exact, (head, teacher_head), False))
-    packed = _pack(teacher_NE, (head, teacher_head), rows_N, pairs, measure)
-    return _operation(student_ND, head.weight_VD, head.bias_V, log_scale_N, *packed, needs)[0]
+    packed = pack(
+        needs=wanted(student_ND, head.weight_VD, head.bias_V),
+        measure=measure._asdict(),
+        rows={"teacher_log_scale_N": teacher_log_scale_N, "weight_N": row_weight_N},
+        teacher_NE=teacher_NE,
+        student_head=head_fields(head, tensors=False),
+        teacher_head=head_fields(teacher_head),
+        pairs=None if pairs is None else pairs._asdict(),
+    )
+    return _operation(student_ND, head.weight_VD, head.bias_V, log_scale_N, *packed)[0]
 
 
 def _check(student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], rows_N: _Rows, how: Measure) -> None:

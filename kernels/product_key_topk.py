@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenkit.kernels.head.tiles import chunks
 from tokenkit.kernels.kinds import GATES
 from tokenkit.kernels.launch import refuse_forward_mode
-from tokenkit.kernels.row_chunks import chunks
 from tokenkit.kernels.table_rows import ordered, segment_sums, sum_dtype, weighted_rows
 
 WORKSPACE_BYTES = 8 * 2**20

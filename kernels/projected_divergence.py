@@ -6,7 +6,8 @@
 
 Both distributions are over the teacher's ids that some student id is carried to. A few whole rows of both
 models' logits exist at a time, as many as fit into `workspace_bytes`; because the weights of the rows are
-known, gradients are formed on the way and no logits are computed twice.
+known, gradients are formed on the way and no logits are computed twice. On a GPU three kernels make dz of the
+logits: P's rows are added up where p is read, the two distributions meet, and Pᵀ's rows where dz is written.
 
 Dimensions: N tokens (of a chunk), V student vocabulary, W teacher vocabulary, D and E hidden sizes.
 """
@@ -21,11 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import row_chunks
-from tokenkit.kernels.divergence_checks import check_hidden, check_sides
-from tokenkit.kernels.launch import runs_triton
+from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
+from tokenkit.kernels.head.logits import base_triton, row_sums, slope, slope_triton
+from tokenkit.kernels.head.sharded import vocab_size
+from tokenkit.kernels.head.side import Side, check_hidden, side_of
+from tokenkit.kernels.head.sums import Gradients
+from tokenkit.kernels.head.tiles import Buffer, grouped
+from tokenkit.kernels.language import tl, triton
+from tokenkit.kernels.launch import on_device, runs_triton
+from tokenkit.kernels.linear_divergence.checks import check_sides
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES
 from tokenkit.structs import Head
+
+BLOCK = 1024  # ids of one program
 
 
 class Projection(NamedTuple):
@@ -101,35 +110,129 @@ def make_projection(
 
 
 class _Plan(NamedTuple):
-    student_head: Head
-    teacher_head: Head
+    student: Side
+    teacher: Side
     projection: Projection
-    temperature: float
-    teacher_temperature: float
+    row_weight_N: Tensor
+    needs: str
+    """Which gradients: x hidden states, w weight, b bias."""
     workspace_bytes: int
-    trains: tuple[bool, bool, bool]
-    """Whether hidden states, weight and bias of the student want a gradient."""
 
 
-def _logits(hidden_ND: Tensor, head: Head, V: int, temperature: float, dtype: torch.dtype) -> Tensor:
-    z_NV = torch.empty((len(hidden_ND), V), dtype=dtype, device=hidden_ND.device)
-    row_chunks.write_products(hidden_ND, head.weight_VD, slice(0, V), z_NV)
-    if head.bias_V is not None:
-        z_NV += head.bias_V[:V]
-    z_NV *= head.scale
-    if head.softcap is not None:
-        z_NV = z_NV.div_(head.softcap).tanh_().mul_(head.softcap)
-    return z_NV.div_(temperature)
+@triton.jit
+def _carry_kernel(
+    z_ptr, max_ptr, sum_ptr, begin_ptr, column_ptr, weight_ptr, r_ptr,
+    stride, r_stride, W,
+    alpha, tiny,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block of teacher ids: r, at least `tiny` where an id is reached, else 0."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask = offs_w < W
+    first = tl.load(begin_ptr + offs_w, mask=mask, other=0)
+    count = tl.load(begin_ptr + offs_w + 1, mask=mask, other=0) - first
+    m = tl.load(max_ptr + n)
+    total = tl.zeros((BLOCK_W,), tl.float32)
+    for k in range(0, tl.max(count, axis=0)):
+        live = mask & (k < count)
+        v = tl.load(column_ptr + first + k, mask=live, other=0)
+        z = tl.load(z_ptr + n * stride + v, mask=live, other=0.0) * alpha
+        total += tl.where(live, tl.load(weight_ptr + first + k, mask=live, other=0.0) * tl.exp(z - m), 0.0)
+    r = tl.where(count > 0, tl.maximum(total / tl.load(sum_ptr + n), tiny), 0.0)
+    tl.store(r_ptr + n * r_stride + offs_w, r, mask=mask)
 
 
-def _chunk(
-    z_NV: Tensor, z_NW: Tensor, reached_W: Tensor, row_weight_N: Tensor, plan: _Plan
-) -> tuple[Tensor, Tensor]:
-    """Return Σ weight · value of a chunk and ∂/∂z_s, which overwrites z_NV's memory."""
-    slope_NV = None
-    if plan.student_head.softcap is not None:
-        slope_NV = 1 - (z_NV * (plan.temperature / plan.student_head.softcap)).square()
-    dtype = z_NV.dtype
+@triton.jit
+def _compare_kernel(z_ptr, r_ptr, value_ptr, stride, r_stride, W, alpha, BLOCK_W: tl.constexpr):
+    """One program per row: the value, and over r what pulls at it, 1 / Σ r − q / r."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    m = float("-inf")
+    s = 0.0
+    mass = 0.0
+    for start in range(0, W, BLOCK_W):
+        offs_w = start + tl.arange(0, BLOCK_W)
+        r = tl.load(r_ptr + n * r_stride + offs_w, mask=offs_w < W, other=0.0)
+        z = tl.load(z_ptr + n * stride + offs_w, mask=offs_w < W, other=0.0) * alpha
+        z = tl.where(r > 0, z, float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        base = base_triton(m_new)
+        s = s * tl.exp(m - base) + tl.sum(tl.exp(z - base), axis=0)
+        m = m_new
+        mass += tl.sum(r, axis=0)
+    value = tl.log(mass)
+    log_s = tl.log(s)
+    for start in range(0, W, BLOCK_W):
+        offs_w = start + tl.arange(0, BLOCK_W)
+        r = tl.load(r_ptr + n * r_stride + offs_w, mask=offs_w < W, other=0.0)
+        z = tl.load(z_ptr + n * stride + offs_w, mask=offs_w < W, other=0.0) * alpha
+        reached = r > 0
+        log_q = tl.where(reached, z - m - log_s, 0.0)
+        q = tl.exp(log_q)
+        safe = tl.where(reached, r, 1.0)
+        value += tl.sum(tl.where(reached, q * (log_q - tl.log(safe)), 0.0), axis=0)
+        pull = tl.where(reached, 1.0 / mass - q / safe, 0.0)
+        tl.store(r_ptr + n * r_stride + offs_w, pull, mask=offs_w < W)
+    tl.store(value_ptr + n, value)
+
+
+@triton.jit
+def _pull_kernel(
+    z_ptr, max_ptr, sum_ptr, begin_ptr, column_ptr, weight_ptr, pull_ptr, factor_ptr, dz_ptr,
+    stride, pull_stride, dz_stride, V,
+    alpha, cap,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block of student ids: dz, what pulls at the teacher ids that an id reaches."""
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offs_v < V
+    first = tl.load(begin_ptr + offs_v, mask=mask, other=0)
+    count = tl.load(begin_ptr + offs_v + 1, mask=mask, other=0) - first
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for k in range(0, tl.max(count, axis=0)):
+        live = mask & (k < count)
+        w = tl.load(column_ptr + first + k, mask=live, other=0)
+        pull = tl.load(pull_ptr + n * pull_stride + w, mask=live, other=0.0)
+        total += tl.load(weight_ptr + first + k, mask=live, other=0.0) * pull
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
+    p = tl.exp(z - tl.load(max_ptr + n)) / tl.load(sum_ptr + n)
+    dz = p * total * tl.load(factor_ptr + n) * slope_triton(z, cap)
+    tl.store(dz_ptr + n * dz_stride + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def _chunk(plan: _Plan, rows: slice, buffer: Buffer, dz_NV: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the value of each row of a chunk, and ∂/∂z_s times its weight, in dz_NV if it is given."""
+    student, teacher = plan.student, plan.teacher
+    factor_N = plan.row_weight_N[rows].to(student.dtype) * student.alpha
+    (z_NV, alpha), (z_NW, teacher_alpha) = (side.logits(buffer, rows) for side in (student, teacher))
+    if not runs_triton(z_NV):
+        return _chunk_torch(z_NV, z_NW, factor_N, plan)
+    N, V = z_NV.shape
+    W = z_NW.shape[1]
+    dz_NV = z_NV if dz_NV is None else dz_NV
+    value_N = torch.empty_like(factor_N)
+    max_N, sum_N = row_sums(z_NV, alpha)
+    r_NW = buffer.get("carried", N, W, student.dtype)
+    with on_device(z_NV):
+        _carry_kernel[(N, triton.cdiv(W, BLOCK))](
+            z_NV, max_N, sum_N, *plan.projection.into_teacher, r_NW,
+            z_NV.stride(0), r_NW.stride(0), W, alpha, torch.finfo(torch.float32).tiny, BLOCK_W=BLOCK,
+        )  # fmt: skip
+        _compare_kernel[(N,)](
+            z_NW, r_NW, value_N, z_NW.stride(0), r_NW.stride(0), W, teacher_alpha, BLOCK_W=BLOCK
+        )
+        _pull_kernel[(N, triton.cdiv(V, BLOCK))](
+            z_NV, max_N, sum_N, *plan.projection.into_student, r_NW, factor_N, dz_NV,
+            z_NV.stride(0), r_NW.stride(0), dz_NV.stride(0), V, alpha, student.cap, BLOCK_V=BLOCK,
+        )  # fmt: skip
+    return value_N, dz_NV
+
+
+def _chunk_torch(z_NV: Tensor, z_NW: Tensor, factor_N: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """`_chunk` in torch; dz overwrites z_NV's memory."""
+    slope_NV = None if plan.student.cap is None else slope(z_NV, plan.student.cap)
+    dtype, reached_W = z_NV.dtype, plan.projection.into_teacher[0].diff() > 0
     W, V = plan.projection.shape
     into_teacher = _sparse(plan.projection.into_teacher, (W, V), dtype)
     into_student = _sparse(plan.projection.into_student, (V, W), dtype)
@@ -143,128 +246,90 @@ def _chunk(
     terms_NW = q_NW * (log_q_NW.where(reached_W, 0) - r_NW.where(reached_W, 1).log())
     value_N = terms_NW.sum(1) + mass_N1.log()[:, 0]
     pull_NW = torch.where(reached_W, 1 / mass_N1 - q_NW / r_NW.where(reached_W, 1), 0)
-    factor_N1 = (row_weight_N * (plan.student_head.scale / plan.temperature))[:, None]
-    dz_NV = p_NV.mul_((into_student @ pull_NW.T).T).mul_(factor_N1)
-    return (row_weight_N * value_N).sum(), dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
+    dz_NV = p_NV.mul_((into_student @ pull_NW.T).T).mul_(factor_N[:, None])
+    return value_N, dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
+
+
+def _run(plan: _Plan) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the weighted sum and the gradients of hidden states, weight and bias, where they are wanted."""
+    student, teacher = plan.student, plan.teacher
+    check_hidden("student_ND", student.hidden_ND)
+    check_hidden("teacher_NE", teacher.hidden_ND)
+    W, V = plan.projection.shape
+    total = torch.zeros((), dtype=student.dtype, device=student.hidden_ND.device)
+    gradients, buffer = Gradients(student, plan.needs), Buffer(student.hidden_ND)
+    size = student.dtype.itemsize
+    row_bytes = size * (V + 2 * W) if runs_triton(student.hidden_ND) else size * (3 * V + 7 * W)
+    low_bytes = 0 if student.low == student.dtype else V * student.low.itemsize
+    for group in grouped(len(student.hidden_ND), row_bytes, low_bytes, plan.workspace_bytes):
+        whole = slice(group[0].start, group[-1].stop)
+        waiting_NV = buffer.get("dz", whole.stop - whole.start, V, student.low) if low_bytes else None
+        for rows in group:
+            here_NV = (
+                None if waiting_NV is None else waiting_NV[rows.start - whole.start : rows.stop - whole.start]
+            )
+            value_N, dz_NV = _chunk(plan, rows, buffer, here_NV)
+            total += (plan.row_weight_N[rows] * value_N).sum()
+        if plan.needs:
+            gradients.add(dz_NV if waiting_NV is None else waiting_NV, student.rows, whole)
+    return total, gradients.results()
 
 
 @torch.library.custom_op(
     "tokenkit::projected_divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor teacher, Tensor[] constants, "
-    "float[] numbers, bool[] trains) -> Tensor[]",
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor[] constants, float[] numbers, str words) "
+    "-> Tensor[]",
 )
-def _divergence(student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, *packed: Any) -> Any:
+def _divergence(student: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> Any:
     """Return the weighted sum, then a gradient for each of student, weight and bias, empty where unwanted."""
-    plan, row_weight_N = _unpack(weight, bias, *packed)
+    call = unpack(*packed)
+    own, other = head_of(call["student_head"], weight, bias), head_of(call["teacher_head"])
+    projection = Projection(*(tuple(call[name].values()) for name in Projection._fields))
+    temperature = call["temperature"]
+    plan = _Plan(
+        side_of("student_ND", student, own, temperature),
+        side_of("teacher_NE", call["teacher_NE"], other, temperature * call["teacher_temperature"]),
+        projection,
+        call["row_weight_N"],
+        call["needs"],
+        call["workspace_bytes"],
+    )
     with torch.autocast(student.device.type, enabled=False):
-        total, gradients = _run(student, teacher, row_weight_N, plan)
+        total, gradients = _run(plan)
     return [total, *(total.new_empty(0) if x is None else x for x in gradients)]
 
 
 @_divergence.register_fake
-def _(
-    student: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor,
-    constants: Any,
-    numbers: Any,
-    trains: Any,
-) -> Any:
+def _(student: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> Any:
+    needs = unpack(*packed)["needs"]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    shapes = (student.shape, weight.shape, weight.shape[:1])
-    wanted = [shape if wants else (0,) for shape, wants in zip(shapes, trains, strict=True)]
-    return [student.new_empty(shape, dtype=dtype) for shape in ((), *wanted)]
+    shapes = zip("xwb", (student.shape, weight.shape, weight.shape[:1]), strict=True)
+    wanted_shapes = [shape if letter in needs else (0,) for letter, shape in shapes]
+    return [student.new_empty(shape, dtype=dtype) for shape in ((), *wanted_shapes)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.lists, ctx.trains = len(inputs[4]), inputs[6]
+    ctx.lists, ctx.needs = len(inputs[3]), unpack(*inputs[3:])["needs"]
     ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
     upstream, none = upstreams[0], [None] * ctx.lists
     if upstream is None:
-        return None, None, None, None, none, None, None
+        return None, None, None, none, None, None
     if torch.is_grad_enabled():
         raise RuntimeError(
             "projected_divergence has no second derivative: call backward without create_graph"
         )
-    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.trains, strict=True)
-    return *((g * upstream).to(dtype) if wants else None for g, dtype, wants in found), None, none, None, None
+    found = zip("xwb", ctx.saved_tensors, ctx.dtypes, strict=True)
+    owed = ((g * upstream).to(dtype) if letter in ctx.needs else None for letter, g, dtype in found)
+    return *owed, none, None, None
 
 
 _divergence.register_autograd(_gradients, setup_context=_keep)
-
-
-def _pack(plan: _Plan, row_weight_N: Tensor) -> tuple[list[Tensor], list[float], list[bool]]:
-    """Lay a plan out as what an operation may take."""
-    head, projection = plan.teacher_head, plan.projection
-    constants = [row_weight_N, head.weight_VD, *projection.into_teacher, *projection.into_student]
-    constants += [] if head.bias_V is None else [head.bias_V]
-    numbers = [*projection.shape, plan.temperature, plan.teacher_temperature, plan.workspace_bytes]
-    for one in (plan.student_head, head):
-        numbers += [0 if one.softcap is None else one.softcap, one.scale]
-    return constants, [float(x) for x in numbers], list(plan.trains)
-
-
-def _unpack(
-    weight: Tensor, bias: Tensor | None, constants: list[Tensor], numbers: list[float], trains: list[bool]
-) -> tuple[_Plan, Tensor]:
-    row_weight_N, teacher_weight, *parts = constants
-    W, V, temperature, teacher_temperature, workspace, softcap, scale, teacher_softcap, teacher_scale = (
-        numbers
-    )
-    shape = (int(W), int(V))
-    projection = Projection((parts[0], parts[1], parts[2]), (parts[3], parts[4], parts[5]), shape)
-    teacher_bias = parts[6] if len(parts) > 6 else None
-    plan = _Plan(
-        Head(weight, bias, softcap or None, scale, shape[1]),
-        Head(teacher_weight, teacher_bias, teacher_softcap or None, teacher_scale, shape[0]),
-        projection,
-        temperature,
-        teacher_temperature,
-        int(workspace),
-        (trains[0], trains[1], trains[2]),
-    )
-    return plan, row_weight_N
-
-
-def _run(
-    student_ND: Tensor, teacher_NE: Tensor, row_weight_N: Tensor, plan: _Plan
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the weighted sum and the gradients of hidden states, weight and bias, where they are wanted."""
-    head, teacher_head = plan.student_head, plan.teacher_head
-    check_hidden("student_ND", student_ND)
-    check_hidden("teacher_NE", teacher_NE)
-    W, V = plan.projection.shape
-    dtype = torch.promote_types(student_ND.dtype, torch.float32)
-    reached_W = plan.projection.into_teacher[0].diff() > 0
-    total = torch.zeros((), dtype=dtype, device=student_ND.device)
-    shapes = (student_ND.shape, head.weight_VD.shape, head.weight_VD.shape[:1])
-    gradients = [
-        torch.zeros(shape, dtype=dtype, device=student_ND.device) if trains else None
-        for shape, trains in zip(shapes, plan.trains, strict=True)
-    ]
-    dhidden_ND, dweight_VD, dbias_V = gradients
-    low = student_ND.dtype if runs_triton(student_ND) else dtype
-    row_bytes = dtype.itemsize * (3 * V + 7 * W)
-    for rows in row_chunks.chunks(len(student_ND), row_bytes, plan.workspace_bytes):
-        z_NV = _logits(student_ND[rows], head, V, plan.temperature, dtype)
-        z_NW = _logits(teacher_NE[rows], teacher_head, W, plan.temperature * plan.teacher_temperature, dtype)
-        value, dz_NV = _chunk(z_NV, z_NW, reached_W, row_weight_N[rows].to(dtype), plan)
-        total += value
-        if dbias_V is not None:
-            dbias_V[:V] += dz_NV.sum(0)
-        dz_NV = dz_NV.to(low)  # a GPU multiplies operands of one dtype
-        if dhidden_ND is not None:
-            row_chunks.add_hidden_gradient(dz_NV, head.weight_VD, slice(0, V), dhidden_ND[rows])
-        if dweight_VD is not None:
-            row_chunks.add_weight_gradient(dz_NV, student_ND[rows], slice(0, V), dweight_VD)
-    return total, gradients
 
 
 def projected_divergence(
@@ -274,7 +339,10 @@ def projected_divergence(
     teacher_head: Head,
     projection: Projection,
     row_weight_N: Tensor,
-    **options: Any,
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """Return Σ row_weight · value over the rows; differentiable in student_ND and the student's head.
 
@@ -285,8 +353,9 @@ def projected_divergence(
         teacher_head: of their dtype and device; not divided over processes.
         projection: from the student's vocabulary into the teacher's, on that device.
         row_weight_N: weight of each row.
-        options: `temperature` T (1), which divides both models' logits; `teacher_temperature` (1), which
-            multiplies it for the teacher; `workspace_bytes`, for logits and what is made of them.
+        temperature: T, which divides both models' logits.
+        teacher_temperature: multiplies it for the teacher.
+        workspace_bytes: for logits and what is made of them.
 
     Returns:
         nats, float32 (float64 for float64).
@@ -296,13 +365,8 @@ def projected_divergence(
             head, a teacher's head that requires a gradient, or (on a CPU) hidden states that are not finite.
 
     Precision: logits, probabilities and sums are float32; a carried probability below the smallest float32
-    counts as that.
+    counts as that. Bitwise repeatable: an id's entries are added in their order.
     """
-    temperature = options.pop("temperature", 1.0)
-    teacher_temperature = options.pop("teacher_temperature", 1.0)
-    workspace_bytes = options.pop("workspace_bytes", DEFAULT_WORKSPACE_BYTES)
-    if options:
-        raise TypeError(f"projected_divergence has no option {sorted(options)}")
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite: got {value}")
@@ -312,19 +376,21 @@ def projected_divergence(
             raise ValueError(
                 f"the {name}'s head is divided over processes: projected_divergence needs it whole"
             )
-        has = head.weight_VD.shape[0] if head.vocab_size is None else head.vocab_size
-        if has != size:
-            raise ValueError(f"projection must have {has} ids of the {name}, as its head has: got {size}")
+        if vocab_size(head) != size:
+            raise ValueError(
+                f"projection must have {vocab_size(head)} ids of the {name}, as its head has: got {size}"
+            )
     check_sides(student_ND, student_head, teacher_NE, teacher_head, {"row_weight_N": row_weight_N})
     tensors = (student_ND, student_head.weight_VD, student_head.bias_V)
-    trains = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
-    plan = _Plan(
-        student_head,
-        teacher_head,
-        projection,
-        temperature,
-        teacher_temperature,
-        workspace_bytes,
-        (trains[0], trains[1], trains[2]),
+    packed = pack(
+        needs=wanted(*tensors),
+        temperature=float(temperature),
+        teacher_temperature=float(teacher_temperature),
+        workspace_bytes=workspace_bytes,
+        row_weight_N=row_weight_N,
+        teacher_NE=teacher_NE,
+        student_head=head_fields(student_head, tensors=False),
+        teacher_head=head_fields(teacher_head),
+        **{name: {str(i): x for i, x in enumerate(parts)} for name, parts in projection._asdict().items()},
     )
-    return _divergence(*tensors, teacher_NE.detach(), *_pack(plan, row_weight_N))[0]
+    return _divergence(*tensors, *packed)[0]

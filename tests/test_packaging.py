@@ -70,7 +70,7 @@ def test_wheels_from_tree_and_archive_hold_every_module_and_nothing_else(built):
 
 def test_kernels_are_real_files_in_wheel_and_archive(built):
     with zipfile.ZipFile(built[1]) as archive:
-        assert "def linear_logprob" in archive.read("tokenkit/kernels/linear_logprob.py").decode()
+        assert "def linear_logprob" in archive.read("tokenkit/kernels/linear_logprob/operation.py").decode()
     with tarfile.open(built[0]) as archive:
         kernels = [member for member in archive.getmembers() if "/kernels/" in member.name]
         assert kernels

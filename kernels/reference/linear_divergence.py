@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.divergence_settings import DEFAULTS, WHOLE_KINDS, Options
+from tokenkit.kernels.linear_divergence.settings import DEFAULTS, WHOLE_KINDS, Options
 from tokenkit.kernels.reference.linear_logprob import logits
 from tokenkit.structs import Head
 

@@ -2,6 +2,7 @@
 
     python -m tests.kernels.aot          prints JSON, one record per kernel, variant and architecture
     python -m tests.kernels.aot --less   all for sm_90, for the others what is launched otherwise there
+    python -m tests.kernels.aot --sweep [K]   dtypes, ragged sizes, bias, cap and subset, every K-th; K: 1
 
 It must run without TRITON_INTERPRET, in a process of its own, with an empty TRITON_CACHE_DIR. A launch is
 imitated through `warmup` under a stub driver, so arguments are specialised as they would be.
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -21,17 +23,15 @@ from triton.runtime.driver import driver
 
 from tests.kernels.aot_divergence import divergence_launches
 from tests.kernels.aot_fused import fused_launches
-from tokenkit.kernels import (
-    alm_difference,
-    chunk_likelihood,
-    logprob_tile,
-    sorted_tile,
-)
+from tests.kernels.aot_fused import launches as fused_variants
+from tokenkit.kernels import alm_difference, chunk_likelihood, projected_divergence
+from tokenkit.kernels.linear_logprob import tile as logprob_tile
+from tokenkit.kernels.sorted_distance import tile as sorted_tile
 
 ARCHITECTURES = (80, 90, 100)
 ALL_FOR = 90
 """With `--less`, the others get the fused kernels alone: no other launch asks for the architecture."""
-F32, F64, BF16, I64 = torch.float32, torch.float64, torch.bfloat16, torch.int64
+F32, BF16, I64, U8 = torch.float32, torch.bfloat16, torch.int64, torch.uint8
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -54,30 +54,7 @@ class StubDriver:
 def launches(architecture):
     """Yield (name, kernel, positional arguments, keyword arguments), as the launchers pass them."""
     yield from fused_launches(architecture)
-    fold, dlogits = logprob_tile._fold_kernel, logprob_tile._dlogits_kernel
-    for name, flags in {
-        "statistics": {},
-        "cached": {"CACHED": True},
-        "frozen": {"FROZEN": True},
-        "frozen softcap bias": {"FROZEN": True, "HAS_CAP": True, "HAS_BIAS": True},
-    }.items():
-        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "CACHED", "FROZEN"), False) | flags
-        bias = BF16 if flags["HAS_BIAS"] else None
-        p = BF16 if flags["CACHED"] or flags["FROZEN"] else None
-        for V in (8192,):
-            arguments = (F32, bias, I64, F32, F32, F32, p, F32, 4096, V, 1.0, 1.0)
-            yield f"fold {name} {V}", fold, arguments, flags | {
-                "BLOCK_V": V, "num_warps": logprob_tile.fold_warps(V)
-            }  # fmt: skip
-    for name, source, flags in (
-        ("recompute", F32, {}),
-        ("recompute softcap bias", F32, {"HAS_CAP": True, "HAS_BIAS": True}),
-        ("cached", BF16, {"CACHED": True}),
-    ):
-        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "CACHED"), False) | flags
-        bias = BF16 if flags["HAS_BIAS"] else None
-        arguments = (source, bias, I64, F32, F32, F32, BF16, 4096, 4096, 1.0, 1.0)
-        yield f"dlogits {name}", dlogits, arguments, flags | {"BLOCK_V": logprob_tile.BLOCK_V}
+    yield from logprob_launches()
     yield "rescale", logprob_tile._rescale_kernel, (F32, F32, 4096), {"BLOCK_D": logprob_tile.BLOCK_D}
     yield (
         "span_sum", chunk_likelihood._span_sum_kernel, (F32, I64, I64, F32, 1024, 2048, 16384),
@@ -89,22 +66,83 @@ def launches(architecture):
         yield f"difference {kind}", alm_difference._difference_kernel, (F32, F32, F32, F32, 16384), options
 
     yield from sorted_launches()
+    yield from projected_launches()
     yield from divergence_launches()
 
 
-def sorted_launches():
+def sweep(architecture):
+    """Yield every launch over dtypes and sizes that divide nothing, as the launchers may make them."""
+    dtypes = (BF16, torch.float16, F32)
+    for dtype, everything in product(dtypes, (False, True)):
+        yield from fused_variants(architecture, dtype, everything)
+    yield from logprob_launches(dtypes, (128, 2048, 4093, 8192, 8191))
+    yield from sorted_launches(dtypes, (128_256, 151_665))
+    yield from projected_launches(dtypes, (128_256, 151_665))
+    yield from divergence_launches(dtypes, (128_256, 151_665))
+
+
+def logprob_launches(dtypes=(BF16,), sizes=(8192,)):
+    """Yield what the loop of `linear_logprob` launches, with and without a bias, a cap, a subset."""
+    fold, dlogits = logprob_tile._fold_kernel, logprob_tile._dlogits_kernel
+    for dtype, V in product(dtypes, sizes):
+        kept = BF16 if dtype.itemsize == 2 else dtype
+        words = f"{dtype} {V}".replace("torch.", "")
+        for name, p, everything, frozen in (
+            ("statistics", None, False, False),
+            ("statistics bias subset softcap", None, True, False),
+            ("cached", kept, False, False),
+            ("cached subset", kept, None, False),
+            ("frozen", dtype, False, True),
+            ("frozen softcap bias", dtype, True, True),
+        ):
+            bias, cap = (dtype, 30.0) if everything else (None, None)
+            inside = U8 if everything is not False and not frozen else None
+            block = triton.next_power_of_2(V)
+            arguments = (F32, bias, inside, I64, F32, F32, F32, p, 4096, V, V, 4096, V, 1.0, cap)
+            options = {"FROZEN": frozen, "BLOCK_V": block, "num_warps": logprob_tile.fold_warps(block)}
+            yield f"fold {name} {words}", fold, arguments, options
+        for name, source, everything, cached in (
+            ("recompute", F32, False, False),
+            ("recompute softcap bias subset", F32, True, False),
+            ("cached", kept, False, True),
+            ("cached subset", kept, None, True),
+        ):
+            bias, cap = (dtype, 30.0) if everything else (None, None)
+            inside = None if everything is False else U8
+            arguments = (source, bias, inside, I64, F32, F32, F32, dtype, 4096, V, V, 4096, V, 1.0, cap)
+            options = {"CACHED": cached, "BLOCK_V": logprob_tile.BLOCK_V}
+            yield f"dlogits {name} {words}", dlogits, arguments, options
+
+
+def sorted_launches(dtypes=(BF16,), sizes=(128_256,)):
     """Yield what `sorted_distance` launches."""
-    V, bins, block = 128_256, sorted_tile.BINS, {"BLOCK_V": sorted_tile.BLOCK_V}
-    yield "sorted statistics", sorted_tile._statistics_kernel, (F32, F32, F32, V), block
-    histogram = (F32, F32, F32, F32, I64, V, bins)
-    options = {"BLOCK_V": sorted_tile.HISTOGRAM_BLOCK_V}
-    yield "sorted histogram", sorted_tile._histogram_kernel, histogram, options
+    bins = sorted_tile.BINS
     merge = (I64, I64, F32, F32, torch.int8, F32, bins)
     options = {"BLOCK_B": sorted_tile.BLOCK_B, "num_warps": sorted_tile.MERGE_WARPS}
     yield "sorted merge", sorted_tile._merge_kernel, merge, options
-    for name, cap in (("", False), (" softcap", True)):
-        arguments = (F32, F32, F32, F32, F32, F32, torch.int8, BF16, V, bins, 1.0)
-        yield f"sorted dlogits{name}", sorted_tile._dlogits_kernel, arguments, block | {"HAS_CAP": cap}
+    for V in sizes:
+        histogram = (F32, F32, F32, F32, I64, V, V, bins, 1.0)
+        options = {"BLOCK_V": sorted_tile.HISTOGRAM_BLOCK_V}
+        yield f"sorted histogram {V}", sorted_tile._histogram_kernel, histogram, options
+        for dtype, cap in product(dtypes, (None, 30.0)):
+            words = f"{'' if cap is None else ' softcap'} {dtype} {V}".replace("torch.", "")
+            arguments = (F32, F32, F32, F32, F32, F32, torch.int8, dtype, V, V, V, bins, 1.0, cap)
+            options = {"BLOCK_V": sorted_tile.BLOCK_V}
+            yield f"sorted dlogits{words}", sorted_tile._dlogits_kernel, arguments, options
+
+
+def projected_launches(dtypes=(BF16,), sizes=(128_256,)):
+    """Yield what `projected_divergence` launches."""
+    block = projected_divergence.BLOCK
+    for V in sizes:
+        arguments = (F32, F32, F32, I64, I64, F32, F32, V, V, V, 1.0, 1e-38)
+        yield f"projected carry {V}", projected_divergence._carry_kernel, arguments, {"BLOCK_W": block}
+        arguments = (F32, F32, F32, V, V, V, 1.0)
+        yield f"projected compare {V}", projected_divergence._compare_kernel, arguments, {"BLOCK_W": block}
+        for dtype, cap in product(dtypes, (None, 30.0)):
+            words = f"{'' if cap is None else ' softcap'} {dtype} {V}".replace("torch.", "")
+            arguments = (F32, F32, F32, I64, I64, F32, F32, F32, dtype, V, V, V, V, 1.0, cap)
+            yield f"projected pull{words}", projected_divergence._pull_kernel, arguments, {"BLOCK_V": block}
 
 
 def resources(compiled):
@@ -121,12 +159,15 @@ def resources(compiled):
 
 
 def main():
-    less = sys.argv[1:] == ["--less"]
+    less, sweeps = sys.argv[1:] == ["--less"], sys.argv[1:2] == ["--sweep"]
+    every = int(sys.argv[2]) if sweeps and len(sys.argv) > 2 else 1
     records = []
     for architecture in ARCHITECTURES:
         driver.set_active(StubDriver(architecture))
-        chosen = fused_launches if less and architecture != ALL_FOR else launches
-        for name, kernel, arguments, options in chosen(architecture):
+        chosen = sweep if sweeps else launches
+        if less and architecture != ALL_FOR:
+            chosen = fused_launches
+        for name, kernel, arguments, options in islice(chosen(architecture), 0, None, every):
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
             records.append({"kernel": name, "sm": architecture, **resources(compiled)})
     json.dump(records, sys.stdout)

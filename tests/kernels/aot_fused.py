@@ -1,9 +1,8 @@
-"""The launches of `linear_logprob_fused.py` for `aot.py`."""
+"""The launches of `linear_logprob/fused.py` for `aot.py`."""
 
 import torch
 
-from tokenkit.kernels import linear_logprob_fused as fused
-from tokenkit.kernels import logprob_programs as programs
+from tokenkit.kernels.linear_logprob import fused, programs
 
 F32, BF16, I64, U8 = torch.float32, torch.bfloat16, torch.int64, torch.uint8
 SIZE = 4096  # of tokens, vocabulary, and of a stretch

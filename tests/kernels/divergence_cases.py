@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.budget import assert_within_budget
-from tokenkit.kernels import adaptive_weight, divergence_passes, divergence_tile
-from tokenkit.kernels.linear_divergence import linear_divergence
+from tokenkit.kernels.head import logits
+from tokenkit.kernels.linear_divergence import adaptive_weight, linear_divergence, passes, tile
 from tokenkit.kernels.reference.linear_divergence import linear_divergence as reference
 from tokenkit.structs import Head
 
@@ -19,10 +19,10 @@ OPTIONS = {"temperature": 1.7, "teacher_temperature": 0.8, "skew": 0.2, "alpha":
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Blocks and tiles so small that small shapes cross every boundary."""
-    monkeypatch.setattr(divergence_tile, "BLOCK_V", 32)
-    monkeypatch.setattr(divergence_tile, "GROUP_BYTES", 1000)
-    monkeypatch.setattr(adaptive_weight, "BLOCK_V", 32)
-    monkeypatch.setattr(divergence_passes, "COLUMNS", (16, 16))
+    for module in (tile, logits, adaptive_weight):
+        monkeypatch.setattr(module, "BLOCK_V", 32)
+    monkeypatch.setattr(logits, "GROUP_BYTES", 1000)
+    monkeypatch.setattr(passes, "COLUMNS", (16, 16))
 
 
 def index_set(name, V, W):

@@ -5,12 +5,11 @@ import torch
 from hypothesis import strategies as st
 
 from tests.budget import assert_within_budget
-from tokenkit.kernels import sorted_rows
 from tokenkit.kernels.reference import sorted_distance as reference
-from tokenkit.kernels.sorted_distance import error_bound, sorted_distance
+from tokenkit.kernels.sorted_distance import error_bound, rows, sorted_distance
 from tokenkit.structs import Head
 
-THREE_ROWS = 3 * (sorted_rows.HISTOGRAM_BYTES + 1000)  # a workspace that cuts 5 rows in two chunks
+THREE_ROWS = 3 * (rows.HISTOGRAM_BYTES + 1000)  # a workspace that cuts 5 rows in two chunks
 NAMES = ("value", "dhidden", "dweight", "dbias")
 
 MODES = pytest.mark.parametrize("mode", ["tables", "formed", "frozen"])

@@ -9,8 +9,11 @@ import torch
 from torch._dynamo import config
 
 from tests.losses.example import make_batch, make_states
-from tokenkit.kernels import alm_difference, chunk_likelihood, linear_logprob, vocabulary
+from tokenkit.kernels import alm_difference, chunk_likelihood
+from tokenkit.kernels.head import call as calls
+from tokenkit.kernels.head import subset as vocabulary
 from tokenkit.kernels.linear_logprob import IGNORE
+from tokenkit.kernels.linear_logprob import operation as linear_logprob
 from tokenkit.losses import alm_loss, clm_loss, make_loss
 from tokenkit.structs import Head, HiddenStates
 
@@ -40,7 +43,8 @@ def test_linear_logprob_keeps_the_rules_of_an_operation(mode, subset):
     if mode == "statistics":
         hidden = hidden.detach()
     parts = list(vocabulary.split_vocabulary(mask[:37])) if subset else []
-    call = ([1.2, 0.0, 37, 0, 1 << 30], f"{mode} ")
+    head = calls.head_fields(Head(weight, scale=1.2, vocab_size=37), tensors=False)
+    call = calls.pack(mode=mode, temperature=1.0, workspace_bytes=1 << 30, head=head)[1:]
     target = target.clamp(max=36)
     if mode == "cached":  # what it keeps depends on the number of rows, which tracing must know
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.budget import assert_within_budget
 from tokenkit.kernels import hybrid_distance as module
+from tokenkit.kernels.head.side import side_of
 from tokenkit.kernels.hybrid_distance import Measure, hybrid_distance, split_columns
 from tokenkit.kernels.reference.hybrid_distance import hybrid_distance as reference
-from tokenkit.kernels.sorted_rows import Side
 from tokenkit.structs import Head, Shard
 
 N, V, W, D, E = 7, 23, 31, 5, 4
@@ -164,12 +164,12 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_rows_times_vocabulary(exact, vocab):
     rows, budget = 40, 2**20
     measure = Measure(0.5, 0.5, exact=exact, workspace_bytes=budget)
-    sides = [Side(torch.randn(rows, 4), Head(torch.randn(vocab, 4)), 1.0) for _ in range(2)]
+    sides = [side_of(name, torch.randn(rows, 4), Head(torch.randn(vocab, 4))) for name in ("one", "other")]
     index = torch.arange(vocab // 2)
     pairs = split_columns(sides[0].head, sides[1].head, index, index)
     zero_N = torch.zeros(rows)
     with Largest() as largest:
-        module._run(*sides, module._Rows(zero_N, zero_N, zero_N + 1), pairs, "xw", measure)
+        module._run(sides, module._Rows(zero_N, zero_N, zero_N + 1), pairs, "xw", measure)
     assert largest.nbytes <= budget < 4 * rows * vocab
 
 
@@ -201,7 +201,7 @@ def test_inputs_that_do_not_fit_are_named():
         )
     nan = tensors[0].clone()
     nan[4, 1] = torch.nan
-    with pytest.raises(ValueError, match="student_ND and its head must give finite logits: row 4"):
+    with pytest.raises(ValueError, match="student_ND and its head must be finite: in row 4 it holds"):
         hybrid_distance((nan, *student[1:]), teacher, weight_N)
     for ids, words in (([1, 1], "names an id twice"), ([1, V], r"must hold ids in \[0, 23\)")):
         with pytest.raises(ValueError, match=words):

@@ -29,8 +29,8 @@ from tests.kernels.divergence_cases import (
     run,
     small_tiles,  # noqa: F401
 )
-from tokenkit.kernels import divergence_passes, divergence_tile
-from tokenkit.kernels.linear_divergence import KINDS, linear_divergence
+from tokenkit.kernels.head import logits
+from tokenkit.kernels.linear_divergence import KINDS, linear_divergence, passes
 from tokenkit.kernels.reference.linear_divergence import divergence
 from tokenkit.kernels.reference.linear_divergence import linear_divergence as reference
 from tokenkit.structs import Head
@@ -288,8 +288,8 @@ def test_nothing_of_the_size_of_all_logits_is_allocated(monkeypatch):
             return tensor
 
         monkeypatch.setattr(owner, name, counted)
-    monkeypatch.setattr(divergence_tile, "GROUP_BYTES", 1 << 20)
-    monkeypatch.setattr(divergence_passes, "COLUMNS", (128, 8192))
+    monkeypatch.setattr(logits, "GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(passes, "COLUMNS", (128, 8192))
     N, V, budget = 256, 2000, 1 << 18
     inputs = make(N, V, V, bias=False)
     for mode in ("recompute", "weighted", "rows"):

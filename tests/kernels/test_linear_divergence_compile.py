@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.kernels.divergence_cases import index_set, make
-from tokenkit.kernels import divergence_settings
-from tokenkit.kernels import linear_divergence as module
+from tokenkit.kernels.head.call import unpack
 from tokenkit.kernels.linear_divergence import linear_divergence
+from tokenkit.kernels.linear_divergence import operation as module
 from tokenkit.structs import Head
 
 
@@ -87,5 +87,5 @@ def test_torch_finds_the_operations_sound(mode, monkeypatch):
     if mode == "value":
         inputs = tuple(x.detach() for x in inputs)
     loss(*inputs, mode=mode, **index_set("rest", 20, 25))
-    assert divergence_settings.unpack(*calls[0][-2:]).mode == mode
+    assert unpack(*calls[0][-3:])["mode"] == mode
     torch.library.opcheck(original, calls[0])

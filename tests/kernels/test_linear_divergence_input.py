@@ -7,8 +7,8 @@ import torch
 
 from tests.kernels.divergence_cases import NAMES as GRADIENTS
 from tests.kernels.divergence_cases import index_set, make, run
-from tokenkit.kernels import divergence_settings
-from tokenkit.kernels.linear_divergence import linear_divergence, match_outcomes
+from tokenkit.kernels.head.call import pack, unpack
+from tokenkit.kernels.linear_divergence import linear_divergence, match_outcomes, settings
 from tokenkit.structs import Head
 
 HEAD = Head(torch.zeros(5, 8))
@@ -103,17 +103,17 @@ def test_skew_of_0_and_1_are_the_limits():
 
 
 def test_settings_survive_their_journey():
-    settled = dict(divergence_settings.DEFAULTS) | {"teacher_index": torch.arange(5), "skew": 0.3}
-    needs = (True, False, True, False)
+    settled = dict(settings.DEFAULTS) | {"teacher_index": torch.arange(5), "skew": 0.3}
     head = Head(HEAD.weight_VD, softcap=2.0, vocab_size=5)
-    tensors, numbers, words = divergence_settings.prepare("abs", (HEAD, head), settled, "rows", needs)
-    settings = divergence_settings.unpack(numbers, words)
-    assert divergence_settings.pack(settings) == (numbers, words)
-    assert settings.constants == ("weight", "student_rows", "teacher_rows")
+    tensors, numbers, words = settings.prepare("abs", (HEAD, head), settled, "rows", "xb")
+    call = unpack(tensors, numbers, words)
+    assert pack(**call)[1:] == (numbers, words)
+    assert call["teacher_head"]["weight_VD"] is tensors[0]
+    assert call["outcomes"].keys() >= {"student_rows", "teacher_rows"}
     assert len(tensors) == 3
-    assert settings.softcaps == (0, 2)
-    assert settings.vocab_sizes == (0, 5)
-    assert (settings.mode, settings.needs, settings.skew) == ("rows", needs, 0.3)
+    assert [call[f"{side}_head"].get("softcap") for side in ("student", "teacher")] == [None, 2]
+    assert [call[f"{side}_head"].get("vocab_size") for side in ("student", "teacher")] == [None, 5]
+    assert (call["mode"], call["needs"], call["skew"]) == ("rows", "xb", 0.3)
 
 
 def test_modes_are_chosen_by_gradients_weights_and_budget():
@@ -122,15 +122,15 @@ def test_modes_are_chosen_by_gradients_weights_and_budget():
     budget = {"row_weight_N": None, "workspace_bytes": 1 << 30}
     weights = budget | {"row_weight_N": torch.ones(4)}
     cases = [
-        ((student, weight), (False,) * 4, weights, "value"),
-        ((student, weight), (True, False, False, True), weights, "rows"),
-        ((student, weight), (True, True, False, False), budget, "recompute"),
-        ((student, weight), (True, True, False, False), weights, "weighted"),
-        (low, (True, True, False, False), weights | {"workspace_bytes": 640}, "weighted"),
-        (low, (True, True, False, False), weights | {"workspace_bytes": 639}, "recompute"),
+        ((student, weight), "", weights, "value"),
+        ((student, weight), "xt", weights, "rows"),
+        ((student, weight), "xw", budget, "recompute"),
+        ((student, weight), "xw", weights, "weighted"),
+        (low, "xw", weights | {"workspace_bytes": 640}, "weighted"),
+        (low, "xw", weights | {"workspace_bytes": 639}, "recompute"),
     ]
     for inputs, needs, settled, mode in cases:
-        assert divergence_settings.mode_of((*inputs, None, teacher), 20, needs, settled) == mode
+        assert settings.mode_of((*inputs, None, teacher), 20, needs, settled) == mode
 
 
 def test_outcomes_may_be_matched_beforehand():

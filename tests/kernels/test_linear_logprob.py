@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.budget import assert_within_budget
-from tokenkit.kernels import linear_logprob as module
-from tokenkit.kernels import linear_logprob_loop, logprob_plan, logprob_tile
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
+from tokenkit.kernels.head import sums
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan, split_vocabulary, tile, tiled
+from tokenkit.kernels.linear_logprob import operation as module
 from tokenkit.kernels.reference import linear_logprob as reference
 from tokenkit.structs import Head
 
@@ -32,9 +32,11 @@ NAMES = ("logp", "subset_logp", "is_top1", "lse", "dhidden", "dweight", "dbias")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16 columns in programs of 8, so that small shapes cross every boundary."""
-    monkeypatch.setattr(logprob_plan, "COLUMNS", (16, 16))
-    monkeypatch.setattr(logprob_tile, "BLOCK_V", 8)
-    monkeypatch.setattr(logprob_tile, "BLOCK_D", 16)
+    monkeypatch.setattr(plan, "COLUMNS", (16, 16))
+    monkeypatch.setattr(plan, "RING_COLUMNS", 32)
+    monkeypatch.setattr(tile, "FOLD_BLOCK_V", 8)
+    monkeypatch.setattr(tile, "BLOCK_V", 8)
+    monkeypatch.setattr(tile, "BLOCK_D", 16)
 
 
 def make(N, V, D, device, *, scale=1.0, bias=True, subset=True):
@@ -286,11 +288,9 @@ def test_repeats_bit_for_bit(mode, executor, device):
 def test_no_product_that_nobody_needs(device, monkeypatch):
     """A frozen head multiplies no dW, constant hidden states no dX: autograd would drop both silently."""
     calls = []
-    for name in ("write_product", "add_product"):
-        original = getattr(linear_logprob_loop, name)
-        monkeypatch.setattr(
-            linear_logprob_loop, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1]
-        )
+    for owner, name in ((sums, "write_product"), (sums, "add_product"), (tiled, "add_product")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1])
     hidden, weight, _, target, _, _ = make(4, 40, 8, device)
     linear_logprob(hidden, Head(weight.requires_grad_()), target).logp_N.sum().backward()
     assert set(calls) == {"write_product"}
@@ -316,7 +316,7 @@ def test_a_subset_may_be_split_beforehand_and_be_shorter_than_the_head(device):
     padded = torch.nn.functional.pad(short, (0, 10))
     values = [
         linear_logprob(hidden, Head(weight), target, subset_V=x).subset_logp_N
-        for x in (padded, short, module.split_vocabulary(short))
+        for x in (padded, short, split_vocabulary(short))
     ]
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[2])
@@ -348,9 +348,18 @@ BAD = {
     "bias dtype": (dict(bias_V=torch.zeros(5).double()), "bias_V is torch.float64"),
     "integers": (dict(target=torch.zeros(4, dtype=torch.int32)), "int64"),
     "devices differ": (dict(target=torch.zeros(4, dtype=torch.long, device="meta")), "is on meta"),
-    "hidden NaN": (dict(poison=(2, float("nan"))), "hidden_ND must be finite: row 2"),
-    "hidden inf": (dict(poison=(1, float("inf"))), "hidden_ND must be finite: row 1"),
-    "hidden inf, softcap": (dict(poison=(3, float("inf")), softcap=5.0), "hidden_ND must be finite: row 3"),
+    "hidden NaN": (
+        dict(poison=(2, float("nan"))),
+        "hidden_ND and its head must be finite: in row 2 it holds",
+    ),
+    "hidden inf": (
+        dict(poison=(1, float("inf"))),
+        "hidden_ND and its head must be finite: in row 1 it holds",
+    ),
+    "hidden inf, softcap": (
+        dict(poison=(3, float("inf")), softcap=5.0),
+        "hidden_ND and its head must be finite: in row 3 it holds",
+    ),
     "weight NaN": (dict(weight=torch.full((5, 8), torch.nan)), "weight_VD and bias_V"),
 }
 

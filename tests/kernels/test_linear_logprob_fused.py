@@ -12,9 +12,10 @@ import torch
 
 from tests.kernels.test_linear_logprob import assert_like_eager, make, run
 from tests.kernels.test_linear_logprob import reference as definition
-from tokenkit.kernels import launch, logprob_modes, logprob_plan
-from tokenkit.kernels import linear_logprob_fused as module
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
+from tokenkit.kernels import launch
+from tokenkit.kernels.head.call import head_fields
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, modes, plan
+from tokenkit.kernels.linear_logprob import fused as module
 from tokenkit.structs import Head
 
 pytestmark = pytest.mark.usefixtures("triton_runs", "small_blocks")
@@ -42,7 +43,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCKS", {name: {80: cut} for name in module.BLOCKS})
     monkeypatch.setattr(module, "_architecture", lambda hidden: 90)
     for name in ("forward", "backward"):
-        monkeypatch.setattr(logprob_modes.loop, name, refuse)
+        monkeypatch.setattr(modes.tiled, name, refuse)
 
 
 def refuse(*arguments):
@@ -166,11 +167,12 @@ def test_ignored_rows_pull_nothing(device):
 )
 def test_the_budget_and_the_width_choose_the_executor(mode, D, budget, expected, device):
     hidden = torch.zeros(32, D, device=device, dtype=torch.bfloat16)
-    plan = plan_of(hidden, mode, budget)
-    assert tuple(module.takes(hidden, hidden, plan, backward=x) for x in (False, True)) == expected
+    made = plan_of(hidden, mode, budget)
+    assert tuple(module.takes(made, backward=x) for x in (False, True)) == expected
 
 
 def plan_of(hidden, mode, budget):
     target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    call = logprob_plan.unpack(*logprob_plan.pack(Head(hidden), 1.0, mode, budget))
-    return logprob_plan.make_plan(hidden, Head(hidden), target, [], call)
+    head = head_fields(Head(hidden), tensors=False)
+    call = {"mode": mode, "temperature": 1.0, "workspace_bytes": budget, "head": head}
+    return plan.make_plan((hidden, hidden, None), target, [], call)

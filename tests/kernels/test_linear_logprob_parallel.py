@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tokenkit.kernels import launch, logprob_plan
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
+from tokenkit.kernels import launch
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan
 from tokenkit.structs import Head, Shard
 
 N, V, D, PADDED = 9, 53, 8, 56
@@ -53,7 +53,7 @@ def call(mode, dtype, subset, shard=None, rows=slice(None)):
     hidden.requires_grad_(mode != "statistics")
     weight, bias = (x[rows].clone().requires_grad_(trains) for x in (weight, bias))
     head = Head(weight, bias, 6.0 if mode.startswith("recompute") else None, 1.3, V, shard)
-    logprob_plan.COLUMNS = (8, 8)
+    plan.COLUMNS = (8, 8)
     result = linear_logprob(hidden, head, target, subset_V=mask, temperature=0.8, workspace_bytes=MODES[mode])
     if mode != "statistics":
         terms = (result.logp_N, result.subset_logp_N, result.lse_N)
@@ -121,7 +121,7 @@ def ranks(request):
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_pieces_are_the_whole(ranks, case, monkeypatch):
-    monkeypatch.setattr(logprob_plan, "COLUMNS", logprob_plan.COLUMNS)  # put back what `call` sets
+    monkeypatch.setattr(plan, "COLUMNS", plan.COLUMNS)  # put back what `call` sets
     monkeypatch.setattr(launch, "INTERPRET", launch.INTERPRET)
     mode, dtype, subset = case
     whole = call(mode, getattr(torch, dtype), subset)

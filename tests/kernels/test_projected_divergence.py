@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.budget import assert_within_budget
+from tokenkit.kernels import launch
 from tokenkit.kernels import projected_divergence as module
-from tokenkit.kernels import row_chunks
+from tokenkit.kernels.head import products
 from tokenkit.kernels.projected_divergence import make_projection, projected_divergence
 from tokenkit.kernels.reference.projected_divergence import projected_divergence as reference
 from tokenkit.structs import Head, Shard
@@ -76,8 +77,14 @@ def test_shapes_and_projections_of_any_kind(N, V, W, M, padding):
         torch.testing.assert_close(value, true, rtol=1e-8, atol=1e-9)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8 ids: small vocabularies cross their boundaries."""
+    monkeypatch.setattr(module, "BLOCK", 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_exact_as_eager(dtype):
+def test_as_exact_as_eager(dtype, executor, small_blocks):
     projection = make_projection(*make_entries(23, 31, 60), 23, 31)
     tensors = make(dtype=dtype)
     truth = run(reference, [t.double() for t in tensors], 23, 31, projection)
@@ -99,10 +106,10 @@ def test_a_gpu_is_given_operands_of_one_dtype(monkeypatch):
         assert left.dtype == right.dtype
         return left.float() @ right.float()
 
-    monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    monkeypatch.setattr(row_chunks, "operand", lambda tensor, dtype: tensor)
-    monkeypatch.setattr(row_chunks, "product", lambda left, right, out: out.copy_(like(left, right)))
-    monkeypatch.setattr(row_chunks, "add_product", lambda total, left, right: total.add_(like(left, right)))
+    monkeypatch.setattr(launch, "INTERPRET", True)
+    monkeypatch.setattr(products, "operand", lambda tensor, dtype: tensor)
+    monkeypatch.setattr(products, "product", lambda left, right, out: out.copy_(like(left, right)))
+    monkeypatch.setattr(products, "add_product", lambda total, left, right: total.add_(like(left, right)))
     projection = make_projection(*make_entries(23, 31, 60), 23, 31)
     tensors = make(dtype=torch.bfloat16)
     truth = run(reference, [t.double() for t in tensors], 23, 31, projection)
@@ -110,7 +117,7 @@ def test_a_gpu_is_given_operands_of_one_dtype(monkeypatch):
         torch.testing.assert_close(value.double(), true, rtol=0.05, atol=0.05)
 
 
-def test_large_logits_stay_finite():
+def test_large_logits_stay_finite(executor):
     tensors = make()
     tensors = [t * 40 for t in tensors[:3]] + [t * 40 for t in tensors[3:]]
     head, teacher_head = heads(tensors, 23, 31)
@@ -188,15 +195,18 @@ def test_a_projection_that_is_none_is_named(entries, message):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_torch_finds_the_operation_sound(frozen):
+def test_torch_finds_the_operation_sound(frozen, monkeypatch):
     tensors = make(N=3, dtype=torch.float32)
     for tensor in tensors[: 1 if frozen else 3]:
         tensor.requires_grad_()
     head, teacher_head = heads(tensors, 23, 31, softcap=4.0)
     projection = make_projection(*make_entries(23, 31, 60), 23, 31)
-    plan = module._Plan(head, teacher_head, projection, 1.0, 1.0, 4000, (True, not frozen, not frozen))
-    packed = module._pack(plan, torch.rand(3))
-    torch.library.opcheck(module._divergence, (*tensors[:3], tensors[3], *packed))
+    original, calls = module._divergence, []
+    monkeypatch.setattr(module, "_divergence", lambda *args: (calls.append(args), original(*args))[1])
+    projected_divergence(
+        tensors[0], head, tensors[3], teacher_head, projection, torch.rand(3), workspace_bytes=4000
+    )
+    torch.library.opcheck(original, calls[0])
 
 
 def test_rows_chosen_inside_a_graph_give_what_eager_gives():

@@ -35,9 +35,11 @@ from tests.kernels.sorted_cases import (
     run,
     two_models,
 )
-from tokenkit.kernels import sorted_rows, sorted_tile
+from tokenkit.kernels.head import logits
+from tokenkit.kernels.head.side import side_of
 from tokenkit.kernels.reference import sorted_distance as reference
-from tokenkit.kernels.sorted_distance import error_bound, sorted_distance
+from tokenkit.kernels.sorted_distance import error_bound, rows, sorted_distance
+from tokenkit.kernels.sorted_distance import tile as sorted_tile
 from tokenkit.structs import Head
 
 SHAPES = [
@@ -50,7 +52,9 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Programs of 16 columns, CPU pieces of three rows, histograms merged by twos."""
-    monkeypatch.setattr(sorted_rows, "COLUMNS", (16, 16))
+    monkeypatch.setattr(rows, "COLUMNS", (16, 16))
+    monkeypatch.setattr(logits, "BLOCK_V", 16)
+    monkeypatch.setattr(logits, "GROUP_BYTES", 500)
     for name, value in {"BLOCK_V": 16, "HISTOGRAM_BLOCK_V": 8, "PIECE": 100, "MERGE_ROWS": 2}.items():
         monkeypatch.setattr(sorted_tile, name, value)
 
@@ -184,9 +188,8 @@ def test_two_ids_by_hand(exact, executor, device):
 def test_every_id_is_in_one_bin_and_the_bins_hold_all_the_mass(scale, executor, device):
     """Also where nearly all ids share the first bin."""
     z_NV = scale * torch.randn(3, 90, device=device)
-    softmax = sorted_rows.Side(z_NV, Head(torch.eye(90, device=device)), 1.0).softmax(
-        z_NV, "z_NV", slice(0, 3)
-    )
+    side = side_of("z_NV", z_NV, Head(torch.eye(90, device=device)))
+    softmax = rows.softmax_of(side, z_NV, 1.0, slice(0, 3))
     foot_N = sorted_tile.foot(softmax.inverse_N)
     bins = sorted_tile.histogram(z_NV, softmax, foot_N)
     assert ((bins[0] >> sorted_tile.COUNT).sum(1) == 90).all()

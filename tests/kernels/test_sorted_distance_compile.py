@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tokenkit.kernels import sorted_distance as module
+from tokenkit.kernels.head.call import head_fields, pack
+from tokenkit.kernels.sorted_distance import operation as module
 from tokenkit.kernels.sorted_distance import sorted_distance
-from tokenkit.kernels.sorted_rows import Options
 from tokenkit.structs import Head
 
 
@@ -72,13 +72,21 @@ def test_inductor_compiles_it():
 def test_the_operation_passes_the_checks_of_torch(mode):
     exact, weighted = MODES[mode]
     student, weight, bias, teacher, teacher_weight, _ = inputs(3)
-    head, teacher_head = Head(weight, bias, softcap=5.0), Head(teacher_weight)
-    numbers, words = module._pack(Options(mode, exact, "xwb", 1.0, 0), head, teacher_head)
-    row_weight_N = torch.rand(3) if weighted else None
-    arguments = (student, weight, bias, [teacher, teacher_weight], row_weight_N, numbers, words)
+    packed = pack(
+        mode=mode,
+        exact=exact,
+        needs="xwb",
+        workspace_bytes=0,
+        temperature=1.0,
+        row_weight_N=torch.rand(3) if weighted else None,
+        teacher_NE=teacher,
+        student_head=head_fields(Head(weight, bias, softcap=5.0), tensors=False),
+        teacher_head=head_fields(Head(teacher_weight)),
+    )
+    arguments = (student, weight, bias, *packed)
     torch.library.opcheck(module._operation, arguments)
     if mode == "tables":
         tables = [x.detach() for x in module._operation(*arguments)[1:]]
         detached = [x.detach() for x in (student, weight, bias)]
-        arguments = (*detached, torch.rand(3), tables, numbers, words)
+        arguments = (*detached, torch.rand(3), tables, *packed)
         torch.library.opcheck(module._backward_operation, arguments)

@@ -9,9 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.sorted_cases import EXECUTED, THREE_ROWS, make
-from tokenkit.kernels import sorted_distance as module
-from tokenkit.kernels import sorted_rows
+from tokenkit.kernels.head.side import side_of
 from tokenkit.kernels.sorted_distance import error_bound, sorted_distance
+from tokenkit.kernels.sorted_distance import operation as module
+from tokenkit.kernels.sorted_distance import rows as sorted_rows
 from tokenkit.structs import Head
 
 
@@ -65,26 +66,30 @@ def test_all_the_logits_never_exist_at_once(mode, monkeypatch, device):
         12, 15_000, 14_000, 3, device
     )
     student, other = (
-        sorted_rows.Side(x, head, 1.0)
-        for x, head in ((hidden, Head(weight, bias)), (teacher, Head(teacher_weight, teacher_bias)))
+        side_of(name, x, head)
+        for name, x, head in (
+            ("one", hidden, Head(weight, bias)),
+            ("other", teacher, Head(teacher_weight, teacher_bias)),
+        )
     )
     needs = "" if mode == "values" else "xwb"
-    options = sorted_rows.Options(mode, False, needs, 1.0, 0)
+    options = sorted_rows.Options(mode, False, needs, 0)
     with Largest() as largest:
         _, *kept = sorted_rows.run(student, other, upstream, options)
         if mode == "tables":
-            sorted_rows.run_backward(
-                sorted_rows.Side(hidden, Head(weight, bias), 1.0), upstream, kept, options
-            )
+            sorted_rows.run_backward(student, upstream, kept, options)
     allowed = 15_000 * 4
     assert largest.numel <= allowed < 12 * 15_000
 
 
 BAD = {
-    "states and head differ": (dict(weight=torch.zeros(5, 9)), r"the student's .* \(4, 8\) and \(5, 9\)"),
-    "teacher's states and head differ": (dict(teacher_weight=torch.zeros(5, 9)), "the teacher's"),
+    "states and head differ": (dict(weight=torch.zeros(5, 9)), r"student_ND .* \(4, 8\) and \(5, 9\)"),
+    "teacher's states and head differ": (
+        dict(teacher_weight=torch.zeros(5, 9)),
+        "teacher_NE and teacher_head",
+    ),
     "rows differ": (dict(teacher=torch.zeros(3, 6)), "same rows: got 4 and 3"),
-    "head's dtype": (dict(weight=torch.zeros(5, 8).half()), "cast or move the head once"),
+    "head's dtype": (dict(weight=torch.zeros(5, 8).half()), "cast the head once"),
     "head's device": (dict(teacher_weight=torch.zeros(7, 6, device="meta")), "on meta"),
     "float64 and float32": (
         dict(teacher=torch.zeros(4, 6).double(), teacher_weight=torch.zeros(7, 6).double()),

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tokenkit.kernels import sorted_rows
+from tokenkit.kernels.sorted_distance import rows as sorted_rows
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.structs import Head, Shard
 

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from tests.kernels.sorted_cases import make, run
-from tokenkit.kernels import hybrid_distance, sorted_distance, sorted_exact, sorted_rows, sorted_tile
+from tokenkit.kernels import hybrid_distance, sorted_distance
+from tokenkit.kernels.head.side import side_of
 from tokenkit.kernels.reference.sorted_distance import sorted_distance as reference
+from tokenkit.kernels.sorted_distance import exact as sorted_exact
+from tokenkit.kernels.sorted_distance import rows as sorted_rows
+from tokenkit.kernels.sorted_distance import tile as sorted_tile
 from tokenkit.structs import Head, Shard
 
 
@@ -134,7 +138,7 @@ def test_a_sort_on_a_cpu_takes_a_row_at_a_time(monkeypatch):
     inputs = make(12, 900, 700, 3, "cpu")
     run(sorted_distance.sorted_distance, torch.float32, inputs, "formed", exact=True)
     assert largest == 900
-    sides = [sorted_rows.Side(inputs[i], Head(inputs[i + 1]), 1.0) for i in (0, 3)]
+    sides = [side_of("x", inputs[i], Head(inputs[i + 1])) for i in (0, 3)]
     per_row, fixed = sorted_rows._sorting_bytes(*sides, forms=True)
     assert (per_row, fixed) == (4 * 1600, 32 * 1000)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from tokenkit.kernels.linear_logprob import Subset
 from tokenkit.kernels.reference import alm_difference as difference
 from tokenkit.kernels.reference import hybrid_distance as hybrid
 from tokenkit.kernels.reference import linear_divergence as divergence
 from tokenkit.kernels.reference import linear_logprob as logprob
 from tokenkit.kernels.reference import projected_divergence as projected
 from tokenkit.kernels.reference import sorted_distance as distance
-from tokenkit.kernels.vocabulary import Subset
 from tokenkit.losses import alm, dskd, gold, gold_js, mined, score, uld, xtoken
 
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from tokenkit.evaluation.scorer import ModelScorer, Stop
+from tokenkit.kernels.head.products import write_products
+from tokenkit.kernels.head.tiles import chunks
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.kernels.row_chunks import chunks, write_products
 from tokenkit.structs import Head
 
 if TYPE_CHECKING:

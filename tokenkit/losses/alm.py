@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenkit.kernels.alm_difference import alm_difference
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join
 from tokenkit.kernels.kinds import Difference
-from tokenkit.kernels.vocabulary import Subset, split_vocabulary
+from tokenkit.kernels.linear_logprob import Subset, split_vocabulary
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, AlmOptions, Denominator, Numerator
 from tokenkit.losses.score import Rows, Scores, need_teacher, score, select_rows, valid_chunks

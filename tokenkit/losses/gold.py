@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.hybrid_distance import FLOOR, Measure, Pairs, hybrid_distance, split_columns
 from tokenkit.kernels.linear_logprob import linear_logprob
-from tokenkit.kernels.vocabulary_parallel import vocab_size
 from tokenkit.losses.answers import (
     Groups,
     Scalars,

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.linear_divergence import Outcomes
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob
-from tokenkit.kernels.outcomes import Outcomes
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldJsOptions

@@ -7,7 +7,7 @@ by both loss masks. Where one side was cut shorter, what the other has beyond is
 by default KL(q ‖ p), at temperature T; not multiplied by T².
 
 Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; divergences:
-`kernels/divergence_terms.py`.
+`kernels/linear_divergence/terms.py`.
 
 Dimensions: N tokens, B documents, T student positions, S teacher positions, L the smaller of the two.
 """
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.kinds import Divergence
-from tokenkit.kernels.vocabulary_parallel import vocab_size
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, KlOptions
 from tokenkit.losses.score import RowPairs, need_head, need_teacher, scored_tokens, summed_divergence, take

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenkit.kernels.divergence_checks import check_hidden
+from tokenkit.kernels.head.side import check_hidden
 from tokenkit.losses.base import Measured, without_gradient
 from tokenkit.losses.options import Align, LatentChunks, LatentsOptions, Normalization
 from tokenkit.losses.score import RowPairs, chunk_ends, need_teacher, take

@@ -15,7 +15,7 @@ and cross entropy for rkl and akl, which are infinite there. Both at temperature
 kinds of student tokens.
 
 Source: Wan et al. 2024, "Knowledge Fusion of Large Language Models", arXiv:2401.10491 (MinED); divergences:
-`kernels/divergence_terms.py`.
+`kernels/linear_divergence/terms.py`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
-from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, linear_logprob
-from tokenkit.kernels.vocabulary import Subset
+from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, Subset, linear_logprob
 from tokenkit.losses.shared_options import WORKSPACE_BYTES
 from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
 

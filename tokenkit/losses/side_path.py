@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.outcomes import Outcomes
+from tokenkit.kernels.linear_divergence import Outcomes
 from tokenkit.losses.base import Loss, Pair, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, Distance, SidePathOptions
 from tokenkit.losses.score import (

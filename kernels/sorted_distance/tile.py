@@ -1,6 +1,5 @@
 """What `sorted_distance` does with rows of logits: Triton epilogues, and the same lines of torch.
 
-    row_statistics   z -> maximum and Σ exp(z − maximum)
     histogram        z -> how many probabilities each bin holds, and how far above its lower edge they lie
     merge            two histograms -> the distance, the sign of each bin, and the mean sign under p
     dlogits          z -> the gradient of z
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.head.logits import slope, slope_triton
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
 
@@ -90,32 +90,18 @@ def _edge(bins, foot):
 
 
 @triton.jit
-def _statistics_kernel(z_ptr, max_ptr, sum_ptr, V, BLOCK_V: tl.constexpr):
-    """One program per row: its maximum, and the sum of exp(z − maximum)."""
-    n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows of 128k
-    m = float("-inf")
-    s = 0.0
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = tl.load(z_ptr + n * V + offs_v, mask=offs_v < V, other=float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
-        m = m_new
-    tl.store(max_ptr + n, m)
-    tl.store(sum_ptr + n, s)
-
-
-@triton.jit
 def _histogram_kernel(
     z_ptr, max_ptr, inverse_ptr, foot_ptr, bins_ptr,
-    V, BINS,
+    stride, V, BINS,
+    alpha,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and stretch of V: add its probabilities to the row's bins."""
-    n = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 128k
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs_v < V
-    z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=float("-inf"))
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
+    z = tl.where(mask, z, float("-inf"))
     p = tl.exp(z - tl.load(max_ptr + n)) * tl.load(inverse_ptr + n)
     code = _code(p, tl.load(foot_ptr + n))
     bins = code >> _FRACTION
@@ -160,41 +146,20 @@ def _merge_kernel(
 @triton.jit
 def _dlogits_kernel(
     z_ptr, max_ptr, inverse_ptr, foot_ptr, mean_ptr, factor_ptr, sign_ptr, dz_ptr,
-    V, BINS,
-    cap,
-    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride, dz_stride, V, BINS,
+    alpha, cap,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and stretch of V: p (sign − mean) times the row's factor and the cap's slope."""
     n = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs_v < V
-    z = tl.load(z_ptr + n * V + offs_v, mask=mask, other=0.0)
+    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
     p = tl.exp(z - tl.load(max_ptr + n)) * tl.load(inverse_ptr + n)
     bins = _code(p, tl.load(foot_ptr + n)) >> _FRACTION
     sign = tl.load(sign_ptr + n * BINS + bins, mask=mask, other=0).to(tl.float32)
-    dz = p * (sign - tl.load(mean_ptr + n)) * tl.load(factor_ptr + n)
-    if HAS_CAP:
-        dz *= 1.0 - (z / cap) * (z / cap)
-    tl.store(dz_ptr + n * V + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-
-
-def row_statistics(z_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maximum of each row and Σ exp(z − maximum); −inf and 0 where the row holds no logit."""
-    N, V = z_NV.shape
-    max_N, sum_N = (z_NV.new_full((N,), fill) for fill in (-torch.inf, 0.0))
-    if not z_NV.numel():
-        return max_N, sum_N
-    if runs_triton(z_NV):
-        with on_device(z_NV):
-            _statistics_kernel[(N,)](z_NV, max_N, sum_N, V, BLOCK_V=BLOCK_V)
-        return max_N, sum_N
-    torch.amax(z_NV, 1, out=max_N)
-    work = _Work(z_NV)
-    for rows in work.rows():
-        for columns in work.columns():
-            p_NV = torch.sub(z_NV[rows, columns], max_N[rows, None], out=work.float_NV).exp_()
-            sum_N[rows] += p_NV.sum(1)
-    return max_N, sum_N
+    dz = p * (sign - tl.load(mean_ptr + n)) * tl.load(factor_ptr + n) * slope_triton(z, cap)
+    tl.store(dz_ptr + n * dz_stride + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 def foot(largest_N: Tensor) -> Tensor:
@@ -204,11 +169,11 @@ def foot(largest_N: Tensor) -> Tensor:
     return (exponent_N - (COARSE_OCTAVES + FINE_OCTAVES) << OCTAVE).view(torch.float32)
 
 
-def histogram(z_NV: Tensor, softmax: Softmax, foot_N: Tensor) -> Tensor:
+def histogram(z_NV: Tensor, softmax: Softmax, foot_N: Tensor, alpha: float = 1.0) -> Tensor:
     """Return [planes, N, BINS] int64; sums and differences of such tensors are those of what they count.
 
     float32 has one plane, count · 2^COUNT + Σ fraction in steps of 2^-FRACTION of a bin; float64 has the
-    count, and Σ fraction in steps of 2^-FINE_FRACTION.
+    count, and Σ fraction in steps of 2^-FINE_FRACTION. `alpha`: what is left to multiply z_NV with.
     """
     N, V = z_NV.shape
     bins = torch.zeros((_planes(z_NV), N, BINS), dtype=torch.int64, device=z_NV.device)
@@ -217,7 +182,9 @@ def histogram(z_NV: Tensor, softmax: Softmax, foot_N: Tensor) -> Tensor:
     if runs_triton(z_NV):
         with on_device(z_NV):
             grid = (N, triton.cdiv(V, HISTOGRAM_BLOCK_V))
-            _histogram_kernel[grid](z_NV, *softmax, foot_N, bins, V, BINS, BLOCK_V=HISTOGRAM_BLOCK_V)
+            _histogram_kernel[grid](
+                z_NV, *softmax, foot_N, bins, z_NV.stride(0), V, BINS, alpha, BLOCK_V=HISTOGRAM_BLOCK_V
+            )
         return bins
     work = _Work(z_NV)
     for rows in work.rows():
@@ -296,16 +263,33 @@ def bound(own: Tensor, theirs: Tensor, foot_N: Tensor, dtype: torch.dtype) -> Te
     return 2 * (hidden_NB * width_NB).masked_fill(alone_NB, 0).sum(1)
 
 
-def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, dz_NV: Tensor) -> None:
-    """Write p (sign − mean) factor (1 − (z / cap)²) to dz_NV, which may be z_NV."""
+def dlogits(
+    z_NV: Tensor,
+    row: RowFactors,
+    sign_NB: Tensor,
+    cap: float | None,
+    dz_NV: Tensor,
+    alpha: float = 1.0,
+) -> None:
+    """Write p (sign − mean) factor (1 − (z / cap)²) to dz_NV, which may be z_NV.
+
+    Args:
+        z_NV: logits, up to `alpha`.
+        row: numbers of each row.
+        sign_NB: of each bin.
+        cap: softcap over temperature.
+        dz_NV: where to write.
+        alpha: what is left to multiply z_NV with.
+    """
     N, V = z_NV.shape
     if not z_NV.numel():
         return
     if runs_triton(z_NV):
         with on_device(z_NV):
             _dlogits_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                z_NV, *row, sign_NB, dz_NV, V, BINS, cap or 1.0, HAS_CAP=cap is not None, BLOCK_V=BLOCK_V
-            )
+                z_NV, *row, sign_NB, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, BINS, alpha, cap,
+                BLOCK_V=BLOCK_V,
+            )  # fmt: skip
         return
     work = _Work(z_NV)
     softmax = Softmax(row.max_N, row.inverse_N)
@@ -318,8 +302,7 @@ def dlogits(z_NV: Tensor, row: RowFactors, sign_NB: Tensor, cap: float | None, d
             torch.index_select(table_NB.view(-1), 0, bin_NV.view(-1), out=work.other_NV.view(-1))
             p_NV.mul_(work.other_NV)
             if cap is not None:
-                torch.div(z, cap, out=work.other_NV).square_().neg_().add_(1)
-                p_NV.mul_(work.other_NV)
+                p_NV.mul_(slope(z, cap, out=work.other_NV))
             dz_NV[rows, columns] = p_NV
 
 

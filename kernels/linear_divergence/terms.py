@@ -30,11 +30,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.kinds import MIXED
 from tokenkit.kernels.language import tl, triton
-
-MIXED = ("skl", "srkl")  # of these one model's gradient is that of skl
-MIRROR = {"kl": "rkl", "rkl": "kl", "skl": "srkl", "srkl": "skl"}
-"""The kind that each becomes when student and teacher change places; others stay."""
 
 LOWEST = tl.constexpr(-1e36)  # log of a probability of 0: finite, so that 0 · log 0 is 0
 SMALL = tl.constexpr(0.5)  # |x| below which φ is a polynomial: to x⁹, 2e-8 of it

@@ -6,7 +6,7 @@
     centre         Σ e over outcomes; with repeating ids, plus κ Σ p
 
 All of it is O(N) beside the logits. Processes that share a vocabulary add up these numbers, never logits. The
-formulas are those of `divergence_terms.py`. Dimensions: N tokens, V columns, P those that face each other.
+formulas are those of `terms.py`. Dimensions: N tokens, V columns, P those that face each other.
 """
 
 from __future__ import annotations
@@ -16,53 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import divergence_tile as tile
-from tokenkit.kernels.adaptive_weight import Pair, adaptive_weight
-from tokenkit.kernels.divergence_terms import MIRROR, MIXED, gradients, kappa, terms
-from tokenkit.kernels.row_chunks import Rows
-from tokenkit.kernels.vocabulary_parallel import reduce_max, reduce_sum
+from tokenkit.kernels.head.logits import row_sums
+from tokenkit.kernels.head.sharded import reduce_max, reduce_sum
+from tokenkit.kernels.head.side import Side
+from tokenkit.kernels.kinds import MIRROR, MIXED
+from tokenkit.kernels.linear_divergence import tile
+from tokenkit.kernels.linear_divergence.adaptive_weight import Pair, adaptive_weight
+from tokenkit.kernels.linear_divergence.settings import Problem
+from tokenkit.kernels.linear_divergence.terms import gradients, kappa, terms
 from tokenkit.structs import Head
 
 INFINITE = 1e12  # nats; a value above it holds a·log(a/0): `LOWEST` times a probability
-
-
-class Side(NamedTuple):
-    """One model: its hidden states, head, and which of its rows are columns."""
-
-    hidden_ND: Tensor
-    head: Head
-    rows: Rows
-    bias_V: Tensor | None
-    """Of the columns."""
-    share_P: Tensor | None
-    alpha: float
-    """Scale over temperature."""
-    cap: float | None
-    """Softcap over temperature."""
-
-
-class Problem(NamedTuple):
-    """A divergence to be computed."""
-
-    student: Side
-    teacher: Side
-    pairs: int
-    """P, columns that face each other; those after them are ids in no pair."""
-    has_rest: bool
-    """Whether the ids in no pair are an outcome."""
-    repeats: bool
-    """Whether a row of the student's head may have several columns."""
-    kind: str
-    skew: float
-    tail_mass: float
-    """alpha of akl."""
-    dtype: torch.dtype
-    """Of logits and sums: float32 or float64."""
-
-    @property
-    def shares(self) -> bool:
-        """Whether an id of either model has several columns under its full vocabulary."""
-        return self.student.share_P is not None or self.teacher.share_P is not None
 
 
 class Logits(NamedTuple):
@@ -97,6 +61,7 @@ class Seen(NamedTuple):
     """A divergence from the place of one model: `lse_N` and `centre_N` are that model's."""
 
     side: Side
+    share_P: Tensor | None
     kind: str
     top_N: Tensor
     other_top_N: Tensor
@@ -112,13 +77,13 @@ def seen(problem: Problem, state: RowState, *, by_teacher: bool) -> Seen:
     """Return the divergence from the place of the student or of the teacher."""
     if not by_teacher:
         return Seen(
-            problem.student, problem.kind, state.top_N, state.teacher_top_N,
+            problem.student, problem.shares[0], problem.kind, state.top_N, state.teacher_top_N,
             state.lse_N, state.teacher_lse_N, state.centre_N, state.weight_N,
             state.rest_lse_N, state.rest_factor_N,
         )  # fmt: skip
     kind = MIRROR.get(problem.kind, problem.kind)
     return Seen(
-        problem.teacher, kind, state.teacher_top_N, state.top_N,
+        problem.teacher, problem.shares[1], kind, state.teacher_top_N, state.top_N,
         state.teacher_lse_N, state.lse_N, state.teacher_centre_N, 1 - state.weight_N,
         state.teacher_rest_lse_N, state.teacher_rest_factor_N,
     )  # fmt: skip
@@ -135,8 +100,8 @@ def row_state(problem: Problem, logits: Logits, *, train_teacher: bool) -> tuple
     pairs, head = problem.pairs, problem.student.head
     alphas = logits.alpha, logits.teacher_alpha
     lses = [
-        _log_sums(z_NV, pairs, alpha, side.share_P, head)
-        for z_NV, alpha, side in zip(logits[:2], alphas, (problem.student, problem.teacher), strict=True)
+        _log_sums(z_NV, pairs, alpha, share_P, head)
+        for z_NV, alpha, share_P in zip(logits[:2], alphas, problem.shares, strict=True)
     ]
     (top_N, lse_N, rest_lse_N), (teacher_top_N, teacher_lse_N, teacher_rest_lse_N) = lses
     rest = None
@@ -179,7 +144,7 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
         value_N = value_N + addend_N
         centres = [centre_N + pull_N for centre_N, pull_N in zip(centres, pulls, strict=True)]
         masses = [mass_N + log_N.exp() for mass_N, log_N in zip(masses, rest, strict=True)]
-    if problem.shares:
+    if any(share_P is not None for share_P in problem.shares):
         drift_N = masses[0] - masses[1]
         value_N = value_N + kappa(problem.kind, problem.skew, state.weight_N) * drift_N
     if problem.kind in MIXED:
@@ -189,14 +154,14 @@ def _with_rest(problem: Problem, state: RowState, found: tile.RowSums, rest: Any
         kappa(mirror, problem.skew, 1 - state.weight_N),
     )
     factors = []
-    for i, side in enumerate((problem.student, problem.teacher)):
-        if side.share_P is not None:
+    for i, share_P in enumerate(problem.shares):
+        if share_P is not None:
             centres[i] = centres[i] + kappas[i] * masses[i]
         whole_N, rest_N = ((state.lse_N, state.rest_lse_N), (state.teacher_lse_N, state.teacher_rest_lse_N))[
             i
         ]
         mass_N = (rest_N - whole_N).exp()  # of the ids in no pair, an outcome or not
-        drift = kappas[i] * mass_N if side.share_P is not None and rest is not None else 0.0
+        drift = kappas[i] * mass_N if share_P is not None and rest is not None else 0.0
         factors.append(pulls[i] + drift - mass_N * centres[i])
     value_N = torch.where(value_N > INFINITE, torch.inf, value_N)
     return value_N, state._replace(
@@ -224,7 +189,7 @@ def _log_sums(
     z_NV: Tensor, pairs: int, alpha: float, share_P: Tensor | None, head: Head
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the maximum of each row and, from it, the log-sum-exp of all columns and of those in no pair."""
-    parts = [tile.row_sums(z_NV[:, :pairs], alpha, share_P), tile.row_sums(z_NV[:, pairs:], alpha)]
+    parts = [row_sums(z_NV[:, :pairs], alpha, share_P), row_sums(z_NV[:, pairs:], alpha)]
     max_2N, sum_2N = (torch.stack(x) for x in zip(*parts, strict=True))
     if head.shard is not None:
         top_2N = reduce_max(max_2N.clone(), head)
@@ -273,7 +238,7 @@ def write_gradient(
         view.lse_N, view.other_lse_N, view.centre_N, view.weight_N, upstream_N * view.side.alpha, kappa_N,
         view.top_N, view.other_top_N,
     )  # fmt: skip
-    share_P = None if view.side.share_P is None else view.side.share_P[columns]
+    share_P = None if view.share_P is None else view.share_P[columns]
     own_NV, other_NV, alpha, other_alpha = logits
     if view.side is problem.teacher:
         own_NV, other_NV, alpha, other_alpha = other_NV, own_NV, other_alpha, alpha

@@ -2,7 +2,7 @@
 
     z = softcap(scale (hidden · weight + bias)) / T     T: temperature; the teacher's by teacher_temperature
     p = softmax of the student's z,   q = softmax of the teacher's, over the same outcomes (`outcomes.py`)
-    value = D(p, q),   ∂value/∂z_s = e − p Σ e          kinds, D and e: `divergence_terms.py`
+    value = D(p, q),   ∂value/∂z_s = e − p Σ e          kinds, D and e: `terms.py`
 
 The teacher's gradient is the same with the two in each other's place (kl ↔ rkl, skl ↔ srkl). Modes, in GEMMs
 of 2·N·V·D (both models counted alike), and memory above `workspace_bytes` and O(N·D):
@@ -22,21 +22,17 @@ Dimensions: N rows, V student and W teacher vocabulary, D and E hidden sizes, P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.divergence_checks import check_finite, check_numbers, check_sides
-from tokenkit.kernels.divergence_passes import Gradients, Needs, by_chunks, by_tiles
-from tokenkit.kernels.divergence_rows import RowState
-from tokenkit.kernels.divergence_settings import DEFAULTS, Options, mode_of, prepare, problem_of, unpack
-from tokenkit.kernels.kinds import KINDS
-from tokenkit.kernels.outcomes import Outcomes, match_outcomes
+from tokenkit.kernels.head.call import Packed, unpack, wanted
+from tokenkit.kernels.linear_divergence.checks import check_numbers, check_sides, check_values
+from tokenkit.kernels.linear_divergence.passes import by_chunks, by_tiles
+from tokenkit.kernels.linear_divergence.rows import RowState
+from tokenkit.kernels.linear_divergence.settings import DEFAULTS, Options, mode_of, prepare, problem_of
 from tokenkit.structs import Head
-
-__all__ = ["KINDS", "Outcomes", "linear_divergence", "match_outcomes"]
 
 
 @torch.library.custom_op(
@@ -46,64 +42,53 @@ __all__ = ["KINDS", "Outcomes", "linear_divergence", "match_outcomes"]
     "float[] numbers, str words) -> Tensor[]",
 )
 def _divergence(
-    student: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor,
-    constants: Sequence[Tensor],
-    *packed: Any,
+    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, *packed: Any
 ) -> list[Tensor]:
-    settings = unpack(*packed)
-    tensors = dict(zip(settings.constants, constants, strict=True))
     with torch.autocast(student.device.type, enabled=False):  # it would round float32 operands
-        problem = problem_of((student, weight, bias, teacher), tensors, settings)
-        needs, upstream_N = Needs(*settings.needs), None
-        if settings.mode == "rows":
+        problem, call = problem_of((student, weight, bias, teacher), packed)
+        upstream_N = None
+        if call["mode"] == "rows":
             upstream_N = student.new_ones(len(student), dtype=problem.dtype)
-        elif settings.mode == "weighted":
-            upstream_N = tensors["row_weight"].to(problem.dtype)
-        value_N, state, gradients = by_chunks(
-            problem, upstream_N, needs, settings.workspace_bytes, train_teacher=needs.teacher
-        )
-    check_finite(value_N, state, problem)
-    if settings.mode == "recompute":
+        elif call["mode"] == "weighted":
+            upstream_N = call["row_weight"].to(problem.dtype)
+        value_N, state, gradients = by_chunks(problem, upstream_N, call["needs"], call["workspace_bytes"])
+    problem.student.check_finite(state.top_N + state.lse_N)
+    problem.teacher.check_finite(state.teacher_top_N + state.teacher_lse_N)
+    check_values(value_N, problem.kind)
+    if call["mode"] == "recompute":
         return [value_N, torch.stack(state)]
-    if settings.mode == "value":
+    if call["mode"] == "value":
         return [value_N]
-    if settings.mode == "weighted" and upstream_N is not None:
+    if call["mode"] == "weighted" and upstream_N is not None:
         value_N = (value_N * upstream_N).sum()
     return [value_N, *_in_order(gradients, student, weight, bias)]
 
 
-def _in_order(gradients: Gradients, student: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+def _in_order(
+    gradients: list[Tensor | None], student: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Tensor]:
     """Return one tensor for each gradient, empty where it is not wanted; the head's in its dtype."""
-    student_ND, weight_VD, bias_V, teacher_NE = gradients
-    if weight_VD is not None:
-        weight_VD = weight_VD.to(weight.dtype)
-    if bias_V is not None and bias is not None:
-        bias_V = bias_V.to(bias.dtype)
-    found = (student_ND, weight_VD, bias_V, teacher_NE)
-    return [student.new_empty(0) if x is None else x for x in found]
+    dtypes = None, weight.dtype, None if bias is None else bias.dtype, None
+    found = zip(gradients, dtypes, strict=True)
+    return [student.new_empty(0) if x is None else x.to(dtype or x.dtype) for x, dtype in found]
 
 
 @_divergence.register_fake
-def _(
-    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, constants: Any, *packed: Any
-) -> Any:
-    settings = unpack(*packed)
+def _(student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, *packed: Any) -> Any:
+    call = unpack(*packed)
+    mode, needs = call["mode"], call["needs"]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    N, needs = student.shape[0], Needs(*settings.needs)
-    value = student.new_empty(() if settings.mode == "weighted" else N, dtype=dtype)
-    if settings.mode == "recompute":
-        return [value, student.new_empty((len(RowState._fields), N), dtype=dtype)]
-    if settings.mode == "value":
+    value = student.new_empty(() if mode == "weighted" else student.shape[0], dtype=dtype)
+    if mode == "recompute":
+        return [value, student.new_empty((len(RowState._fields), student.shape[0]), dtype=dtype)]
+    if mode == "value":
         return [value]
     return [
         value,
-        student.new_empty(student.shape if needs.student else 0, dtype=dtype if needs.student else None),
-        torch.empty_like(weight) if needs.weight else student.new_empty(0),
-        torch.empty_like(bias) if needs.bias and bias is not None else student.new_empty(0),
-        student.new_empty(teacher.shape if needs.teacher else 0, dtype=dtype if needs.teacher else None),
+        student.new_empty(student.shape if "x" in needs else 0, dtype=dtype if "x" in needs else None),
+        torch.empty_like(weight) if "w" in needs else student.new_empty(0),
+        torch.empty_like(bias) if "b" in needs and bias is not None else student.new_empty(0),
+        student.new_empty(teacher.shape if "t" in needs else 0, dtype=dtype if "t" in needs else None),
     ]
 
 
@@ -114,63 +99,62 @@ def _(
     "Tensor[] constants, float[] numbers, str words) -> Tensor[]",
 )
 def _divergence_backward(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
-    student, weight, bias, teacher, constants, *packed = inputs
-    settings = unpack(*packed)
-    tensors = dict(zip(settings.constants, constants, strict=True))
+    student, weight, bias, teacher, *packed = inputs
     with torch.autocast(student.device.type, enabled=False):
-        problem = problem_of((student, weight, bias, teacher), tensors, settings)
+        problem, call = problem_of((student, weight, bias, teacher), _packed(packed))
         gradients = by_tiles(
-            problem, RowState(*state.unbind()), upstream, Needs(*settings.needs), settings.workspace_bytes
+            problem, RowState(*state.unbind()), upstream, call["needs"], call["workspace_bytes"]
         )
     student_ND, weight_VD, bias_V, teacher_NE = _in_order(gradients, student, weight, bias)
     return [student_ND.to(student.dtype), weight_VD, bias_V, teacher_NE.to(teacher.dtype)]
 
 
+def _packed(packed: list[Any]) -> Packed:
+    return packed[0], packed[1], packed[2]
+
+
 @_divergence_backward.register_fake
 def _(upstream: Tensor, state: Tensor, *inputs: Any) -> list[Tensor]:
-    student, weight, bias, teacher, _, *packed = inputs
-    needs = unpack(*packed).needs
+    student, weight, bias, teacher, *packed = inputs
+    needs = unpack(*packed)["needs"]
     return [
         torch.empty_like(x)
-        if need and x is not None
-        else student.new_empty(0, dtype=x.dtype if i == 3 else None)
-        for i, (x, need) in enumerate(zip((student, weight, bias, teacher), needs, strict=True))
+        if letter in needs and x is not None
+        else student.new_empty(0, dtype=x.dtype if letter == "t" else None)
+        for letter, x in zip("xwbt", (student, weight, bias, teacher), strict=True)
     ]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)  # zeros of the size of dW, for outputs that nobody differentiates
-    student, weight, bias, teacher, constants, *ctx.packed = inputs
-    ctx.dtypes = student.dtype, teacher.dtype
-    ctx.lists = len(constants)
-    if unpack(*ctx.packed).mode == "recompute":
+    student, weight, bias, teacher, constants, *packed = inputs
+    ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias, teacher)]
+    ctx.lists, ctx.packed = len(constants), packed
+    call = unpack(constants, *packed)
+    ctx.mode, ctx.needs = call["mode"], call["needs"]
+    if ctx.mode == "recompute":
         ctx.save_for_backward(output[1], student, weight, bias, teacher, *constants)
     else:
         ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
-    upstream, settings = upstreams[0], unpack(*ctx.packed)
-    none = [None] * ctx.lists
+    upstream, none = upstreams[0], [None] * ctx.lists
     if upstream is None:
         return None, None, None, None, none, None, None
     if torch.is_grad_enabled():
         raise RuntimeError("linear_divergence has no second derivative: call backward without create_graph")
-    if settings.mode == "recompute":
+    if ctx.mode == "recompute":
         state, student, weight, bias, teacher, *constants = ctx.saved_tensors
         found = _divergence_backward(
             upstream.contiguous(), state, student, weight, bias, teacher, constants, *ctx.packed
         )
     else:
-        student_ND, weight_VD, bias_V, teacher_NE = ctx.saved_tensors
-        factor = upstream[:, None] if settings.mode == "rows" else upstream
-        found = [
-            (factor * student_ND).to(ctx.dtypes[0]) if settings.needs[0] else student_ND,
-            (upstream * weight_VD).to(weight_VD.dtype) if settings.needs[1] else weight_VD,
-            (upstream * bias_V).to(bias_V.dtype) if settings.needs[2] else bias_V,
-            (factor * teacher_NE).to(ctx.dtypes[1]) if settings.needs[3] else teacher_NE,
-        ]
-    return *(x if need else None for x, need in zip(found, settings.needs, strict=True)), none, None, None
+        factor = upstream[:, None] if ctx.mode == "rows" else upstream
+        factors = zip("xwbt", ctx.saved_tensors, ctx.dtypes, strict=True)
+        found = [(x * factor).to(dtype) if letter in ctx.needs else x for letter, x, dtype in factors]
+    owed = (x if letter in ctx.needs else None for letter, x in zip("xwbt", found, strict=True))
+    return *owed, none, None, None
 
 
 _divergence.register_autograd(_gradients, setup_context=_keep)
@@ -226,9 +210,7 @@ def linear_divergence(
             return 0 * linear_divergence(student_ND, student_head, teacher_NE, teacher_head, "js", **options)
         kind = kind[1:] if kind == "skl" else "rkl"
     inputs = (student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE)
-    needs = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
-    )
+    needs = wanted(*inputs)
     packed = prepare(
         kind,
         (student_head, teacher_head),

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.row_chunks import Rows
-from tokenkit.kernels.vocabulary_parallel import local_rows, vocab_size
+from tokenkit.kernels import deferred
+from tokenkit.kernels.head.products import Rows
+from tokenkit.kernels.head.sharded import local_rows, vocab_size
 from tokenkit.structs import Head
 
 
@@ -74,6 +75,9 @@ def match_outcomes(
         rows = slice(0, end - start), slice(start - offset, end - offset)
         return Outcomes(rows[0], rows[1], end - start, None, None, (0, 0), repeats=False, whole=None)
     _check_index(student_head, teacher_head, teacher_index, student_index)
+    teacher_index = _in_range(teacher_index, vocab_size(teacher_head))
+    if student_index is not None:
+        student_index = _in_range(student_index, vocab_size(student_head))
     if not whole and student_index is None:
         return Outcomes(
             slice(0, end - start),
@@ -172,15 +176,25 @@ def _check_index(
             raise ValueError(
                 f"{name} must be on {student_head.weight_VD.device}, where the heads are: got {index.device}"
             )
-        low, high = torch.aminmax(index)
-        words = f"{name} must hold ids in [0, {size})"
-        if index.is_cuda:
-            torch._assert_async((low >= 0) & (high < size), words)
-        elif int(low) < 0 or int(high) >= size:
-            raise ValueError(f"{words}: got {int(low)} to {int(high)}; are they ids of the other model?")
+        _check_range(name, index, size)
     expected = vocab_size(student_head) if student_index is None else len(student_index)
     if len(teacher_index) != expected:
         what = "student id" if student_index is None else "pair, as student_index does"
         raise ValueError(
             f"teacher_index must hold one id per {what} ({expected}): got shape {tuple(teacher_index.shape)}"
         )
+
+
+def _check_range(name: str, index: Tensor, size: int) -> None:
+    words = f"{name} must hold ids in [0, {size})"
+
+    def error(row: int) -> ValueError:
+        low, high = torch.aminmax(index)
+        return ValueError(f"{words}: got {int(low)} to {int(high)}; are they ids of the other model?")
+
+    deferred.require((index >= 0) & (index < size), words, ValueError, error)
+
+
+def _in_range(index: Tensor, size: int) -> Tensor:
+    """Return ids that may be looked up: where nobody waited for the check, others are clamped."""
+    return index if deferred.waits(index) else index.clamp(0, size - 1)

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import sorted_tile as tile
-from tokenkit.kernels.vocabulary_parallel import vocab_size
+from tokenkit.kernels.head.sharded import vocab_size
+from tokenkit.kernels.sorted_distance import tile
 from tokenkit.structs import Head
 
 SORTED_VOCAB = 8192  # of the larger model: with few ids the bins are at their worst, and a sort is cheap

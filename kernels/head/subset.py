@@ -1,10 +1,14 @@
 """Which rows of a head are multiplied together: tiles of the vocabulary, a subset's rows apart from the rest.
 
-    order     s s s s s | r r r r r r r        s in the subset, r the rest, ids ascending within both
-    tiles    [s s s][s s][r r r][r r r][r]     no tile holds both
+    natural   r s r r s r s r r s r s          s in the subset, r the rest: ids as they come, and a mask
+    tiles    [r s r][r s r][s r r][s r s]      each may hold both: a row has two maxima and two sums
 
-With homogeneous tiles, the mass of a subset costs nothing beyond reading its rows through an index:
-each tile's row sums belong to one of two running sums, and its gradient has one factor per row.
+    sorted    s s s s s | r r r r r r r        ids ascending within both
+    tiles    [s s s][s s][r r r][r r r][r]     no tile holds both: one maximum, one sum, one GEMM for a mean
+
+Natural tiles are plain stretches of the head: nothing is gathered, and dW is written where it stands; a
+kernel reads the mask beside the logits. For torch's lines, which would pass over a tile once for each part,
+and for the mean of a frozen head, which would take two GEMMs, rows are read through an index instead.
 
 Dimensions: V vocabulary.
 """
@@ -16,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REST, SUBSET = 0, 1
+REST, SUBSET, BOTH = 0, 1, 2
 
 
 class Subset(NamedTuple):
@@ -41,7 +45,7 @@ class Tile(NamedTuple):
     start: int
     end: int
     part: int
-    """REST or SUBSET: what every row of this tile belongs to."""
+    """REST or SUBSET: what every row of this tile belongs to; BOTH: what the mask says."""
     rows: slice | Tensor
 
 
@@ -108,19 +112,22 @@ def part_of(subset: Subset, start: int, end: int) -> Subset:
     return Subset(*_order(subset.position_V[start:end] < subset.size), inside_V)
 
 
-def cut(vocab_size: int, columns: int, subset: Subset | None) -> list[Tile]:
-    """Cut the vocabulary into tiles of at most `columns` rows of the head."""
-    if subset is None:
-        return [
-            Tile(
-                start, min(start + columns, vocab_size), REST, slice(start, min(start + columns, vocab_size))
-            )
-            for start in range(0, vocab_size, columns)
-        ]
+def cut(vocab_size: int, columns: int, subset: Subset | None, *, natural: bool) -> list[Tile]:
+    """Cut the vocabulary into tiles of at most `columns` rows of the head.
+
+    Args:
+        vocab_size: how many rows there are.
+        columns: of a tile.
+        subset: of them.
+        natural: keep the order of the head.
+    """
     tiles = []
-    size = subset.size
+    size = 0 if subset is None or natural else subset.size
     for part, first, last in ((SUBSET, 0, size), (REST, size, vocab_size)):
         for start in range(first, last, columns):
             end = min(start + columns, last)
-            tiles.append(Tile(start, end, part, subset.order_V[start:end]))
+            if subset is None or natural:
+                tiles.append(Tile(start, end, REST if subset is None else BOTH, slice(start, end)))
+            else:
+                tiles.append(Tile(start, end, part, subset.order_V[start:end]))
     return tiles

@@ -1,6 +1,6 @@
 """Forward and backward of `linear_logprob` in its three modes, whichever executor walks the vocabulary.
 
-The formulas are those of `linear_logprob.py`. Dimensions: N tokens, V vocabulary (here: the rows of this
+The formulas are those of `operation.py`. Dimensions: N tokens, V vocabulary (here: the rows of this
 process), D hidden size, P parts of the vocabulary (R, S).
 """
 
@@ -11,20 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import linear_logprob_fused as fused
-from tokenkit.kernels import linear_logprob_loop as loop
-from tokenkit.kernels.logprob_plan import Plan, Sums, kept_dtype, masses
-from tokenkit.kernels.logprob_tile import rescale
-from tokenkit.kernels.vocabulary import REST, SUBSET
-from tokenkit.kernels.vocabulary_parallel import check_cover, reduce_max, reduce_sum
-from tokenkit.structs import Head
+from tokenkit.kernels.head.sharded import check_cover, reduce_max, reduce_sum
+from tokenkit.kernels.head.subset import REST, SUBSET
+from tokenkit.kernels.head.sums import Gradients
+from tokenkit.kernels.linear_logprob import fused, tiled
+from tokenkit.kernels.linear_logprob.plan import Plan, Sums, kept_dtype, masses
+from tokenkit.kernels.linear_logprob.tile import rescale
 
 
-def forward(
-    parameters: tuple[Tensor, Tensor, Tensor | None], plan: Plan, head: Head
-) -> tuple[Sums, Tensor, Tensor, Tensor]:
+def forward(plan: Plan) -> tuple[Sums, Tensor, Tensor, Tensor]:
     """Return the statistics of every row, the tensor that holds them, and what the mode keeps."""
-    hidden_ND = parameters[0]
+    hidden_ND, head = plan.side.hidden_ND, plan.side.head
     N, D = hidden_ND.shape
     sums_5N = hidden_ND.new_zeros((5, N), dtype=plan.dtype)
     sums = Sums(sums_5N[:2].fill_(-torch.inf), sums_5N[2:4], sums_5N[4])
@@ -33,11 +30,11 @@ def forward(
         kept = hidden_ND.new_zeros((1 if plan.subset is None else 2, N, D), dtype=plan.dtype)
     elif plan.mode == "cached":
         kept = hidden_ND.new_empty(N * plan.rows, dtype=kept_dtype(hidden_ND))
-        shift = hidden_ND.new_empty(len(plan.tiles), N, dtype=plan.dtype)
-    if N and plan.rows and fused.takes(*parameters[:2], plan):
-        fused.forward(parameters, plan, sums, kept)
+        shift = hidden_ND.new_empty(len(plan.tiles), 2, N, dtype=plan.dtype)
+    if N and plan.rows and fused.takes(plan):
+        fused.forward(plan, sums, kept)
     elif N and plan.rows:
-        loop.forward(parameters, plan, sums, kept, shift)
+        tiled.forward(plan, sums, kept, shift)
     if head.shard is not None:
         check_cover(head, hidden_ND.device)
         before_PN = sums.max_PN.clone()
@@ -52,33 +49,23 @@ def forward(
 
 
 def backward(
-    upstream: Sequence[Tensor | None],
-    parameters: tuple[Tensor, Tensor, Tensor | None],
-    saved: tuple[Sums, Tensor, Tensor],
-    plan: Plan,
-    needs: Sequence[bool],
-    head: Head,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    upstream: Sequence[Tensor | None], saved: tuple[Sums, Tensor, Tensor], plan: Plan, needs: str
+) -> list[Tensor | None]:
     """Return the gradients of hidden, weight and bias, None where `needs` says so."""
-    hidden_ND, weight_VD, bias_V = parameters
-    N = len(hidden_ND)
+    side = plan.side
     sums, kept, shift = saved
     rows = _row_gradients(upstream, sums, plan)
     if plan.mode == "frozen":
-        gradient_ND = _frozen_gradient(rows, weight_VD, kept, plan)
-        return reduce_sum(gradient_ND, head).to(hidden_ND.dtype), None, None
-    dhidden_ND = torch.zeros_like(hidden_ND, dtype=plan.dtype) if needs[0] else None
-    dweight_VD = torch.empty_like(weight_VD) if needs[1] else None
-    dbias_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
-    if dweight_VD is not None:
-        dweight_VD[plan.rows :].zero_()  # padding: the tiles hold every other row
-    if N and plan.rows and fused.takes(hidden_ND, weight_VD, plan, backward=True):
-        fused.backward(parameters, rows, plan, (dhidden_ND, dweight_VD, dbias_V))
+        gradient_ND = _frozen_gradient(rows, side.head.weight_VD, kept, plan)
+        return [reduce_sum(gradient_ND, side.head).to(side.hidden_ND.dtype), None, None]
+    gradients = Gradients(side, needs, adds=False)
+    if len(side.hidden_ND) and plan.rows and fused.takes(plan, backward=True):
+        fused.backward(rows, plan, gradients)
     elif plan.rows:
-        loop.backward(parameters, rows, (kept, shift), plan, (dhidden_ND, dweight_VD, dbias_V))
-    if dhidden_ND is not None:
-        dhidden_ND = reduce_sum(dhidden_ND, head).to(hidden_ND.dtype)
-    return dhidden_ND, dweight_VD, dbias_V
+        tiled.backward(rows, (kept, shift), plan, gradients)
+    tensors = side.hidden_ND, side.head.weight_VD, side.head.bias_V
+    found = zip(gradients.results(), tensors, strict=True)
+    return [None if x is None or like is None else x.to(like.dtype) for x, like in found]
 
 
 def _row_gradients(
@@ -103,10 +90,10 @@ def _row_gradients(
         at_target_N = torch.where(inside_N, sums.z_target_N - sums.max_PN[SUBSET], -torch.inf)
         share_N = torch.exp(at_target_N) / torch.where(inside_N, found.sum_PN[SUBSET], 1)
         dz_target_N = dz_target_N + b_N * torch.where(inside_N, mass_PN[REST] * share_N, -p_N)
-    if plan.cap is not None:
-        dz_target_N = dz_target_N * (1 - (sums.z_target_N / plan.cap).square())
-    factor_PN = torch.where(found.sum_PN > 0, factor_PN * plan.alpha / found.sum_PN, 0)
-    return sums.max_PN, factor_PN, torch.where(scored_N, dz_target_N * plan.alpha, 0)
+    if plan.side.cap is not None:
+        dz_target_N = dz_target_N * (1 - (sums.z_target_N / plan.side.cap).square())
+    factor_PN = torch.where(found.sum_PN > 0, factor_PN * plan.side.alpha / found.sum_PN, 0)
+    return sums.max_PN, factor_PN, torch.where(scored_N, dz_target_N * plan.side.alpha, 0)
 
 
 def _frozen_gradient(

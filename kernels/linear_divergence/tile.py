@@ -1,30 +1,29 @@
 """What `linear_divergence` does with logits of two models: Triton epilogues, and the same lines of torch.
 
-    finish           products -> logits, where the head has a bias or a softcap
-    row_sums         logits -> the maximum of each row and Σ exp(z − max)
     divergence_sums  two rows of logits -> the divergence, and the sums that its gradient needs
     gradient         two tiles of logits -> dz of the first, over it or into another buffer
     rest_gradient    logits that all belong to one outcome -> their dz
 
-`z` is a logit up to a factor alpha, which every kernel applies: 1 where `finish` applied it. The formulas are
-those of `divergence_terms.py`. Dimensions: N tokens, V columns.
+`z` is a logit up to a factor alpha, which every kernel applies: 1 where `head/logits.py` applied it. The
+formulas are those of `terms.py`. Dimensions: N tokens, V columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.divergence_terms import LOWEST, MIXED, gradients, logs, terms, terms_triton
+from tokenkit.kernels.head import logits
+from tokenkit.kernels.head.logits import slope_triton
+from tokenkit.kernels.kinds import MIXED
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
+from tokenkit.kernels.linear_divergence.terms import LOWEST, gradients, logs, terms, terms_triton
 
 BLOCK_V = 2048  # columns of a row that one program holds
 SUM_WARPS = 8  # of a program of _divergence_sums_kernel: 8 columns in each thread
-GROUP_BYTES = 2**20  # of one operand of torch's lines: its temporaries stay in the cache
 
 
 class Measure(NamedTuple):
@@ -69,53 +68,6 @@ class GradientRows(NamedTuple):
     top_N: Tensor
     """The maximum that `lse_N` is measured from."""
     other_top_N: Tensor
-
-
-@triton.jit
-def _finish_kernel(
-    z_ptr, bias_ptr,
-    stride, V,
-    alpha, cap,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One program per row and block: products to logits, in place."""
-    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = offs_v < V
-    z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
-    z *= alpha
-    if HAS_CAP:
-        z = cap * (1.0 - 2.0 / (tl.exp(2.0 * z / cap) + 1.0))
-    tl.store(z_ptr + n * stride + offs_v, z, mask=mask)
-
-
-@triton.jit
-def _row_sums_kernel(
-    z_ptr, share_ptr, max_ptr, sum_ptr,
-    stride, V,
-    alpha,
-    HAS_SHARE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One program per row: an online log-sum-exp."""
-    n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
-    m = float("-inf")
-    s = 0.0
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask = offs_v < V
-        z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0) * alpha
-        z = tl.where(mask, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        z -= base
-        if HAS_SHARE:
-            z += tl.load(share_ptr + offs_v, mask=mask, other=0.0)
-        s = s * tl.exp(m - base) + tl.sum(tl.exp(z), axis=0)
-        m = m_new
-    tl.store(max_ptr + n, m)
-    tl.store(sum_ptr + n, s)
 
 
 @triton.jit
@@ -169,8 +121,7 @@ def _gradient_kernel(
     z_ptr, other_ptr, rows_ptr, share_ptr, dz_ptr,
     stride, other_stride, dz_stride, N, V,
     alpha, other_alpha, skew, cap,
-    KIND: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SHARE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block: dz. `rows_ptr` is `GradientRows`, one row of numbers after the other."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
@@ -185,14 +136,12 @@ def _gradient_kernel(
     log_p, log_q = log_p - lse, log_q - other_lse
     centre = tl.load(rows_ptr + 2 * N + n)
     _, e, _ = terms_triton(log_p, log_q, d, skew, tl.load(rows_ptr + 3 * N + n), KIND)
-    if HAS_SHARE:
+    if share_ptr is not None:
         share = tl.exp(tl.load(share_ptr + offs_v, mask=mask, other=0.0))
         e -= tl.exp(log_p) * (centre * share - tl.load(rows_ptr + 5 * N + n))
     else:
         e -= tl.exp(log_p) * centre
-    e *= tl.load(rows_ptr + 4 * N + n)
-    if HAS_CAP:
-        e *= 1.0 - (z / cap) * (z / cap)
+    e *= tl.load(rows_ptr + 4 * N + n) * slope_triton(z, cap)
     tl.store(dz_ptr + n * dz_stride + offs_v, e.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
@@ -201,7 +150,7 @@ def _rest_gradient_kernel(
     z_ptr, lse_ptr, factor_ptr, dz_ptr,
     stride, dz_stride, V,
     alpha, cap,
-    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per row and block: factor · exp(z − maximum − lse)."""
     n = tl.program_id(0).to(tl.int64)  # n * stride passes 2**31 at 16k rows of 150k words
@@ -209,70 +158,8 @@ def _rest_gradient_kernel(
     mask = offs_v < V
     z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
     log_p = z * alpha - tl.load(lse_ptr + 2 * n) - tl.load(lse_ptr + 2 * n + 1)
-    dz = tl.exp(log_p) * tl.load(factor_ptr + n)
-    if HAS_CAP:
-        dz *= 1.0 - (z / cap) * (z / cap)
+    dz = tl.exp(log_p) * tl.load(factor_ptr + n) * slope_triton(z, cap)
     tl.store(dz_ptr + n * dz_stride + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-
-
-def finish(z_NV: Tensor, bias_V: Tensor | None, alpha: float, cap: float | None) -> float:
-    """Turn products into logits in place; return the factor that is left to the reader of z_NV.
-
-    Args:
-        z_NV: hidden · weightᵀ.
-        bias_V: of the columns.
-        alpha: scale over temperature.
-        cap: softcap over temperature.
-    """
-    N, V = z_NV.shape
-    if runs_triton(z_NV):
-        if bias_V is None and cap is None:
-            return alpha
-        if N and V:
-            with on_device(z_NV):
-                _finish_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                    z_NV, bias_V, z_NV.stride(0), V, alpha, cap or 1.0,
-                    HAS_BIAS=bias_V is not None, HAS_CAP=cap is not None, BLOCK_V=BLOCK_V,
-                )  # fmt: skip
-        return 1.0
-    if bias_V is None and cap is None and alpha == 1:
-        return 1.0
-    for rows in _groups(z_NV):
-        z = z_NV[rows]
-        if bias_V is not None:
-            z.add_(bias_V)
-        if cap is None:
-            z.mul_(alpha)
-        else:
-            z.mul_(alpha / cap).tanh_().mul_(cap)
-    return 1.0
-
-
-def row_sums(z_NV: Tensor, alpha: float, share_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the maximum of each row (−inf of no columns) and Σ share · exp(z − max).
-
-    Args:
-        z_NV: logits, up to `alpha`.
-        alpha: the factor.
-        share_V: log of the part that this column has of an id that stands in several.
-    """
-    N, V = z_NV.shape
-    max_N, sum_N = (torch.full_like(z_NV[:, 0], x) if V else z_NV.new_full((N,), x) for x in (-torch.inf, 0))
-    if not (N and V):
-        return max_N, sum_N
-    if runs_triton(z_NV):
-        with on_device(z_NV):
-            _row_sums_kernel[(N,)](
-                z_NV, share_V, max_N, sum_N, z_NV.stride(0), V, alpha,
-                HAS_SHARE=share_V is not None, BLOCK_V=BLOCK_V,
-            )  # fmt: skip
-        return max_N, sum_N
-    for rows in _groups(z_NV):
-        max_N[rows] = z_NV[rows].amax(1)
-        base_N1 = max_N[rows, None].masked_fill(max_N[rows, None] == -torch.inf, 0)
-        z = z_NV[rows] - base_N1
-        sum_N[rows] = (z if share_V is None else z.add_(share_V)).exp_().sum(1)
-    return max_N, sum_N
 
 
 def divergence_sums(
@@ -306,7 +193,7 @@ def divergence_sums(
                 KIND=measure.kind, MIRROR=mirror, BLOCK_V=BLOCK_V, num_warps=SUM_WARPS,
             )  # fmt: skip
         return RowSums(*sums_6N.unbind())
-    for rows in _groups(z_NV):
+    for rows in logits.groups(z_NV):
         own, others = (x_N2[rows].split(1, 1) for x_N2 in lse)
         log_p, log_q, d = logs(z_NV[rows], other_NV[rows], own, others)
         weight_N1 = weight_N[rows, None]
@@ -347,13 +234,12 @@ def gradient(
             _gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
                 z_NV, other_NV, rows_8N, share_V, dz_NV,
                 z_NV.stride(0), other_NV.stride(0), dz_NV.stride(0), N, V,
-                measure.alpha, measure.other_alpha, measure.skew, measure.cap or 1.0,
-                KIND=measure.kind, HAS_CAP=measure.cap is not None, HAS_SHARE=share_V is not None,
-                BLOCK_V=BLOCK_V,
+                measure.alpha, measure.other_alpha, measure.skew, measure.cap,
+                KIND=measure.kind, BLOCK_V=BLOCK_V,
             )  # fmt: skip
         return
     share_V = None if share_V is None else share_V.exp()
-    for rows in _groups(z_NV):
+    for rows in logits.groups(z_NV):
         z, column = z_NV[rows], [x[rows, None] for x in rows_N]
         some = GradientRows(*column)
         lse = (some.top_N, some.lse_N), (some.other_top_N, some.other_lse_N)
@@ -363,7 +249,7 @@ def gradient(
         else:
             e = e - p.mul_(some.centre_N)
         if measure.cap is not None:
-            e.mul_(1 - (z / measure.cap).square_())
+            e.mul_(logits.slope(z, measure.cap))
         torch.mul(e, some.factor_N, out=dz_NV[rows])
 
 
@@ -377,21 +263,13 @@ def rest_gradient(
     if runs_triton(z_NV):
         with on_device(z_NV):
             _rest_gradient_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                z_NV, lse_N2, factor_N, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, alpha, cap or 1.0,
-                HAS_CAP=cap is not None, BLOCK_V=BLOCK_V,
+                z_NV, lse_N2, factor_N, dz_NV, z_NV.stride(0), dz_NV.stride(0), V, alpha, cap, BLOCK_V=BLOCK_V
             )  # fmt: skip
         return
-    for rows in _groups(z_NV):
+    for rows in logits.groups(z_NV):
         z = z_NV[rows]
         top_N1, lse_N1 = lse_N2[rows].split(1, 1)
         dz = (z - top_N1).sub_(lse_N1).exp_().mul_(factor_N[rows, None])
         if cap is not None:
-            dz.mul_(1 - (z / cap).square_())
+            dz.mul_(logits.slope(z, cap))
         dz_NV[rows] = dz
-
-
-def _groups(z_NV: Tensor) -> Iterator[slice]:
-    """Yield rows few enough that torch's temporaries of them stay in the cache."""
-    step = max(GROUP_BYTES // (z_NV.shape[1] * z_NV.itemsize or 1), 1)
-    for start in range(0, len(z_NV), step):
-        yield slice(start, start + step)

@@ -11,8 +11,8 @@ the bin, w its width, and f how far into the bin its p's reach, summed, less the
     ∂value / ∂p_v = sign of (D + f) in the bin of p_v = G_v,    ∂value / ∂z_v = p_v (G_v − Σ_u p_u G_u)
 
 Only a bin in which the two counts cross is not exact: the value is a lower bound, `error_bound` says by how
-much at most, and the gradient is that of the value. Bins: `sorted_tile.py`. `exact` sorts instead:
-`sorted_exact.py`.
+much at most, and the gradient is that of the value. Bins: `tile.py`. `exact` sorts instead:
+`exact.py`.
 
 Both models' logits exist for a few rows at a time, in float32. Modes, in GEMMs of 2·N·V·D (both models
 counted alike) and memory above `workspace_bytes` and O(N·D):
@@ -38,11 +38,12 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import sorted_tile as tile
+from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
+from tokenkit.kernels.head.side import Side, check_row_weight, check_side, side_of
 from tokenkit.kernels.launch import refuse_forward_mode
-from tokenkit.kernels.sorted_exact import sorts
-from tokenkit.kernels.sorted_rows import Options, Side, run, run_backward, run_bounds
-from tokenkit.kernels.vocabulary_parallel import check_head, shard_of, shard_words, vocab_size
+from tokenkit.kernels.sorted_distance import tile
+from tokenkit.kernels.sorted_distance.exact import sorts
+from tokenkit.kernels.sorted_distance.rows import Options, run, run_backward, run_bounds
 from tokenkit.structs import Head
 
 DEFAULT_WORKSPACE_BYTES = 2**30  # on a GPU a chunk of 128k + 152k logits should hold 700 rows
@@ -57,32 +58,12 @@ class Keywords(TypedDict, total=False):
     workspace_bytes: int
 
 
-def _pack(options: Options, student: Head, teacher: Head) -> tuple[list[float], str]:
-    numbers: list[float] = [options.temperature, options.workspace_bytes]
-    words = [options.mode, "exact" if options.exact else "", options.needs]
-    for head in (student, teacher):
-        group, start = shard_words(head)
-        numbers += [head.softcap or 0.0, head.scale, vocab_size(head), start]
-        words.append(group)
-    return numbers, "|".join(words)
-
-
-def _unpack(numbers: list[float], words: str) -> tuple[Options, list[dict[str, Any]]]:
-    """Return the options, and of both heads what `Head` needs besides weight and bias."""
-    mode, exact, needs, *groups = words.split("|")
-    options = Options(mode, bool(exact), needs, numbers[0], int(numbers[1]))
-    heads = []
-    for group, (cap, scale, size, start) in zip(groups, (numbers[2:6], numbers[6:10]), strict=True):
-        shard = shard_of(group, int(start))
-        heads.append({"softcap": cap or None, "scale": scale, "vocab_size": int(size), "shard": shard})
-    return options, heads
-
-
 def _student(
-    student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, numbers: list[float], words: str
+    student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: dict[str, Any]
 ) -> tuple[Side, Options]:
-    options, (head_words, _) = _unpack(numbers, words)
-    return Side(student_ND, Head(weight_VD, bias_V, **head_words), options.temperature), options
+    head = head_of(call["student_head"], weight_VD, bias_V)
+    options = Options(*(call[name] for name in Options._fields))
+    return side_of("student_ND", student_ND, head, call["temperature"]), options
 
 
 @torch.library.custom_op("tokenkit::sorted_distance", mutates_args=())
@@ -90,18 +71,16 @@ def _operation(
     student_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    teacher: list[Tensor],
-    row_weight_N: Tensor | None,
+    constants: list[Tensor],
     numbers: list[float],
     words: str,
 ) -> list[Tensor]:
-    """Return the value, then what the mode keeps. The teacher: states, weight, and bias if there is one."""
-    student, options = _student(student_ND, weight_VD, bias_V, numbers, words)
-    bias_W = teacher[2] if len(teacher) > 2 else None
-    head = Head(teacher[1], bias_W, **_unpack(numbers, words)[1][1])
-    other = Side(teacher[0], head, options.temperature)
+    """Return the value, then what the mode keeps."""
+    call = unpack(constants, numbers, words)
+    student, options = _student(student_ND, weight_VD, bias_V, call)
+    teacher = side_of("teacher_NE", call["teacher_NE"], head_of(call["teacher_head"]), call["temperature"])
     with torch.autocast(student_ND.device.type, enabled=False):  # it would round float32 operands
-        return run(student, other, row_weight_N, options)
+        return run(student, teacher, call.get("row_weight_N"), options)
 
 
 @_operation.register_fake
@@ -109,51 +88,43 @@ def _(
     student_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    teacher: list[Tensor],
-    row_weight_N: Tensor | None,
+    constants: list[Tensor],
     numbers: list[float],
     words: str,
 ) -> list[Tensor]:
-    mode, _, needs, *_ = words.split("|")
+    call = unpack(constants, numbers, words)
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     row_N = student_ND.new_empty(student_ND.shape[:1], dtype=dtype)
-    value = torch.empty_like(row_N) if row_weight_N is None else row_N.new_empty(())
-    if mode == "formed":
-        return [value, *_like(student_ND, weight_VD, bias_V, needs, dtype)]
-    if mode == "tables":
+    value = row_N.new_empty(()) if "row_weight_N" in call else torch.empty_like(row_N)
+    if call["mode"] == "formed":
+        return [value, *_like(student_ND, weight_VD, bias_V, call["needs"], dtype)]
+    if call["mode"] == "tables":
         sign_NB = row_N.new_empty((row_N.shape[0], tile.BINS), dtype=torch.int8)
         foot_N = torch.empty_like(row_N, dtype=torch.float32)
         return [value, row_N, torch.empty_like(row_N), foot_N, torch.empty_like(row_N), sign_NB]
     return [value]
 
 
-@torch.library.custom_op("tokenkit::sorted_distance_backward", mutates_args=())
+@torch.library.custom_op(
+    "tokenkit::sorted_distance_backward",
+    mutates_args=(),
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor factor, Tensor[] tables, "
+    "Tensor[] constants, float[] numbers, str words) -> Tensor[]",
+)
 def _backward_operation(
-    student_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    factor_N: Tensor,
-    tables: list[Tensor],
-    numbers: list[float],
-    words: str,
+    student: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, tables: list[Tensor], *packed: Any
 ) -> list[Tensor]:
     """Return the gradients that mode `tables` owes, in the order of `needs`."""
-    student, options = _student(student_ND, weight_VD, bias_V, numbers, words)
-    with torch.autocast(student_ND.device.type, enabled=False):
-        return run_backward(student, factor_N, tables, options)
+    side, options = _student(student, weight, bias, unpack(*packed))
+    with torch.autocast(student.device.type, enabled=False):
+        return run_backward(side, factor, tables, options)
 
 
 @_backward_operation.register_fake
 def _(
-    student_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    factor_N: Tensor,
-    tables: list[Tensor],
-    numbers: list[float],
-    words: str,
+    student: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, tables: list[Tensor], *packed: Any
 ) -> list[Tensor]:
-    return _like(student_ND, weight_VD, bias_V, words.split("|")[2], None)
+    return _like(student, weight, bias, unpack(*packed)["needs"], None)
 
 
 def _like(
@@ -165,50 +136,46 @@ def _like(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    student_ND, weight_VD, bias_V, teacher, row_weight_N, ctx.numbers, ctx.words = inputs
-    ctx.mode, ctx.constants = ctx.words.split("|")[0], len(teacher)
+    student_ND, weight_VD, bias_V, constants, *ctx.packed = inputs
+    call = unpack(constants, *ctx.packed)
+    ctx.mode, ctx.needs, ctx.constants = call["mode"], call["needs"], len(constants)
+    ctx.is_weighted = "row_weight_N" in call
     ctx.dtypes = {"x": student_ND.dtype, "w": weight_VD.dtype, "b": None if bias_V is None else bias_V.dtype}
     ctx.set_materialize_grads(False)
-    kept: list[Tensor | None] = [*output[1:], row_weight_N]
-    if ctx.mode != "formed":
-        kept += [student_ND, weight_VD, bias_V]
-    if ctx.mode == "replay":
-        kept += teacher
-    ctx.save_for_backward(*kept)
+    if ctx.mode == "formed":
+        ctx.save_for_backward(*output[1:])
+    else:
+        ctx.save_for_backward(student_ND, weight_VD, bias_V, *output[1:], *constants)
 
 
 def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
-    dvalue, needs = upstream[0], ctx.words.split("|")[2]
+    dvalue = upstream[0]
     if dvalue is None:
         return _in_order({}, ctx)
     if torch.is_grad_enabled():
         raise RuntimeError("sorted_distance has no second derivative: call backward without create_graph")
     if ctx.mode == "formed":
-        *kept, row_weight_N = ctx.saved_tensors
-        formed = dict(zip(needs, kept, strict=True))
-    elif ctx.mode == "tables":
-        *tables, row_weight_N, student_ND, weight_VD, bias_V = ctx.saved_tensors
-        factor_N = dvalue if row_weight_N is None else dvalue * row_weight_N
-        gradients = _backward_operation(
-            student_ND, weight_VD, bias_V, factor_N, tables, ctx.numbers, ctx.words
-        )
-        return _in_order(dict(zip(needs, gradients, strict=True)), ctx)
+        factor = dvalue if ctx.is_weighted else dvalue[:, None]
+        formed = [sums * factor for sums in ctx.saved_tensors]
     else:
-        _, student_ND, weight_VD, bias_V, *teacher = ctx.saved_tensors
-        words = ctx.words.replace("replay", "formed", 1)
-        row_weight_N = dvalue
-        _, *kept = _operation(student_ND, weight_VD, bias_V, teacher, dvalue, ctx.numbers, words)
-        formed, dvalue = dict(zip(needs, kept, strict=True)), dvalue.new_ones(())
-    scaled = {
-        name: (sums * (dvalue if row_weight_N is not None else dvalue[:, None])).to(ctx.dtypes[name])
-        for name, sums in formed.items()
-    }
-    return _in_order(scaled, ctx)
+        student_ND, weight_VD, bias_V, *kept = ctx.saved_tensors
+        constants = kept[len(kept) - ctx.constants :]
+        call = unpack(constants, *ctx.packed)
+        if ctx.mode == "tables":
+            factor_N = dvalue * call["row_weight_N"] if ctx.is_weighted else dvalue
+            tables = kept[: len(kept) - ctx.constants]
+            inputs = student_ND, weight_VD, bias_V, factor_N, tables
+            formed = _backward_operation(*inputs, constants, *ctx.packed)
+        else:
+            packed = pack(**(call | {"row_weight_N": dvalue, "mode": "formed"}))
+            _, *formed = _operation(student_ND, weight_VD, bias_V, *packed)
+    owed = zip(ctx.needs, formed, strict=True)
+    return _in_order({name: sums.to(ctx.dtypes[name]) for name, sums in owed}, ctx)
 
 
 def _in_order(gradients: dict[str, Tensor], ctx: Any) -> tuple[Any, ...]:
     """Return the gradients in the order of the operation's arguments; of a list, a list."""
-    return (*(gradients.get(name) for name in "xwb"), [None] * ctx.constants, None, None, None)
+    return (*(gradients.get(name) for name in "xwb"), [None] * ctx.constants, None, None)
 
 
 _operation.register_autograd(_backward, setup_context=_save)
@@ -264,29 +231,22 @@ def sorted_distance(
             "exact=True sorts whole rows, and a head was given as a shard: gather it, or leave exact out "
             "(ranks add up histograms)"
         )
-    needs = _needs(student_ND, student_head)
+    needs = wanted(student_ND, student_head.weight_VD, student_head.bias_V)
     how = row_weight_N is not None, student_head.weight_VD, workspace_bytes
     exact = sorts(exact, heads, _mode(needs, False, *how) == "tables")
     mode = _mode(needs, exact, *how)
-    options = Options(mode, exact, needs, temperature, workspace_bytes)
-    teacher = [teacher_NE.detach(), teacher_head.weight_VD.detach()]
-    if teacher_head.bias_V is not None:
-        teacher.append(teacher_head.bias_V.detach())
-    return _operation(
-        student_ND,
-        student_head.weight_VD,
-        student_head.bias_V,
-        teacher,
-        row_weight_N,
-        *_pack(options, *heads),
-    )[0]
-
-
-def _needs(student_ND: Tensor, head: Head) -> str:
-    if not torch.is_grad_enabled():
-        return ""
-    parameters = (("x", student_ND), ("w", head.weight_VD), ("b", head.bias_V))
-    return "".join(name for name, tensor in parameters if tensor is not None and tensor.requires_grad)
+    packed = pack(
+        mode=mode,
+        exact=exact,
+        needs=needs,
+        workspace_bytes=workspace_bytes,
+        temperature=float(temperature),
+        row_weight_N=row_weight_N,
+        teacher_NE=teacher_NE,
+        student_head=head_fields(student_head, tensors=False),
+        teacher_head=head_fields(teacher_head),
+    )
+    return _operation(student_ND, student_head.weight_VD, student_head.bias_V, *packed)[0]
 
 
 def _mode(needs: str, exact: bool, weighted: bool, weight_VD: Tensor, workspace_bytes: int) -> str:
@@ -323,8 +283,8 @@ def error_bound(
     _check(student_ND, student_head, teacher_NE, teacher_head, None, temperature)
     if student_head.shard is not None or teacher_head.shard is not None:
         raise ValueError("error_bound takes whole heads, and one was given as a shard: gather it first")
-    student = Side(student_ND.detach(), student_head, temperature)
-    teacher = Side(teacher_NE.detach(), teacher_head, temperature)
+    student = side_of("student_ND", student_ND.detach(), student_head, temperature)
+    teacher = side_of("teacher_NE", teacher_NE.detach(), teacher_head, temperature)
     with torch.no_grad(), torch.autocast(student_ND.device.type, enabled=False):
         return run_bounds(student, teacher, workspace_bytes)
 
@@ -337,11 +297,8 @@ def _check(
     row_weight_N: Tensor | None,
     temperature: float,
 ) -> None:
-    for name, hidden_ND, head in (
-        ("student", student_ND, student_head),
-        ("teacher", teacher_NE, teacher_head),
-    ):
-        _check_side(name, hidden_ND, head)
+    check_side("student_ND", student_ND, student_head, "student_head")
+    check_side("teacher_NE", teacher_NE, teacher_head, "teacher_head")
     if student_ND.shape[0] != teacher_NE.shape[0]:
         raise ValueError(
             "student_ND and teacher_NE must hold the same rows: "
@@ -359,35 +316,5 @@ def _check(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive: got {temperature}")
-    if row_weight_N is None:
-        return
-    if row_weight_N.shape != student_ND.shape[:1] or row_weight_N.device != student_ND.device:
-        raise ValueError(
-            f"row_weight_N must hold one number per row of student_ND ({student_ND.shape[0]}), on "
-            f"{student_ND.device}: got shape {tuple(row_weight_N.shape)} on {row_weight_N.device}"
-        )
-    if row_weight_N.requires_grad:
-        raise ValueError("row_weight_N must not require a gradient, none is formed: detach it")
-
-
-def _check_side(name: str, hidden_ND: Tensor, head: Head) -> None:
-    weight_VD = head.weight_VD
-    if any(hasattr(x, "device_mesh") for x in (hidden_ND, weight_VD)):
-        raise ValueError(
-            f"sorted_distance takes plain tensors, and the {name}'s are DTensors: call it inside the forward "
-            "of the sharded module that owns the head"
-        )
-    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"the {name}'s hidden states and head must be matrices that share their last dimension: "
-            f"got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
-        )
-    for tensor in (weight_VD, head.bias_V):
-        if tensor is not None and (tensor.dtype != hidden_ND.dtype or tensor.device != hidden_ND.device):
-            raise ValueError(
-                f"the {name}'s hidden states are {hidden_ND.dtype} on {hidden_ND.device} but its head is "
-                f"{tensor.dtype} on {tensor.device}: cast or move the head once, when the model is loaded"
-            )
-    if not hidden_ND.is_floating_point():
-        raise ValueError(f"the {name}'s hidden states must be floating point: got {hidden_ND.dtype}")
-    check_head(head, f"{name}_head")
+    if row_weight_N is not None:
+        check_row_weight(row_weight_N, student_ND)

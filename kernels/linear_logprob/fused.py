@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenkit.kernels import logprob_plan
+from tokenkit.kernels.head.subset import REST, SUBSET
+from tokenkit.kernels.head.sums import Gradients
 from tokenkit.kernels.language import triton
 from tokenkit.kernels.launch import on_device, runs_triton
-from tokenkit.kernels.logprob_plan import Plan, Sums
-from tokenkit.kernels.logprob_programs import _frozen_kernel, _gradient_kernel, _statistics_kernel
-from tokenkit.kernels.vocabulary import REST, SUBSET
+from tokenkit.kernels.linear_logprob import plan as plans
+from tokenkit.kernels.linear_logprob.plan import Plan, Sums
+from tokenkit.kernels.linear_logprob.programs import _frozen_kernel, _gradient_kernel, _statistics_kernel
 
 if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -66,10 +67,11 @@ BLOCKS = {
 """By kernel and bits of the inputs, then by the least architecture; chosen to compile without spilling."""
 
 
-def takes(hidden_ND: Tensor, weight_VD: Tensor, plan: Plan, *, backward: bool = False) -> bool:
+def takes(plan: Plan, *, backward: bool = False) -> bool:
     """Say whether these kernels run: there is no room for the loop's narrowest tile, and the shapes fit."""
+    hidden_ND, weight_VD = plan.side.hidden_ND, plan.side.head.weight_VD
     N, D = hidden_ND.shape
-    if plan.mode == "cached" or plan.workspace_bytes >= N * logprob_plan.COLUMNS[0] * 4:
+    if plan.mode == "cached" or plan.workspace_bytes >= N * plans.COLUMNS[0] * 4:
         return False
     if (plan.mode == "frozen" and D > FROZEN_CHANNELS) or (backward and D > GRADIENT_CHANNELS):
         return False  # the sums would leave the registers
@@ -81,12 +83,12 @@ def _fits_descriptor(x_ND: Tensor) -> bool:
     return x_ND.is_contiguous() and x_ND.data_ptr() % 16 == 0 and x_ND.shape[1] * x_ND.itemsize % 16 == 0
 
 
-def forward(parameters: tuple[Tensor, Tensor, Tensor | None], plan: Plan, sums: Sums, kept: Tensor) -> None:
+def forward(plan: Plan, sums: Sums, kept: Tensor) -> None:
     """Write `sums`, and in mode `frozen` the means `kept` [parts, N, D], of every row of the head."""
     if plan.mode == "frozen":
-        _frozen(parameters, plan, sums, kept)
+        _frozen(plan, sums, kept)
         return
-    hidden_ND, weight_VD, bias_V = parameters
+    hidden_ND = plan.side.hidden_ND
     N, D = hidden_ND.shape
     cut = blocks("statistics", hidden_ND)
     programs = triton.cdiv(N, cut.tokens)
@@ -95,20 +97,18 @@ def forward(parameters: tuple[Tensor, Tensor, Tensor | None], plan: Plan, sums: 
     sum_SPN = torch.empty_like(max_SPN)
     with on_device(hidden_ND):
         _statistics_kernel[(programs, S)](
-            *_operands(hidden_ND, weight_VD, plan, cut),
-            bias_V, _inside(plan), plan.row_N, max_SPN, sum_SPN, sums.z_target_N,
+            *_operands(plan, cut),
+            plan.side.bias_V, plan.inside_V, plan.row_N, max_SPN, sum_SPN, sums.z_target_N,
             N, plan.rows, D, stretch,
-            plan.alpha, plan.cap,
+            plan.side.alpha, plan.side.cap,
             TMA=cut.tma, BLOCK_N=cut.tokens, BLOCK_V=cut.rows, BLOCK_D=cut.step,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
     _join(max_SPN, sum_SPN, sums.max_PN, sums.sum_PN)
 
 
-def _frozen(
-    parameters: tuple[Tensor, Tensor, Tensor | None], plan: Plan, sums: Sums, mean_PND: Tensor
-) -> None:
-    hidden_ND, weight_VD, bias_V = parameters
+def _frozen(plan: Plan, sums: Sums, mean_PND: Tensor) -> None:
+    hidden_ND, head = plan.side.hidden_ND, plan.side.head
     N, D = hidden_ND.shape
     cut = blocks("frozen", hidden_ND)
     programs = triton.cdiv(N, cut.tokens)
@@ -123,10 +123,10 @@ def _frozen(
         mean_SND = mean_PND[part : part + 1] if S == 1 else hidden_ND.new_empty((S, N, D), dtype=plan.dtype)
         with on_device(hidden_ND):
             _frozen_kernel[(programs, S)](
-                hidden_ND, weight_VD, None if plan.subset is None else plan.subset.order_V, bias_V,
-                plan.position_N, max_SN, sum_SN, sums.z_target_N, mean_SND,
+                hidden_ND, head.weight_VD, None if plan.subset is None else plan.subset.order_V, head.bias_V,
+                plan.place_N, max_SN, sum_SN, sums.z_target_N, mean_SND,
                 start, end, N, D, stretch,
-                plan.alpha, plan.cap,
+                plan.side.alpha, plan.side.cap,
                 BLOCK_N=cut.tokens, BLOCK_V=cut.rows,
                 BLOCK_D=max(triton.next_power_of_2(D), 16),
                 num_warps=cut.warps, num_stages=cut.stages,
@@ -136,21 +136,16 @@ def _frozen(
             torch.sum(mean_SND.mul_(shrink_SN[..., None]), 0, out=mean_PND[part])
 
 
-def backward(
-    parameters: tuple[Tensor, Tensor, Tensor | None],
-    rows: tuple[Tensor, Tensor, Tensor],
-    plan: Plan,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
+def backward(rows: tuple[Tensor, Tensor, Tensor], plan: Plan, gradients: Gradients) -> None:
     """Write the gradients of hidden (float32), weight and bias; the arguments are those of the loop."""
-    hidden_ND, weight_VD, bias_V = parameters
-    dhidden_ND, dweight_VD, dbias_V = gradients
+    hidden_ND, weight_VD = plan.side.hidden_ND, plan.side.head.weight_VD
+    dbias_V = gradients.bias_V
     N, D = hidden_ND.shape
     cut = blocks("gradient", hidden_ND)
     chunk = min(cut.chunk, max(triton.next_power_of_2(D), 16))
     max_PN = rows[0].where(rows[0] > -torch.inf, 0)  # of a part without ids, whose factor is 0
     numbers_5N = torch.cat([max_PN, rows[1], rows[2][None]])
-    for owns_tokens, out in ((True, dhidden_ND), (False, dweight_VD)):
+    for owns_tokens, out in ((True, gradients.hidden_ND), (False, gradients.weight_VD)):
         if out is None and (owns_tokens or dbias_V is None):
             continue
         own, block = (N, cut.tokens) if owns_tokens else (plan.rows, cut.rows)
@@ -161,10 +156,11 @@ def backward(
         )
         with on_device(hidden_ND):
             _gradient_kernel[(triton.cdiv(own, block), triton.cdiv(D, chunk))](
-                *_operands(hidden_ND, weight_VD, plan, cut), other,
-                bias_V, _inside(plan), plan.row_N, numbers_5N, out, None if owns_tokens else dbias_V,
+                *_operands(plan, cut), other,
+                plan.side.bias_V, plan.inside_V, plan.row_N, numbers_5N, out,
+                None if owns_tokens else dbias_V,
                 N, plan.rows, D,
-                plan.alpha, plan.cap,
+                plan.side.alpha, plan.side.cap,
                 OWNS_TOKENS=owns_tokens, TMA=cut.tma,
                 BLOCK_N=cut.tokens, BLOCK_V=cut.rows, BLOCK_D=cut.step, CHUNK=chunk,
                 num_warps=cut.warps, num_stages=cut.stages,
@@ -187,10 +183,9 @@ def _architecture(hidden_ND: Tensor) -> int:
     return 10 * torch.cuda.get_device_capability(hidden_ND.device)[0] if hidden_ND.is_cuda else 80
 
 
-def _operands(
-    hidden_ND: Tensor, weight_VD: Tensor, plan: Plan, cut: Blocks
-) -> tuple[Tensor | TensorDescriptor, ...]:
+def _operands(plan: Plan, cut: Blocks) -> tuple[Tensor | TensorDescriptor, ...]:
     """Return what a tile of z is the product of."""
+    hidden_ND, weight_VD = plan.side.hidden_ND, plan.side.head.weight_VD
     hidden = _rows(hidden_ND, len(hidden_ND), cut.tokens, cut.step, cut.tma)
     return hidden, _rows(weight_VD, plan.rows, cut.rows, cut.step, cut.tma)
 
@@ -205,13 +200,6 @@ def _rows(
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x_ND, [rows, D], [D, 1], [block_rows, block_channels])
-
-
-def _inside(plan: Plan) -> Tensor | None:
-    """Return the subset's mask by rows of the head; bytes, because a pointer to bool is one bit wide."""
-    if plan.subset is None:
-        return None
-    return (plan.subset.position_V < plan.subset.size).to(torch.uint8)
 
 
 def _stretches(rows: int, block: int, programs: int, most: int, hidden_ND: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from tokenkit.kernels import deferred
 from tokenkit.structs import Head, Shard
 
 
@@ -61,17 +62,19 @@ def check_head(head: Head, name: str = "head") -> None:
 def check_cover(head: Head, device: torch.device) -> None:
     """Raise ValueError on every rank if the ranks' rows do not add up to the vocabulary.
 
-    One integer travels; on a GPU nothing waits, and the failure is an assertion of the device.
+    One integer travels; on a GPU nothing waits, and `deferred.raise_found` raises it.
     """
     if head.shard is None:
         return
     start, end = local_rows(head)
     held = reduce_sum(torch.full((), end - start, dtype=torch.int64, device=device), head)
     words = f"the ranks of head.shard must hold each of the {head.vocab_size} ids once"
-    if held.is_cuda:
-        torch._assert_async(held.eq(vocab_size(head)), words)
-    elif int(held) != head.vocab_size:
-        raise ValueError(f"{words}: got {int(held)} rows; this one holds [{start}, {end})")
+    deferred.require(
+        held.eq(vocab_size(head)),
+        words,
+        ValueError,
+        lambda row: ValueError(f"{words}: got {int(held)} rows; this one holds [{start}, {end})"),
+    )
 
 
 def reduce_max(x: Tensor, head: Head) -> Tensor:

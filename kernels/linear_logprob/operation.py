@@ -19,8 +19,8 @@ and never stored whole. Three modes give the same gradients:
     cached      6·N·V·D    N·V and a tile        exp(z − m) fits into `workspace_bytes`
     recompute   8·N·V·D    a tile                otherwise: the backward builds z again
 
-Two executors run them: a loop over tiles of z (`linear_logprob_loop.py`), and where there is no room for a
-tile and Triton runs, kernels that keep z in registers (`linear_logprob_fused.py`). Where the vocabulary is
+Two executors run them: a loop over tiles of z (`tiled.py`), and where there is no room for a
+tile and Triton runs, kernels that keep z in registers (`fused.py`). Where the vocabulary is
 divided over processes, the forward adds 5 numbers per token over them, the backward dX.
 
 Related: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
@@ -37,23 +37,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.head.call import head_fields, pack, unpack, wanted
+from tokenkit.kernels.head.sharded import local_rows, vocab_size
+from tokenkit.kernels.head.side import check_side
+from tokenkit.kernels.head.subset import SUBSET, Subset, split_vocabulary
 from tokenkit.kernels.launch import refuse_forward_mode
-from tokenkit.kernels.logprob_modes import backward, forward
-from tokenkit.kernels.logprob_plan import (
-    IGNORE,
+from tokenkit.kernels.linear_logprob.modes import backward, forward
+from tokenkit.kernels.linear_logprob.plan import (
     Mode,
     Sums,
+    check_targets,
     fits_cache,
     kept_dtype,
     make_plan,
     masses,
-    pack,
-    sum_dtype,
-    unpack,
 )
-from tokenkit.kernels.not_finite import NotFiniteError
-from tokenkit.kernels.vocabulary import SUBSET, Subset, split_vocabulary
-from tokenkit.kernels.vocabulary_parallel import check_head, local_rows, vocab_size
 from tokenkit.structs import Head
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -84,14 +82,12 @@ def _operation(
     words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logp, subset_logp (or nothing), is_top1, lse; for the backward sums, kept, shift."""
-    call = unpack(numbers, words)
-    head = call.head(weight_VD, bias_V)
-    _check_targets(target_N, vocab_size(head))
-    plan = make_plan(hidden_ND, head, target_N, subset, call)
+    plan = make_plan((hidden_ND, weight_VD, bias_V), target_N, subset, unpack([], numbers, words))
+    check_targets(target_N, vocab_size(plan.side.head))
     with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands
-        sums, sums_5N, kept, shift = forward((hidden_ND, weight_VD, bias_V), plan, head)
+        sums, sums_5N, kept, shift = forward(plan)
     found = masses(sums, plan.scored_N, plan.in_subset_N)
-    _check_finite(found.lse_N, hidden_ND, head)
+    plan.side.check_finite(found.lse_N)
     is_top1_N = plan.scored_N & (sums.z_target_N >= sums.max_PN.amax(0))
     subset_logp_N = found.log_mass_PN[SUBSET].clone() if subset else found.lse_N.new_empty(0)
     return found.logp_N, subset_logp_N, is_top1_N, found.lse_N, sums_5N, kept, shift
@@ -107,17 +103,17 @@ def _(
     numbers: Sequence[float],
     words: str,
 ) -> tuple[Tensor, ...]:
-    call = unpack(numbers, words)
-    N, D = hidden_ND.shape
-    dtype = sum_dtype(hidden_ND)
+    call = unpack([], numbers, words)
+    mode, (N, D) = call["mode"], hidden_ND.shape
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     logp_N = hidden_ND.new_empty(N, dtype=dtype)
     kept, shift = (hidden_ND.new_empty(0, dtype=dtype) for _ in range(2))
-    if call.mode == "frozen":
+    if mode == "frozen":
         kept = hidden_ND.new_empty((2 if subset else 1, N, D), dtype=dtype)
-    elif call.mode == "cached":
-        plan = make_plan(hidden_ND, call.head(weight_VD, bias_V), target_N, subset, call)
+    elif mode == "cached":
+        plan = make_plan((hidden_ND, weight_VD, bias_V), target_N, subset, call)
         kept = hidden_ND.new_empty(N * plan.rows, dtype=kept_dtype(hidden_ND))
-        shift = hidden_ND.new_empty((len(plan.tiles), N), dtype=dtype)
+        shift = hidden_ND.new_empty((len(plan.tiles), 2, N), dtype=dtype)
     subset_logp_N = torch.empty_like(logp_N) if subset else hidden_ND.new_empty(0, dtype=dtype)
     is_top1_N = torch.empty_like(logp_N, dtype=torch.bool)
     return logp_N, subset_logp_N, is_top1_N, torch.empty_like(logp_N), logp_N.new_empty((5, N)), kept, shift
@@ -131,19 +127,17 @@ def _backward_operation(
     subset: Sequence[Tensor],
     numbers: Sequence[float],
     words: str,
-    needs: Sequence[bool],
+    needs: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where `needs` says so."""
     hidden_ND, weight_VD, bias_V = parameters
     assert hidden_ND is not None
     assert weight_VD is not None
     target_N, sums_5N, kept, shift = saved
-    call = unpack(numbers, words)
-    head = call.head(weight_VD, bias_V)
-    plan = make_plan(hidden_ND, head, target_N, subset, call)
+    plan = make_plan((hidden_ND, weight_VD, bias_V), target_N, subset, unpack([], numbers, words))
     sums = Sums(sums_5N[:2], sums_5N[2:4], sums_5N[4])
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        found = backward(upstream, (hidden_ND, weight_VD, bias_V), (sums, kept, shift), plan, needs, head)
+        found = backward(upstream, (sums, kept, shift), plan, needs)
     first, second, third = (hidden_ND.new_empty(0) if x is None else x for x in found)
     return first, second, third
 
@@ -156,13 +150,13 @@ def _(
     subset: Sequence[Tensor],
     numbers: Sequence[float],
     words: str,
-    needs: Sequence[bool],
+    needs: str,
 ) -> tuple[Tensor, ...]:
     hidden_ND = parameters[0]
     assert hidden_ND is not None
     return tuple(
-        torch.empty_like(x) if x is not None and needed else hidden_ND.new_empty(0)
-        for x, needed in zip(parameters, needs, strict=True)
+        torch.empty_like(x) if x is not None and letter in needs else hidden_ND.new_empty(0)
+        for x, letter in zip(parameters, "xwb", strict=True)
     )
 
 
@@ -177,13 +171,15 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("linear_logprob has no second derivative: call backward without create_graph")
     hidden_ND, weight_VD, bias_V, target_N, sums_5N, kept, shift, *subset = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+    needs = "".join(x for x, needed in zip("xwb", ctx.needs_input_grad[:3], strict=True) if needed)
     found = _backward_operation(
         [upstream[0], upstream[1] if subset else None, upstream[3]],
         [hidden_ND, weight_VD, bias_V], [target_N, sums_5N, kept, shift],
         subset, ctx.numbers, ctx.words, needs,
     )  # fmt: skip
-    dhidden_ND, dweight_VD, dbias_V = (x if needed else None for x, needed in zip(found, needs, strict=True))
+    dhidden_ND, dweight_VD, dbias_V = (
+        x if letter in needs else None for x, letter in zip(found, "xwb", strict=True)
+    )
     return dhidden_ND, dweight_VD, dbias_V, None, [None] * len(subset), None, None
 
 
@@ -222,7 +218,12 @@ def linear_logprob(
     _check(hidden_ND, head, target_N, temperature, workspace_bytes)
     refuse_forward_mode(hidden_ND, head.weight_VD, head.bias_V)
     subset = split_vocabulary(subset_V) if isinstance(subset_V, Tensor) else subset_V
-    numbers, words = pack(head, temperature, _mode(hidden_ND, head, workspace_bytes), workspace_bytes)
+    _, numbers, words = pack(
+        mode=_mode(hidden_ND, head, workspace_bytes),
+        temperature=float(temperature),
+        workspace_bytes=workspace_bytes,
+        head=head_fields(head, tensors=False),
+    )
     logp_N, subset_logp_N, is_top1_N, lse_N, *_ = _operation(
         hidden_ND, head.weight_VD, head.bias_V, target_N, list(subset or ()), numbers, words
     )
@@ -230,11 +231,9 @@ def linear_logprob(
 
 
 def _mode(hidden_ND: Tensor, head: Head, workspace_bytes: int) -> Mode:
-    trains_head = head.weight_VD.requires_grad or (head.bias_V is not None and head.bias_V.requires_grad)
-    if not torch.is_grad_enabled() or not (trains_head or hidden_ND.requires_grad):
-        return "statistics"
-    if not trains_head:
-        return "frozen"
+    needs = wanted(hidden_ND, head.weight_VD, head.bias_V)
+    if needs in ("", "x"):
+        return "frozen" if needs else "statistics"
     if torch.compiler.is_compiling() or head.softcap is not None:
         return (
             "recompute"  # compiled, N may be unknown; a softcap's slope needs z, of which exp(z − m) is short
@@ -244,65 +243,19 @@ def _mode(hidden_ND: Tensor, head: Head, workspace_bytes: int) -> Mode:
 
 
 def _check(hidden_ND: Tensor, head: Head, target_N: Tensor, temperature: float, workspace_bytes: int) -> None:
-    weight_VD = head.weight_VD
-    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            "hidden_ND and the head's weight_VD must share their last dimension D: "
-            f"got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
-        )
+    check_side("hidden_ND", hidden_ND, head)
     if target_N.ndim != 1 or target_N.dtype != torch.int64 or len(target_N) != len(hidden_ND):
         raise ValueError(
             f"target_N must hold one int64 id per row of hidden_ND ({hidden_ND.shape[0]}): "
             f"got {target_N.dtype} of shape {tuple(target_N.shape)}"
         )
-    if any(hasattr(x, "device_mesh") for x in (hidden_ND, weight_VD)):
-        raise ValueError(
-            "linear_logprob takes plain tensors, and got a DTensor: call it inside the forward of the "
-            "sharded module that owns the head"
-        )
     if hidden_ND.dtype not in DTYPES:
         raise ValueError(f"hidden_ND must be of one of {DTYPES}: got {hidden_ND.dtype}")
-    for name, x in (("weight_VD", weight_VD), ("bias_V", head.bias_V)):
-        if x is not None and x.dtype != hidden_ND.dtype:
-            raise ValueError(
-                f"hidden_ND is {hidden_ND.dtype} but the head's {name} is {x.dtype}: "
-                "cast the head once, when the model is loaded"
-            )
-    for name, x in (("weight_VD", weight_VD), ("bias_V", head.bias_V), ("target_N", target_N)):
-        if x is not None and x.device != hidden_ND.device:
-            raise ValueError(
-                f"hidden_ND is on {hidden_ND.device} but {name} is on {x.device}: move one of them"
-            )
-    check_head(head)
+    if target_N.device != hidden_ND.device:
+        raise ValueError(
+            f"hidden_ND is on {hidden_ND.device} but target_N is on {target_N.device}: move one of them"
+        )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite: got {temperature}")
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be at least 0: got {workspace_bytes}")
-
-
-def _check_targets(target_N: Tensor, V: int) -> None:
-    if target_N.numel() and not target_N.is_cuda:
-        low, high = (int(x) for x in torch.aminmax(torch.where(target_N == IGNORE, 0, target_N)))
-        if low < 0 or high >= V:
-            raise ValueError(
-                f"target_N must hold ids in [0, {V}) or {IGNORE}: got {low} to {high}; "
-                "are they ids of the other model's tokenizer?"
-            )
-
-
-def _check_finite(lse_N: Tensor, hidden_ND: Tensor, head: Head) -> None:
-    """Name a row that has no log-sum-exp; a softcap hides infinities, so hidden states are read again."""
-    finite_N = lse_N.isfinite()
-    if head.softcap is not None:
-        finite_N = finite_N & hidden_ND.isfinite().all(1)
-    if finite_N.is_cuda:
-        words = "linear_logprob: a row of hidden_ND, or the head, holds NaN or infinity"
-        torch._assert_async(finite_N.all(), words)
-    elif not finite_N.all():
-        row = int((~finite_N).nonzero()[0])
-        if hidden_ND[row].isfinite().all():
-            raise NotFiniteError(
-                f"the head's weight_VD and bias_V, and their products with hidden_ND, must be finite: "
-                f"the log-sum-exp of row {row} is {lse_N[row].item()}"
-            )
-        raise NotFiniteError(f"hidden_ND must be finite: row {row} holds NaN or infinity")

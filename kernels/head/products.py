@@ -1,16 +1,14 @@
-"""Whole rows of logits, a few tokens at a time: for what must see a row's every logit more than once.
+"""The GEMMs between hidden states and rows of a head: sums are float32, whatever the inputs, on every device.
 
-    for rows in chunks(N, bytes of a row, workspace_bytes):
-        z[rows] = hidden[rows] · weightᵀ              float32, into a buffer that every chunk reuses
-        ...                                           statistics, values, and dz over z, from memory
-        dhidden[rows] = dz · weight                   each token's sum is complete
-        dweight += dzᵀ · hidden[rows]                 into float32: a 16-bit sum would drift over chunks
+    z = hidden · weight[rows]ᵀ                    float32, into a buffer that every chunk or tile reuses
+    dhidden += dz · weight[rows]                  a row of tokens is complete where all columns were added
+    dweight[rows] = or += dzᵀ · hidden            float32 where it adds: a 16-bit sum would drift
 
 Rows of the head may be named by an index instead of all in order; they are then gathered a block at a time.
 GEMMs take 16-bit operands on a GPU and write float32; a CPU's GEMMs round, so there they are widened, also a
 block at a time.
 
-Dimensions: N tokens (of a chunk), V columns (rows of the head that take part), D hidden size.
+Dimensions: N tokens, V columns (rows of the head that take part), D hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokenkit.kernels.products import add_product, product, write_product
+WIDENS = True
+"""GEMMs of 16-bit tensors write float32 sums (`out_dtype`); without, those are rounded to 16 bits between."""
 
 BLOCK_BYTES = 64 * 2**20  # of rows of a head that are gathered or widened at once
 CPU_BLOCK_BYTES = 4 * 2**20
@@ -29,17 +28,31 @@ Rows = slice | Tensor
 """Rows of a head: a stretch of them, or int64 indices, which may repeat."""
 
 
-def chunks(N: int, row_bytes: int, workspace_bytes: int, *, fewest: int = 1) -> list[slice]:
-    """Cut N tokens into equal chunks whose buffers fit into `workspace_bytes`, of `fewest` tokens at least.
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write left @ right to `out`, which is of the accumulator's dtype."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if not WIDENS:
+        return out.copy_(torch.mm(left, right))
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
-    With a divided vocabulary every process must pass the same numbers: chunks are where they meet.
-    """
-    most = max(workspace_bytes // max(row_bytes, 1), fewest, 1)
-    count = -(-N // most)
-    if count == 0:
-        return []
-    size = -(-N // count)
-    return [slice(start, min(start + size, N)) for start in range(0, N, size)]
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, in its dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif not WIDENS:
+        total.add_(torch.mm(left, right))
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def write_product(matrix: Tensor, rows: Rows, left: Tensor, right: Tensor) -> None:
+    """Write left @ right to rows of `matrix`; the sum over tokens is rounded once, when it is written."""
+    if isinstance(rows, slice) and left.dtype == matrix.dtype:
+        torch.mm(left, right, out=matrix[rows])
+    else:
+        matrix[rows] = torch.mm(left, right).to(matrix.dtype)
 
 
 def number_of(rows: Rows) -> int:
@@ -52,6 +65,11 @@ def part_of(rows: Rows, start: int, end: int) -> Rows:
     if isinstance(rows, slice):
         return slice(rows.start + start, rows.start + end)
     return rows[start:end]
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a GEMM takes: a tensor as it is on a GPU, widened to `dtype` on a CPU (its GEMMs round)."""
+    return tensor if tensor.is_cuda else tensor.to(dtype)
 
 
 def blocks(weight_VD: Tensor, rows: Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Rows, Tensor]]:
@@ -76,11 +94,6 @@ def blocks(weight_VD: Tensor, rows: Rows, dtype: torch.dtype) -> Iterator[tuple[
         yield slice(start, end), part, operand(weight_VD[part], dtype)
 
 
-def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what a GEMM takes: a tensor as it is on a GPU, widened to `dtype` on a CPU."""
-    return tensor if tensor.is_cuda else tensor.to(dtype)
-
-
 def write_products(hidden_ND: Tensor, weight_VD: Tensor, rows: Rows, z_NV: Tensor) -> None:
     """Write hidden · weight[rows]ᵀ to z_NV: float32 or float64, its columns adjacent."""
     hidden_ND = operand(hidden_ND, z_NV.dtype)
@@ -100,6 +113,8 @@ def write_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_
     dtype = torch.promote_types(dweight_VD.dtype, torch.float32)
     dz_NV, hidden_ND = operand(dz_NV, dtype), operand(hidden_ND, dtype)
     step = max(BLOCK_BYTES // (hidden_ND.shape[1] * dtype.itemsize), 128)
+    if isinstance(rows, slice) and dz_NV.dtype == dweight_VD.dtype:
+        step = max(number_of(rows), 1)  # written in place: no sums wait to be rounded
     for start in range(0, number_of(rows), step):
         end = min(start + step, number_of(rows))
         write_product(dweight_VD, part_of(rows, start, end), dz_NV[:, start:end].T, hidden_ND)
@@ -116,9 +131,14 @@ def add_weight_gradient(dz_NV: Tensor, hidden_ND: Tensor, rows: Rows, dweight_VD
         some = rows[start : start + step]
         sums = hidden_ND.new_empty((len(some), hidden_ND.shape[1]), dtype=dweight_VD.dtype)
         product(dz_NV[:, start : start + step].T, hidden_ND, sums)
-        if sums.is_cuda:
-            dweight_VD.index_put_(
-                (some,), sums, accumulate=True
-            )  # sorts: no atomics, the same sum every time
-        else:
-            dweight_VD.index_add_(0, some, sums)
+        add_rows(dweight_VD, some, sums)
+
+
+def add_rows(total: Tensor, rows: Rows, addend: Tensor) -> None:
+    """Add to rows of `total`; rows that repeat add up, in an order that is always the same."""
+    if isinstance(rows, slice):
+        total[rows] += addend
+    elif total.is_cuda:
+        total.index_put_((rows,), addend, accumulate=True)  # sorts: no atomics
+    else:
+        total.index_add_(0, rows, addend)

@@ -1,12 +1,13 @@
-"""The Triton kernels of `linear_logprob_fused.py`: programs that keep a tile of z in registers.
+"""The Triton kernels of `fused.py`: programs that keep a tile of z in registers.
 
-The formulas are those of `linear_logprob.py`; bias, mask of the subset, order and cap may be None.
+The formulas are those of `operation.py`; bias, mask of the subset, order and cap may be None.
 
 Dimensions: N tokens, V rows of the head, D hidden size, S stretches, P parts of the vocabulary (R, S).
 """
 
 from __future__ import annotations
 
+from tokenkit.kernels.head.logits import base_triton, logits_triton
 from tokenkit.kernels.language import tl, triton
 
 
@@ -41,18 +42,6 @@ def _product(
 
 
 @triton.jit
-def _tanh(x):
-    """tanh, of which Triton has none on every backend."""
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
-def _base(m):
-    """What to subtract before exp: a maximum, or 0 where nothing was seen yet, so that exp(-inf) is 0."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
 def _statistics_kernel(
     hidden, weight, bias_ptr, inside_ptr, row_ptr, max_ptr, sum_ptr, z_target_ptr,
     N, V, D, stretch,
@@ -76,22 +65,18 @@ def _statistics_kernel(
         offs_v = v + tl.arange(0, BLOCK_V)
         mask_v = offs_v < last
         z = _product(hidden, weight, n, v, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D, TMA)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-        z *= alpha
-        if cap is not None:
-            z = cap * _tanh(z / cap)
+        z, _ = logits_triton(z, bias_ptr, offs_v, mask_v, alpha, cap)
         is_target = offs_v[None, :] == row[:, None]
         z_target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
         z = tl.where(mask_v[None, :], z, float("-inf"))
         if inside_ptr is not None:
             inside = tl.load(inside_ptr + offs_v, mask=mask_v, other=0)[None, :] != 0
             m = tl.maximum(m_subset, tl.max(tl.where(inside, z, float("-inf")), axis=1))
-            base_subset = _base(m)
+            base_subset = base_triton(m)
             s_subset *= tl.exp(m_subset - base_subset)
             m_subset = m
             m = tl.maximum(m_rest, tl.max(tl.where(inside, float("-inf"), z), axis=1))
-            base_rest = _base(m)
+            base_rest = base_triton(m)
             s_rest *= tl.exp(m_rest - base_rest)
             m_rest = m
             p = tl.exp(z - tl.where(inside, base_subset[:, None], base_rest[:, None]))
@@ -100,7 +85,7 @@ def _statistics_kernel(
             s_rest += tl.sum(tl.where(inside, 0.0, p), axis=1)
         else:
             m = tl.maximum(m_rest, tl.max(z, axis=1))
-            base_rest = _base(m)
+            base_rest = base_triton(m)
             p = tl.where(is_target, 0.0, tl.exp(z - base_rest[:, None]))
             s_rest = s_rest * tl.exp(m_rest - base_rest) + tl.sum(p, axis=1)
             m_rest = m
@@ -143,20 +128,13 @@ def _frozen_kernel(
         mask_vd = mask_v[:, None] & (offs_d < D)[None, :]
         weight = tl.load(weight_ptr + rows[:, None] * D + offs_d[None, :], mask=mask_vd, other=0.0)
         z = tl.dot(hidden, weight.T, input_precision="ieee")
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + rows, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-        z *= alpha
-        slope = 1.0
-        if cap is not None:
-            tanh = _tanh(z / cap)
-            z = cap * tanh
-            slope = 1.0 - tanh * tanh
+        z, slope = logits_triton(z, bias_ptr, rows, mask_v, alpha, cap)
         is_target = offs_v[None, :] == position[:, None]
         z_target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
         z = tl.where(mask_v[None, :], z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=1))
-        p = tl.where(is_target, 0.0, tl.exp(z - _base(m_new)[:, None]))
-        shrink = tl.exp(m - _base(m_new))
+        p = tl.where(is_target, 0.0, tl.exp(z - base_triton(m_new)[:, None]))
+        shrink = tl.exp(m - base_triton(m_new))
         s = s * shrink + tl.sum(p, axis=1)
         p *= slope
         mean = tl.dot(p.to(weight.dtype), weight, mean * shrink[:, None], input_precision="ieee")
@@ -203,14 +181,8 @@ def _gradient_kernel(
             factor_subset = tl.load(numbers_ptr + 3 * N + offs_n, mask=mask_n, other=0.0)[:, None]
             base = tl.where(inside, base_subset, base)
             factor = tl.where(inside, factor_subset, factor)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-        z *= alpha
-        if cap is not None:
-            tanh = _tanh(z / cap)
-            z = cap * tanh
-            factor *= 1.0 - tanh * tanh
-        dz = tl.exp(z - base) * factor
+        z, slope = logits_triton(z, bias_ptr, offs_v, mask_v, alpha, cap)
+        dz = tl.exp(z - base) * (factor * slope)
         dz_target = tl.load(numbers_ptr + 4 * N + offs_n, mask=mask_n, other=0.0)[:, None]
         is_target = offs_v[None, :] == tl.load(row_ptr + offs_n, mask=mask_n, other=-1)[:, None]
         dz = tl.where(is_target, dz_target, dz)

@@ -1,0 +1,21 @@
+"""Log-probabilities of targets and of a subset of the vocabulary: `operation.py` has the mathematics.
+
+operation   the operation, its derivative, the public function, its checks
+plan        what a call computes: mode, tiles, targets; the statistics of a row
+modes       forward and backward in three modes, whichever executor walks the vocabulary
+tiled       a loop over tiles of logits;  tile: what is done with one
+fused       without a workspace;  programs: its kernels
+"""
+
+from tokenkit.kernels.head.subset import Subset, split_vocabulary
+from tokenkit.kernels.linear_logprob.operation import DEFAULT_WORKSPACE_BYTES, LinearLogprob, linear_logprob
+from tokenkit.kernels.linear_logprob.plan import IGNORE
+
+__all__ = [
+    "DEFAULT_WORKSPACE_BYTES",
+    "IGNORE",
+    "LinearLogprob",
+    "Subset",
+    "linear_logprob",
+    "split_vocabulary",
+]
