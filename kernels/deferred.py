@@ -59,7 +59,7 @@ def require(
     if ASSERTS:
         torch._assert_async(fine_N.all(), words)
         return
-    slot = _kinds.setdefault((words, kind), min(len(_kinds), MOST - 1))
+    slot = min(_kinds.setdefault((words, kind), len(_kinds)), MOST - 1)
     wrong_N = ~fine_N.reshape(-1)
     found = torch.where(wrong_N.any(), wrong_N.to(torch.uint8).argmax() + (1 + first), 0)
     flags = _flags.get(fine_N.device)
@@ -74,21 +74,36 @@ def take(device: torch.device) -> Tensor:
     return torch.zeros(MOST, dtype=torch.float64, device=device) if flags is None else flags
 
 
-def raise_found(values: Iterable[float] | None = None) -> None:
+def found(values: Iterable[float], kind: type[Exception], *, with_rows: bool = True) -> Exception | None:
+    """Return the first error of a kind (or of one that inherits from it) that was noted.
+
+    Args:
+        values: the flags, as the host read them.
+        kind: which errors are meant.
+        with_rows: the flags are one process's; those of several were added up, and tell no row.
+    """
+    names = [name for name, _ in sorted(_kinds.items(), key=lambda item: item[1])]
+    for i, value in enumerate(values):
+        if not value:
+            continue
+        words, which = names[i % MOST] if i % MOST < len(names) else ("a tensor is not as it must be", kind)
+        if issubclass(which, kind):
+            return which(f"{words}: row {int(value) - 1}" if with_rows else words)
+    return None
+
+
+def raise_found(values: Iterable[float] | None = None, *, with_rows: bool = True) -> None:
     """Raise the first error that was noted.
 
     Args:
         values: the flags, as the host read them; None: those of every device are read here, which waits.
+        with_rows: as in `found`.
 
     Raises:
-        ValueError: of `require`'s kind, as on a CPU, with the row.
+        ValueError: or what else `require` was given, as on a CPU.
     """
     if values is None:
         values = [value for device in list(_flags) for value in take(device).tolist()]
-    kinds = list(_kinds)
-    for i, value in enumerate(values):
-        if value:
-            words, kind = (
-                kinds[min(i % MOST, len(kinds) - 1)] if kinds else ("a tensor is not finite", ValueError)
-            )
-            raise kind(f"{words}: row {int(value) - 1}")
+    error = found(values, Exception, with_rows=with_rows)
+    if error is not None:
+        raise error

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tokenkit.errors import OtherRankError
+from tokenkit.kernels import deferred
 
 Backend = Literal["nccl", "gloo"]
 
@@ -67,8 +68,8 @@ class World:
             float64 tensors on this world's device, of the shapes given.
 
         Raises:
-            RuntimeError: ranks at different steps, on every rank (on a GPU as a device-side assertion,
-                so that nothing here waits for the device).
+            RuntimeError: ranks at different steps, on every rank; on a GPU, where nothing here waits, when
+                the flags of `kernels/deferred.py` are read next.
         """
         names = sorted(counts)
         steps_2 = torch.tensor([float(step), float(step * step)], dtype=torch.float64, device=self.device)
@@ -82,7 +83,7 @@ class World:
             agree = self.world_size * squares == steps * steps
             message = f"step desync: rank {self.rank} is at step {step} and another rank is not"
             if packed.is_cuda:
-                torch._assert_async(agree, message)
+                deferred.require(agree, message, RuntimeError)
             elif not agree:
                 raise RuntimeError(
                     f"{message} (the mean is {steps.item() / self.world_size:g}): "

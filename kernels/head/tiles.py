@@ -26,6 +26,10 @@ ROWS = 128  # of a tile of cuBLAS
 STRIDE = 64  # elements
 GROUP_ROWS = 4096  # tokens that one weight gradient adds up, where there are as many and they fit
 
+DEVICE_SHARE = 16  # what one loss may take of a GPU's memory
+MOST_WORKSPACE_BYTES = 8 * 2**30
+CPU_WORKSPACE_BYTES = 256 * 2**20
+
 COLUMNS = (128, 8192)
 """Fewest of a tile: GEMMs smaller than this waste time; most that one program holds in registers."""
 
@@ -86,6 +90,18 @@ def flop_width(N: int, D: int) -> int:
 def low_dtype(hidden_ND: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tile enters a GEMM with the hidden states or their head."""
     return launch.low_dtype(hidden_ND, dtype)
+
+
+def default_workspace(device: torch.device | str) -> int:
+    """Return the bytes that an operation may take where nobody says: a sixteenth of a GPU's memory.
+
+    At most 8 GiB, which holds exp(z - m) of 16,384 tokens and 256k ids; elsewhere 256 MiB, more of which was
+    no faster on a CPU.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return CPU_WORKSPACE_BYTES
+    return min(torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE, MOST_WORKSPACE_BYTES)
 
 
 class Buffer:

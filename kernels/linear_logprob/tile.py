@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.head import logits
-from tokenkit.kernels.head.logits import base_triton, logits_triton
+from tokenkit.kernels.head.logits import base_triton, logits_triton, slope_triton
 from tokenkit.kernels.head.subset import BOTH, Tile
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
@@ -51,9 +51,10 @@ def _fold_kernel(
         offs_v = first + tl.arange(0, BLOCK_V)
         mask = offs_v < V
         z = tl.load(z_ptr + n * stride + offs_v, mask=mask, other=0.0)
-        z, slope = logits_triton(z, bias_ptr, offs_v, mask, alpha, cap)
+        z, _ = logits_triton(z, bias_ptr, offs_v, mask, alpha, cap)
         is_target = offs_v == target
         z_target += tl.sum(tl.where(is_target, z, 0.0), axis=0)
+        slope = slope_triton(z, cap)  # of the logit: what logits_triton has would stay in registers
         z = tl.where(mask, z, float("-inf"))
         if inside_ptr is not None:
             inside = tl.load(inside_ptr + offs_v, mask=mask, other=0) != 0

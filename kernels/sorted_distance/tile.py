@@ -77,8 +77,8 @@ class RowFactors(NamedTuple):
 def _code(p, foot):
     """Number a probability: bin · 2^FRACTION + fraction."""
     code = (p + foot).to(tl.int32, bitcast=True) - foot.to(tl.int32, bitcast=True)
-    # p at the bound itself belongs to the last bin
-    return tl.minimum(code + 3 * tl.maximum(code - _FINE_FROM, 0), _LAST)
+    # p at the bound itself belongs to the last bin; of a NaN the code may be anything, and must be a bin
+    return tl.maximum(tl.minimum(code + 3 * tl.maximum(code - _FINE_FROM, 0), _LAST), 0)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for GPUs that are not here, and report what each would use. Run as a script.
 
     python -m tests.kernels.aot          prints JSON, one record per kernel, variant and architecture
-    python -m tests.kernels.aot --less   all for sm_90, for the others what is launched otherwise there
-    python -m tests.kernels.aot --sweep [K]   dtypes, ragged sizes, bias, cap and subset, every K-th; K: 1
+    python -m tests.kernels.aot --less   all for sm_90, some of the sweep; for others what differs there
+    python -m tests.kernels.aot --sweep  what else launchers make: dtypes, ragged sizes, bias, cap, subset
 
 It must run without TRITON_INTERPRET, in a process of its own, with an empty TRITON_CACHE_DIR. A launch is
 imitated through `warmup` under a stub driver, so arguments are specialised as they would be.
@@ -29,6 +29,8 @@ from tokenkit.kernels.linear_logprob import tile as logprob_tile
 from tokenkit.kernels.sorted_distance import tile as sorted_tile
 
 ARCHITECTURES = (80, 90, 100)
+EVERY = 29
+"""With `--less`, each so many-th of the sweep is compiled: a prime, so that all kernels have their turn."""
 ALL_FOR = 90
 """With `--less`, the others get the fused kernels alone: no other launch asks for the architecture."""
 F32, BF16, I64, U8 = torch.float32, torch.bfloat16, torch.int64, torch.uint8
@@ -158,18 +160,26 @@ def resources(compiled):
     return {"registers": registers, "stack": stack, "local": local, "shared": shared, "tma": tma}
 
 
+def chosen(architecture, how):
+    """Yield (a launch, whether it comes from the sweep) of one architecture."""
+    if how == "--sweep":
+        yield from ((launch, True) for launch in sweep(architecture))
+        return
+    known = fused_launches if how == "--less" and architecture != ALL_FOR else launches
+    yield from ((launch, False) for launch in known(architecture))
+    if how == "--less" and architecture == ALL_FOR:
+        yield from ((launch, True) for launch in islice(sweep(architecture), 0, None, EVERY))
+
+
 def main():
-    less, sweeps = sys.argv[1:] == ["--less"], sys.argv[1:2] == ["--sweep"]
-    every = int(sys.argv[2]) if sweeps and len(sys.argv) > 2 else 1
+    how = sys.argv[1] if len(sys.argv) > 1 else "--all"
     records = []
     for architecture in ARCHITECTURES:
         driver.set_active(StubDriver(architecture))
-        chosen = sweep if sweeps else launches
-        if less and architecture != ALL_FOR:
-            chosen = fused_launches
-        for name, kernel, arguments, options in islice(chosen(architecture), 0, None, every):
+        for (name, kernel, arguments, options), swept in chosen(architecture, how):
             compiled = kernel.warmup(*arguments, grid=(1,), **options)
-            records.append({"kernel": name, "sm": architecture, **resources(compiled)})
+            about = {"kernel": name, "sm": architecture, "swept": swept}
+            records.append(about | resources(compiled))
     json.dump(records, sys.stdout)
 
 

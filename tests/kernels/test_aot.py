@@ -1,7 +1,9 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100 without spilling, within shared memory.
 
 By default the kernels whose launch is the same on all three are compiled for sm_90 alone;
-`TOKENKIT_AOT=all python -m pytest tests/kernels/test_aot.py` compiles each for each.
+`TOKENKIT_AOT=all python -m pytest tests/kernels/test_aot.py` compiles each for each; `TOKENKIT_AOT=sweep`
+launches over dtypes, sizes that divide nothing, bias, softcap, subset and shares, of which the default has
+a sample.
 """
 
 import json
@@ -13,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-WHOLE = os.environ.get("TOKENKIT_AOT") == "all"
+HOW = {"all": [], "sweep": ["--sweep"]}.get(os.environ.get("TOKENKIT_AOT", ""), ["--less"])
 TRITON = tuple(map(int, version("triton").split(".")[:2]))
 STACK_BYTES = (
     0 if TRITON < (3, 8) else 16
 )  # with 3.8 four of 156 keep a number or two there, all else being equal
+SWEPT_BYTES = 64  # a few launches of the sweep keep a number or two there: ragged and capped, or of 32 bits
 REGISTERS = 128 if TRITON < (3, 8) else 144
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that one block may have
 
@@ -26,7 +29,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that on
 def records(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.aot", *([] if WHOLE else ["--less"])]
+    command = [sys.executable, "-m", "tests.kernels.aot", *HOW]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -38,28 +41,29 @@ def test_every_kernel_compiles_for_every_architecture(records):
     assert kernels == {
         "fold",
         "dlogits",
-        "rescale",
-        "span_sum",
-        "difference",
+        *([] if HOW == ["--sweep"] else ["rescale", "span_sum", "difference"]),
         "sorted",
         "divergence",
         "projected",
         "head",
         "fused",
     }
-    for kernel in kernels if WHOLE else {"fused"}:
+    for kernel in {"fused"} if HOW == ["--less"] else kernels:
         found = {record["sm"] for record in records if record["kernel"].startswith(kernel)}
         assert found == set(SHARED_BYTES), kernel
 
 
 def test_nothing_spills(records):
-    assert [r for r in records if r["stack"] > STACK_BYTES or r["local"]] == []
+    assert [
+        r for r in records if r["local"] or r["stack"] > (SWEPT_BYTES if r["swept"] else STACK_BYTES)
+    ] == []
 
 
 def test_shared_memory_and_registers_fit(records):
     assert [r for r in records if r["shared"] > SHARED_BYTES[r["sm"]]] == []
-    others = [r for r in records if not r["kernel"].startswith("fused")]  # those hold a tile of a product
-    assert max(r["registers"] for r in others) <= REGISTERS, "two blocks of 256 threads no longer fit an SM"
+    # the fused ones hold a tile of a product
+    others = [r["registers"] for r in records if not (r["swept"] or r["kernel"].startswith("fused"))]
+    assert max(others, default=0) <= REGISTERS, "two blocks of 256 threads no longer fit an SM"
 
 
 def test_descriptors_become_bulk_copies_where_the_architecture_has_them(records):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.budget import assert_within_budget
+from tokenkit.kernels import launch
 from tokenkit.kernels.head import sums
 from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan, split_vocabulary, tile, tiled
 from tokenkit.kernels.linear_logprob import operation as module
@@ -34,7 +35,6 @@ def small_tiles(monkeypatch):
     """Tiles of 16 columns in programs of 8, so that small shapes cross every boundary."""
     monkeypatch.setattr(plan, "COLUMNS", (16, 16))
     monkeypatch.setattr(plan, "RING_COLUMNS", 32)
-    monkeypatch.setattr(tile, "FOLD_BLOCK_V", 8)
     monkeypatch.setattr(tile, "BLOCK_V", 8)
     monkeypatch.setattr(tile, "BLOCK_D", 16)
 
@@ -275,6 +275,15 @@ def test_an_ignored_row_still_has_its_mass_and_its_gradient(mode, executor, devi
     hidden, weight, _, _, mask, upstream = make(5, 40, 8, device)
     target = torch.full((5,), IGNORE, device=device)
     assert_like_eager(torch.float32, (hidden, weight, None, target, mask, upstream), **mode)
+
+
+@pytest.mark.parametrize("mode", [{}, {"softcap": True}], ids=["plain", "softcap"])
+def test_a_row_of_a_tile_may_be_several_blocks(mode, device, monkeypatch):
+    """As where few tokens make wide tiles; more than fits a program's registers."""
+    monkeypatch.setattr(launch, "INTERPRET", device == "cpu")
+    monkeypatch.setattr(tile, "FOLD_BLOCK_V", 4)
+    head = {"softcap": 4.0} if mode else {}
+    assert_like_eager(torch.float32, make(5, 33, 8, device), head=head, workspace_bytes=RECOMPUTE)
 
 
 @MODES

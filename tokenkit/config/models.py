@@ -155,8 +155,9 @@ class Training:
     use_flash_attention: bool = False
     """The same as attn_implementation flash_attention_2; needs the `flash` extra."""
 
-    loss_workspace_mib: int = 256
-    """Memory that a loss may use for logits, beside its results, MiB. More is faster up to a point."""
+    loss_workspace_mib: int | None = None
+    """Memory that a loss may use for logits, beside its results, MiB. More is faster up to a point. None: a
+    sixteenth of the GPU's memory, 8 GiB at most; 256 on a CPU."""
 
     attn_implementation: Attention | None = None
     """Attention of the models. None: the library's default (sdpa)."""
@@ -178,7 +179,8 @@ class Training:
                 f"float8 ({self.products.float8}) needs dtype bfloat16 and train_model_mode full, got "
                 f"{self.dtype} and {self.train_model_mode}: set those, or float8 to none"
             )
-        at_least("loss_workspace_mib", self.loss_workspace_mib, 1)
+        if self.loss_workspace_mib is not None:
+            at_least("loss_workspace_mib", self.loss_workspace_mib, 1)
         if self.train_model_mode == "none" and not self.train_embeddings and not self.has_hypernet:
             raise ConfigError(
                 "train_model_mode is none, train_embeddings is false and there is no hypernetwork: nothing "

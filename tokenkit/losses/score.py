@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.kernels import deferred
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, Subset, linear_logprob
@@ -59,14 +60,14 @@ def check_ids(side: Side, scored_BT: Tensor) -> None:
     """Raise ValueError where a label to be ignored stands in place of an id: it would count as certain."""
     is_wrong_BT = scored_BT & (side.ids_BT < 0)
     words = "ids_BT must hold ids of tokens where trained_BT asks for them"
-    if is_wrong_BT.is_cuda:
-        torch._assert_async(~is_wrong_BT.any(), words)
-    elif not torch.compiler.is_compiling() and bool(is_wrong_BT.any()):
-        row, position = is_wrong_BT.nonzero()[0].tolist()
-        raise ValueError(
-            f"{words}: got {int(side.ids_BT[row, position])} at row {row}, position {position}; what is "
-            "not to be trained is False in trained_BT, and no label"
-        )
+    advice = "what is not to be trained is False in trained_BT, and no label"
+
+    def error(row: int) -> ValueError:
+        position = int(is_wrong_BT[row].nonzero()[0])
+        found = int(side.ids_BT[row, position])
+        return ValueError(f"{words}: got {found} at row {row}, position {position}; {advice}")
+
+    deferred.require(~is_wrong_BT.any(1), f"{words}; {advice}", ValueError, error)
 
 
 def check_states(states: HiddenStates, side: str) -> None:

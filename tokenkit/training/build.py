@@ -25,6 +25,7 @@ from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.errors import ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches
 from tokenkit.export.rehearsal import rehearse
+from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.losses import Loss, make_loss
 from tokenkit.losses.latents import Latents
 from tokenkit.models.causal_lm import (
@@ -233,7 +234,8 @@ def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
 
 def build_losses(config: TrainConfig, pair: Pair) -> dict[str, Loss[Any]]:
     """Return the losses by the names that the user gave; ValueError where what they read does not fit."""
-    workspace_bytes = config.training.loss_workspace_mib * 2**20
+    mib = config.training.loss_workspace_mib
+    workspace_bytes = default_workspace(pair.device) if mib is None else mib * 2**20
     losses = {}
     for name in config.objective.losses:
         options = config.objective.options.of(name)

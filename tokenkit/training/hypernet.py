@@ -37,6 +37,7 @@ from tokenkit.embeddings.unigram_sampler import (
     sample_tokenizer,
 )
 from tokenkit.errors import NonFiniteError
+from tokenkit.kernels import deferred
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
 from tokenkit.optim import LearningRate, set_learning_rate
@@ -268,6 +269,7 @@ def take_step(trainer: HypernetTrainer, state: State, rate: LearningRate) -> dic
         raise NonFiniteError(
             f"the loss of step {state.step + 1} is {float(loss.detach())}: lower learning_rate"
         )
+    deferred.raise_found()
     optimizer.zero_grad()
     loss.backward()
     limit = rate.options.max_grad_norm or math.inf

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tokenkit.errors import DataError, NonFiniteError
+from tokenkit.kernels import deferred
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
@@ -175,10 +176,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     try:
         prepared = prepare(run, batches)
     except NotFiniteError as error:
-        way_out = "use another teacher" if run.is_float32 else "use dtype float32, or another teacher"
-        raise NonFiniteError(
-            f"the teacher cannot be scored at step {run.step}: {error}; nothing was updated; {way_out}"
-        ) from error
+        raise _teacher_error(run, error) from error
+    teacher_flags = deferred.take(device)
     counts = global_counts(prepared, run)
     passes = Passes(
         model=run.model,
@@ -203,11 +202,36 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     _empty_frozen_rows(stage)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
     about = _about_losses(prepared, counts) | {"#trained": _trained_tokens(batches)}
+    about |= {"#flags": torch.cat([teacher_flags, deferred.take(device)])}
     report = replace(_report(run, sums, grad_norm, counts, about), gradient_shares=shares)
     if report.skipped is None:
         set_learning_rate(stage.optimizer, report.learning_rate)
         stage.optimizer.step()
     return report
+
+
+def _teacher_error(run: Run, error: Exception) -> NonFiniteError:
+    way_out = "use another teacher" if run.is_float32 else "use dtype float32, or another teacher"
+    return NonFiniteError(
+        f"the teacher cannot be scored at step {run.step}: {error}; nothing was updated; {way_out}"
+    )
+
+
+def _raise_noted(run: Run, flags: Sequence[float]) -> bool:
+    """Raise what a GPU found wrong in this step; say whether the student's numbers are not finite.
+
+    On a CPU the operations raise themselves, and a student's loss is NaN where they do.
+    """
+    alone = run.world.world_size == 1  # else the flags of all ranks were added up
+    teacher, student = flags[: deferred.MOST], flags[deferred.MOST :]
+    error = deferred.found(teacher, NotFiniteError, with_rows=alone)
+    if error is not None:
+        raise _teacher_error(run, error)
+    deferred.raise_found(teacher, with_rows=alone)
+    error = deferred.found(student, NotFiniteError, with_rows=alone)
+    if error is None:
+        deferred.raise_found(student, with_rows=alone)
+    return error is not None
 
 
 def prepare(run: Run, batches: Sequence[Batch]) -> list[dict[str, Any]]:
@@ -277,11 +301,15 @@ def _report(
     device = run.world.device
     count_J = torch.stack([counts[name].double().mean() for name in names])
     loss_J = torch.stack([added[name] for name in names])
-    about_A = torch.stack([grad_norm.double().to(device), *(added[name].double() for name in about)])
-    packed = torch.cat([loss_J, count_J, sums.weight_J, sums.norm_J, about_A]).tolist()
+    flags = added.pop("#flags")
+    about_A = torch.stack([grad_norm.double().to(device), *(added[name] for name in about if name in added)])
+    packed = torch.cat([flags, loss_J, count_J, sums.weight_J, sums.norm_J, about_A]).tolist()
+    spoiled, packed = _raise_noted(run, packed[: len(flags)]), packed[len(flags) :]
     values, sizes, weights, norms = (packed[k * J : (k + 1) * J] for k in range(4))
+    if spoiled and all(map(math.isfinite, values)):  # a softcap hides an infinity
+        values = [math.nan] * J
     losses, norm = dict(zip(names, values, strict=True)), packed[4 * J]
-    known = dict(zip(about, packed[4 * J + 1 :], strict=True))
+    known = dict(zip((name for name in about if name != "#flags"), packed[4 * J + 1 :], strict=True))
     trained = sum(sizes) if stage.is_prefix else known["#trained"]
     skipped = whether_skipped(run, losses, norm, trained=trained)
     user = stage.objective.weights(step)
