@@ -21,6 +21,7 @@ from tokenkit.config import TrainConfig
 from tokenkit.config.models import ModelSource
 from tokenkit.errors import blaming_data
 from tokenkit.evaluation.parameters import count_parameters
+from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_model
@@ -95,7 +96,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         shares_body = config.teacher is None and not _is_full(config) and config.objective.needs_teacher
         head, trains_head = rows * width, training.train_embeddings
         num_losses = len(config.objective.losses)
-        losses = num_losses * 2 * 4 * tokens * width + training.loss_workspace_mib * 2**20
+        losses = num_losses * 2 * 4 * tokens * width + _workspace_bytes(training.loss_workspace_mib)
         if trains_head:
             losses += 4 * head * min(2, num_losses)
         theirs_head = rows * width if teacher is None else teacher.output.weight.numel()
@@ -144,6 +145,12 @@ def _tokenizer(config: TrainConfig, name: str, tokens_to_add: tuple[str, ...] = 
         return load_tokenizer(
             name, tokens_to_add=tokens_to_add, trust_remote_code=config.run.trust_remote_code
         )
+
+
+def _workspace_bytes(mib: int | None) -> int:
+    """Return what a loss may take; where the device decides, that of this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return default_workspace(device) if mib is None else mib * 2**20
 
 
 def _made(config: TrainConfig, source: ModelSource, dtype: torch.dtype) -> CausalLM:
