@@ -51,6 +51,10 @@ DOORS = {
         "tokenkit.commands.eval_ensemble:main",
         "ask several models as one, token by token: bits per byte, texts",
     ),
+    "draft": (
+        "tokenkit.commands.draft:main",
+        "measure a small model as the draft of a larger one, and give it that one's tokenizer",
+    ),
     "generate": (
         "tokenkit.commands.generate:main",
         "write on behind prompts, or answer in a conversation, as the text comes",

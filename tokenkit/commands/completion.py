@@ -37,6 +37,7 @@ CONFIGURED = {
     "analyze-model": "tokenkit.commands.analyze_model:AnalyzeModelConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
     "eval-ensemble": "tokenkit.commands.eval_ensemble:EvalEnsembleConfig",
+    "draft": "tokenkit.commands.draft:DraftConfig",
     "generate": "tokenkit.commands.generate:GenerateConfig",
     "mined-mapping": "tokenkit.commands.mined_mapping:MinedMappingConfig",
     "train-hypernet": "tokenkit.config.hypernet:TrainHypernetConfig",

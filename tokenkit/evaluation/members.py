@@ -91,7 +91,7 @@ def map_of(path: str | None, pair: tuple[Tokenizer, Tokenizer], names: tuple[str
         with blaming_data():
             check_mapped_pair(Path(path).expanduser(), *pair)
             return read_mapping(Path(path).expanduser(), pivot.vocab_size, own.vocab_size)
-    if pivot.token_bytes == own.token_bytes and pivot.control == own.control:
+    if same_ids(pivot, own):
         return None
     raise ConfigError(
         f"{names[0]} and {names[1]} have different tokenizers ({_difference(pivot, own)}): move one to the "
@@ -99,6 +99,11 @@ def map_of(path: str | None, pair: tuple[Tokenizer, Tokenizer], names: tuple[str
         "--target-tokenizer-name FIRST --teacher-tokenizer-name SECOND`, and name what it writes in "
         "baseline_mined_mapping_paths"
     )
+
+
+def same_ids(pivot: Tokenizer, own: Tokenizer) -> bool:
+    """Whether each id means the same under both, whatever their families and templates."""
+    return pivot.token_bytes == own.token_bytes and pivot.control == own.control
 
 
 def _difference(pivot: Tokenizer, own: Tokenizer) -> str:
