@@ -11,7 +11,8 @@ from tokenkit.cli import door, main
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = {"llama3_to_qwen2", "llama3_to_byte", "gemma2_from_openmath", "zett"}
+TRAINING = {"llama3_to_qwen2", "llama3_to_byte", "gemma2_from_openmath"}
+SCRIPTS = TRAINING | {"zett", "ensembles"}
 SMALL = """--steps 2 --warmup-steps 1 --batch-size 4 --gradient-accumulation-steps 1 --max-length-new 32
 --lr 1e-3 --max-length-teacher 32 --dtype float32 --data.heldout.documents 2
 --data.heldout.fraction 0.2""".split()
@@ -54,7 +55,7 @@ def test_every_script_is_tried():
     assert {file.stem for file in EXAMPLES.glob("*.sh")} - {"quickstart"} == SCRIPTS
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS - {"zett"}))
+@pytest.mark.parametrize("name", sorted(TRAINING))
 def test_without_folders_a_script_names_the_hub(name, folders):
     ((_, *words),) = commands(name, folders, {})
     config = parse_command_line(TrainConfig, words, program="test", aliases=ALIASES)
@@ -62,7 +63,7 @@ def test_without_folders_a_script_names_the_hub(name, folders):
     assert config.run.output_dir == f"outputs/{name}"
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS - {"zett"}))
+@pytest.mark.parametrize("name", sorted(TRAINING))
 def test_a_script_trains_on_local_folders(name, folders, tmp_path):
     environment = local(folders) | {"OUTPUT": str(tmp_path / "run")}
     to_byte = name == "llama3_to_byte"  # the others load everything and try a step, which is cheaper
@@ -81,3 +82,18 @@ def test_zett_scores_and_writes(folders, tmp_path, capsys):
     assert "fvt" in capsys.readouterr().out
     assert main(write) == 0
     assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_ensembles_moves_one_model_and_asks_both(folders, tmp_path, capsys):
+    environment = {"PIVOT": "teacher", "STUDENT": "student", "TEXT": "data.txt"}
+    environment = {key: str(folders / name) for key, name in environment.items()}
+    move, ask = commands(
+        "ensembles", folders, environment | {"OUTPUT": str(tmp_path / "moved")}, "--limit", "2"
+    )
+    assert main(move) == 0
+    assert main(ask) == 0
+    assert "ensemble (mean_prob)" in capsys.readouterr().out
+    (again,) = commands(
+        "ensembles", folders, environment | {"MOVED": str(tmp_path / "moved")}, "--limit", "2"
+    )
+    assert again == ask
