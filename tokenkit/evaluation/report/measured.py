@@ -20,7 +20,7 @@ from tokenkit.embeddings.matching import copied_ids, ordinary_ids, to_make
 from tokenkit.embeddings.rows import LABELS
 from tokenkit.errors import ConfigError
 from tokenkit.evaluation.opened import open_model
-from tokenkit.evaluation.text_bits import bits_of_bytes, summary
+from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.pairing.align import align
 from tokenkit.pairing.view import cells, visible
@@ -188,7 +188,9 @@ def _models(
     def scored(name: str, model: CausalLM, tokenizer: Tokenizer) -> None:
         limit = getattr(model.config, "max_position_embeddings", None) or 512
         window = min(limit, 512)
-        bits[name], tokens[name] = bits_of_bytes(model, tokenizer, texts, window=window, stride=window // 2)
+        bits[name], tokens[name] = bits_of_bytes(
+            nats_of(model), tokenizer, texts, window=window, stride=window // 2
+        )
 
     taught = config.teacher or config.student
     with _noted(found, "the teacher is not measured"):
