@@ -141,7 +141,7 @@ gradient_checkpointing = true
 use_flash_attention = true
 expand_input_ids = true ; target_tokenizer_name=byte
 output_embeddings_mode = untie
-eval.tasks = [arc_easy,piqa] ! its feature comes with lm-eval
+eval.tasks = [arc_easy,piqa]
 data.datasets = [{name: c4, path: allenai/c4, subset: en, split: train, streaming: true}] ; data=null
 data.datasets = [{path: a.jsonl, format: json, text_field: text, weight: 0.4}] ; data=null
 data.datasets = [{path: a, text_template: "{instruction} {output}", weight: 0.7}] ; data=null
@@ -225,6 +225,24 @@ teacher_tokenizer_name = google/gemma-2-2b-it:source=Gemma2
 target_tokenizer_name = Qwen/Qwen2.5-1.5B:source=Qwen2:target=Gemma2
 num_workers = 8
 output = outputs/tokenizer_data/gemma2_to_qwen2_mined
+"""
+
+EVAL = """
+model.pretrained_model_name_or_path = outputs/gemma2_to_qwen2 -> models = outputs/gemma2_to_qwen2
+model.tokenizer_name = org/model:source=Qwen2 -> tokenizer_name
+expand_model.pretrained_model_name_or_path = org/model -> base_model
+expand_model.tokenizer_name = org/model:source=Llama3 -> base_tokenizer
+tasks = [wikitext,piqa,hellaswag,lambada_openai]
+max_samples = 100 -> limit
+temperature = 0.0
+num_beams = 1
+max_new_tokens = 100
+device = cuda
+batch_size = 16
+max_length = 1024
+chat_template_mode = surround_instruct
+add_bos = true
+output = outputs/gemma2_to_qwen2/eval
 """
 
 MOVE = (
@@ -312,10 +330,16 @@ optimize_for_inference model_path=outputs/my_model output_path=outputs/y quantiz
 
 zett --config zett model.pretrained_model_name_or_path={LLAMA}
     => method=fvt
+
+eval model.pretrained_model_name_or_path=org/moved tasks=[arc_easy,arc_challenge,piqa,hellaswag,boolq]
+    output=outputs/llama3_to_qwen2/eval
+    => models=org/moved tasks=[arc_easy,arc_challenge,piqa,hellaswag,boolq]
+
+eval --config eval max_samples=100
+    => limit=100 batch_size=16
 """
 """A command, and behind `=>` some of the values that it must come to."""
 
 ABSENT = """
-eval model.pretrained_model_name_or_path=outputs/x tasks=[arc_easy,piqa] output=outputs/x/eval
 run_ablations --custom-datasets configs/datasets.yaml
 """

@@ -6,6 +6,7 @@ IDLE where it acts only beside others.
 
 from tokenkit.commands.align import AlignOptions
 from tokenkit.commands.bits_per_byte import BitsPerByteConfig
+from tokenkit.commands.eval import EvalConfig
 from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
@@ -33,6 +34,7 @@ NEEDED = {
         "model.pretrained_model_name_or_path": "org/model", "data.dataset_name": "text.txt", "output": "out",
     },
     AlignOptions: {"student": "a", "teacher": "b"},
+    EvalConfig: {"models": ["org/model"], "tasks": ["piqa"], "output": "out"},
     ExportConfig: {"checkpoint_path": "run", "output": "out"},
     BitsPerByteConfig: {"text": "text.txt", "models": ["org/model"]},
     MergeLoraConfig: {"base_model": "org/model", "lora_model": ".", "output": "out"},
@@ -48,6 +50,7 @@ HERE = object()
 
 CLM, ULD, LOCAL = {"losses": ["clm"]}, {"losses": ["baseline_uld"]}, "."
 NO_HELDOUT = {"data.heldout.fraction": 0.0}
+ASKED = {"eval.tasks": ["piqa"]}
 NAMED = {"data.dataset_name": None, "data.datasets": [{"path": "a.txt"}]}
 IDENTITY = {"hypernet.architecture": "identity"}
 IDLE = {
@@ -60,9 +63,11 @@ IDLE = {
         "special_tokens_mode": ("ignore", CLM), "baseline.exact_sort": (True, CLM),
         "baseline.uld_extended": (True, CLM),
         "baseline.gold.beta": (0.1, GOLD), "baseline.gold.uld_student_temperature": (2.0, CLM),
-        "n_model_parallel": (2, {}), "eval.tasks": (["arc"], {}), "eval.limit": (1, {}),
+        "n_model_parallel": (2, {}), "eval.tasks": (["arc"], {"skip_lm_eval": True}), "eval.limit": (1, {}),
         "eval.add_bos": (False, {}), "eval.num_fewshot": (1, {}), "eval.batch_size": (2, {}),
         "eval.max_length": (9, {}), "eval.chat_template_mode": ("surround_instruct", {}),
+        "eval.task_data": (LOCAL, {}), "eval.temperature": (0.5, ASKED), "eval.num_beams": (2, ASKED),
+        "eval.max_new_tokens": (3, ASKED), "eval.allow_code": (True, ASKED),
         "sync_interval": (7, {}), "distributed_backend": ("gloo", {}), "n_data_parallel": (1, {}),
         "warmup_steps": (5, {"optimizer.schedule": "constant"}),
         "optimizer.lr_min_ratio": (0.5, {"optimizer.lr_scheduler_type": "constant_with_warmup"}),
@@ -136,6 +141,7 @@ IDLE = {
     AlignOptions: {
         "limit": (3, {"text": "x"}),
     },
+    EvalConfig: {},
     ExportConfig: {},
     BitsPerByteConfig: {},
     MergeLoraConfig: {},
@@ -236,6 +242,17 @@ ACTS = {
 
 ELSEWHERE = {
     TrainConfig: {
+        **dict.fromkeys(
+            (
+                "skip_lm_eval", "eval.tasks", "eval.task_data", "eval.limit", "eval.num_fewshot",
+                "eval.batch_size",
+            ),
+            "training/test_benchmarks.py::test_tasks_are_measured_on_the_way",
+        ),
+        **dict.fromkeys(
+            ("eval.add_bos", "eval.chat_template_mode", "eval.max_length"),
+            "commands/test_eval.py::test_options_become_what_is_asked",
+        ),
         "name": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",
         "output_dir": "training/test_loop.py::test_a_run_lowers_its_losses_and_exports_a_model_that_loads",
         "resume": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
@@ -308,6 +325,24 @@ ELSEWHERE = {
         [leaf.name for leaf in leaves(TrainHypernetConfig)],
         "test_train_hypernet.py::test_it_writes_what_transfer_reads",
     ),
+    EvalConfig: {
+        **dict.fromkeys(
+            (
+                "models", "output", "tasks", "limit", "num_fewshot", "task_data", "batch_size", "log_samples",
+                "max_new_tokens", "seed", "dtype",
+            ),
+            "commands/test_eval.py::test_scores_are_those_of_the_stock_class",
+        ),
+        **dict.fromkeys(
+            ("max_length", "add_bos", "chat_template_mode", "temperature", "num_beams"),
+            "commands/test_eval.py::test_options_become_what_is_asked",
+        ),
+        "allow_code": "commands/test_eval.py::test_a_task_that_runs_programs_must_be_allowed_to",
+        **dict.fromkeys(
+            ("tokenizer_name", "base_model", "base_tokenizer", "device", "trust_remote_code"),
+            "commands/test_eval.py::test_the_model_is_opened_as_it_is_asked_for",
+        ),
+    },
     ExportConfig: {
         **dict.fromkeys(
             ("checkpoint_path", "output", "dtype", "base_model", "base_tokenizer", "target_tokenizer_name"),
@@ -339,9 +374,12 @@ ELSEWHERE = {
 
 NEVER = {
     TrainConfig: {
-        "data.batch_size",
-        "skip_lm_eval",
-    },  # the one must repeat batch_size, the other has no tasks
+        "data.batch_size",  # it must repeat batch_size
+        "eval.temperature",
+        "eval.num_beams",
+        "eval.max_new_tokens",
+        "eval.allow_code",
+    },
     ZettConfig: {"clone_all_layers"},
     ExportConfig: {"with_pt"},
 }

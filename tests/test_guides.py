@@ -11,6 +11,8 @@ import yaml
 
 from tests import guides
 from tokenkit.cli import door, main
+from tokenkit.commands.eval import ALIASES as EVAL_ALIASES
+from tokenkit.commands.eval import EvalConfig
 from tokenkit.commands.eval_ensemble import ALIASES as ENSEMBLE_ALIASES
 from tokenkit.commands.eval_ensemble import EvalEnsembleConfig
 from tokenkit.commands.export import ALIASES as EXPORT_ALIASES
@@ -39,6 +41,7 @@ DOORS = {
     "eval-ensemble": (EvalEnsembleConfig, ENSEMBLE_ALIASES, {"models": ["m", "n"], "prompts": "x"}),
     "pair-stats": (PairStatsConfig, {}, PAIR | DATA),
     "mined-mapping": (MinedMappingConfig, {}, PAIR),
+    "eval": (EvalConfig, EVAL_ALIASES, {"models": ["m"], "tasks": ["t"], "output": "o"}),
     "export": (ExportConfig, EXPORT_ALIASES, {"checkpoint_path": "x", "output": "o"}),
 }
 """Configuration, other names, and what it cannot do without."""
@@ -49,6 +52,7 @@ TABLES = {
     "eval-ensemble": guides.EVAL_LOCKSTEP,
     "pair-stats": guides.PAIR_STATS,
     "mined-mapping": guides.MINED_MAPPING,
+    "eval": guides.EVAL,
 }
 LINES = [(name, line) for name, table in TABLES.items() for line in table.strip().splitlines()]
 FOLDER = "outputs/tokenizer_data/llama3_to_qwen2"
@@ -117,10 +121,12 @@ def test_fields_of_a_trainer_of_language_models_are_refused_with_what_there_is()
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "train"])
 def test_the_whole_file_of_a_command_is_read(name, tmp_path, capsys):
-    pairs = [line.partition(" -> ")[0].split(" = ") for line in TABLES[name].strip().splitlines()]
-    values = {field: yaml.safe_load(value) for field, value in pairs if not field.startswith("source_")}
+    lines = [line.partition(" -> ") for line in TABLES[name].strip().splitlines() if line[:7] != "source_"]
+    pairs = [setting.split(" = ") for setting, _, _ in lines]
+    values = {field: yaml.safe_load(value) for field, value in pairs}
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(nested(values)), encoding="utf-8")
-    assert set(values) <= set(read(name, ["--config", "whole.yaml"]))
+    fields = {(becomes or setting).partition(" = ")[0] for setting, _, becomes in lines}
+    assert fields <= set(read(name, ["--config", "whole.yaml"]))
 
 
 COMMANDS = [" ".join(command.split()) for command in guides.COMMANDS.split("\n\n")]

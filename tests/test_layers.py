@@ -46,7 +46,7 @@ OWNERS = {
     "transformers": 11,
     "tokenizers": 4,
     "peft": 2,
-    "datasets": 2,
+    "datasets": 3,
     "wandb": 2,
     "tyro": 2,
     "omegaconf": 2,

@@ -43,6 +43,7 @@ DOORS = {
         "write the model of a run or checkpoint in Hugging Face layout, or any model in another format",
     ),
     "merge-lora": ("tokenkit.commands.merge_lora:main", "merge a folder of adapters into its base model"),
+    "eval": ("tokenkit.commands.eval:main", "run benchmarks of lm-eval on models"),
     "bits-per-byte": (
         "tokenkit.commands.bits_per_byte:main",
         "compare models with any tokenizers on a text, over the very same bytes",
@@ -93,7 +94,6 @@ SCRIPTS = {
 """Commands by the names of other programs' scripts. Each begins with the shipped file of that name."""
 
 ABSENT = {
-    "eval": "benchmarks are not here yet: `tokenkit train` measures bits per byte on held-out text",
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
     "run_ablations": "`tokenkit sweep` runs all combinations of several values",
 }

@@ -123,6 +123,10 @@ def _heldout(v: Values) -> bool:
     return own or v["ppl_eval_data"] is not None
 
 
+def _asks(v: Values) -> bool:
+    return bool(v["eval.tasks"]) and not v["skip_lm_eval"]
+
+
 def _schedule(v: Values) -> LearningRateSchedule:
     return OptimizerOptions(
         schedule=v["optimizer.schedule"], lr_scheduler_type=v["optimizer.lr_scheduler_type"]
@@ -299,10 +303,16 @@ TRAIN = (
     ),
     Rule(("data.heldout.documents",), "where ppl_eval_data is not set", lambda v: v["ppl_eval_data"] is None),
     Rule(
-        ("eval_interval", "eval_at_step_zero"), "where text is held out, or ppl_eval_data is set", _heldout
+        ("eval_interval", "eval_at_step_zero"), "where text is held out, or ppl_eval_data or eval.tasks set",
+        lambda v: _heldout(v) or _asks(v),
     ),
     Rule(("wandb.",), "with report_to wandb", lambda v: v["report_to"] == "wandb"),
     Rule(("eval_batch_size",), "where text is held out, or ppl_eval_data is set", _heldout),
+    Rule(
+        ("eval.temperature", "eval.num_beams", "eval.max_new_tokens", "eval.allow_code"),
+        "by `tokenkit eval`: on the way of a training no answers are written", _never,
+    ),
+    Rule(("eval.",), "with eval.tasks, and without skip_lm_eval", _asks),
     Rule(("skip_lm_eval",), "beside eval.tasks", lambda v: bool(v["eval.tasks"])),
     *HYPERNET, *DATA, *ORDER,
 )  # fmt: skip

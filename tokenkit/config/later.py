@@ -8,7 +8,6 @@ from tokenkit.errors import ConfigError
 
 LATER = {
     "n_model_parallel": "vocabulary-parallel heads",
-    "eval.": "lm-eval",
 }
 """Name, or beginning of names that ends in `_` or `.`: what its feature comes with."""
 

@@ -12,6 +12,8 @@ FILES = {
     "teacher_counts": "`tokenkit pair-stats` writes teacher_counts.npy",
     "hypernet": "make it with `tokenkit train-hypernet`",
     "file": "name a data file or a folder of them",
+    "task_data": "name a folder of JSON files with the documents of tasks",
+    "eval.task_data": "name a folder of JSON files with the documents of tasks",
 }
 """Options that name a file or folder of this machine, with what makes one."""
 TEXTS = ("ppl_eval_data", "data", "data.dataset_name")
@@ -62,6 +64,18 @@ def check_model_folder(name: str, value: str) -> None:
             "--resume to its end, then name its export folder"
         )
     raise FileNotFoundError(f"{name}: {value} has no config.json: it is not a Hugging Face model folder")
+
+
+def check_opened(name: str, value: str) -> None:
+    """Refuse a path that holds nothing that `open_model` opens: a model, a run or a checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing is there, or something else.
+    """
+    path = Path(value).expanduser()
+    is_run = (path / "checkpoints").is_dir() or (path / "export" / "config.json").is_file()
+    if not (is_run or path.name == "checkpoints" or path.name.startswith("step_")):
+        check_model_folder(name, value)
 
 
 def _is_path(value: str) -> bool:

@@ -199,8 +199,12 @@ def _names(
     valid = {leaf.name for leaf in leaves(schema)}
     groups = group_prefixes(schema)
     for key, value in content.items():
-        name = canonical(prefix + str(key), aliases)
-        if name in valid:
+        written = prefix + str(key)
+        name = canonical(written, aliases)
+        if isinstance(value, Mapping) and any(alias.startswith(f"{written}.") for alias in aliases):
+            inner = (f"{written}.", f"{shown}{key}.")  # a group whose fields have names of their own here
+            yield from _names(schema, value, aliases, source, variables, inner)
+        elif name in valid:
             yield name, value, shown + str(key)
         elif name + "." in groups and isinstance(value, Mapping):
             inner = (f"{name}.", f"{shown}{key}.")

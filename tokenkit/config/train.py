@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tokenkit.config.benchmarks import LmEval
 from tokenkit.config.later import refuse_later
 from tokenkit.config.models import ModelSource, StudentSource, Target, Training
 from tokenkit.config.objective import Objective
@@ -169,32 +170,6 @@ class Text:
                 "chat_template_mode surround_instruct writes a template, and use_chat_template is false: "
                 "choose direct_encode, or leave use_chat_template as it is"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LmEval:
-    """Benchmarks through lm-eval."""
-
-    tasks: tuple[str, ...] = ()
-    """Names of tasks."""
-
-    limit: int | None = None
-    """Documents per task. None: all."""
-
-    add_bos: bool = True
-    """Begin with BOS where the tokenizer has one."""
-
-    chat_template_mode: ChatTemplateMode = "direct_encode"
-    """How a prompt becomes tokens."""
-
-    num_fewshot: int | None = None
-    """Examples in front of a question. None: the task's own number."""
-
-    batch_size: int = 8
-    """Prompts per forward pass."""
-
-    max_length: int | None = None
-    """Tokens of a prompt. None: what the model can take."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenkit.config.benchmarks import LmEval
 from tokenkit.evaluation.scorer import Scorer
 from tokenkit.parallel import World
+from tokenkit.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,18 @@ class Asking:
     """Multiplies lengths that a task or a user gives in tokens: for tokenizers whose tokens are bytes."""
     seed: int = 0
     """Of what is drawn; each batch begins with it and its own number, so that processes do not matter."""
+
+
+def asking_of(options: LmEval, tokenizer: Tokenizer, *, seed: int = 0) -> Asking:
+    """Return what options say of requests, for a model of this tokenizer."""
+    length_V = tokenizer.byte_length_V
+    return Asking(
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        add_bos=options.forces_bos,
+        bytes_per_token=BYTES_PER_TOKEN if int(length_V.max()) <= 1 else 1,
+        seed=seed,
+    )
 
 
 class _Row(NamedTuple):
@@ -273,8 +287,10 @@ class _Answers:
             text = self.tokenizer.decode(ids[-tail:])
             return any(stop in text for stop in writing.until)
 
-        torch.manual_seed(self.asking.seed + index)
-        written = self.scorer.generate([ids for _, ids in prompts], is_done, writing.options)
+        device = self.scorer.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.asking.seed + index)
+            written = self.scorer.generate([ids for _, ids in prompts], is_done, writing.options)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
         cut = [reduce(lambda text, stop: text.split(stop)[0], writing.until, text) for text in texts]
         return [[number, text] for (number, _), text in zip(prompts, cut, strict=True)]

@@ -10,6 +10,7 @@ for are the strings "nan", "inf" and "-inf".
     gradient_share/<name>         of the sum of the losses' gradient norms, at the first step
     loss/prefix, phase            of the steps of a prefix stage, whose phase is "prefix"; they have no `loss`
     bits_per_byte/<model>         on held-out text
+    task_score/<task>/<metric>    of benchmarks, from 0 to 1; task_cost: perplexities and bits
     grad_norm, learning_rate, tokens_per_second
     expert_usage/..., experts/... of PEER layers, a window of log_freq steps (`models.expert_usage`)
     rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
@@ -43,6 +44,7 @@ PANELS = {  # by the first part of a metric's name, in this order
     "loss": "loss (nats)",
     "excess": "loss over its least value (nats)",
     "bits_per_byte": "bits per byte, held out",
+    "task_score": "benchmarks (score)",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",

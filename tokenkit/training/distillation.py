@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
@@ -37,6 +38,7 @@ from tokenkit.training.requests import (
     PREFIX,
     Evaluate,
     Request,
+    Score,
     Settle,
     StudentHalf,
     TeacherHalf,
@@ -106,6 +108,8 @@ class Distillation(nn.Module):
                 return self._losses(self._states_for(request), batch, prepared, is_prefix=is_prefix)
             case Evaluate():
                 return self._evaluate(request)
+            case Score(ids_BT, at_N, target_N):
+                return self._score(ids_BT, at_N, target_N)
             case WrittenRows():
                 return self._rows()
         raise TypeError(f"no request: {type(request).__name__}")
@@ -223,11 +227,19 @@ class Distillation(nn.Module):
         return torch.stack([student, teacher])
 
     @torch.no_grad()
+    def _score(self, ids_BT: Tensor, at_N: tuple[Tensor, Tensor], target_N: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast(ids_BT):
+            states = self.student(ids_BT)
+        states = self._in_compute_dtype(states)
+        found = linear_logprob(states.hidden_BTD[at_N], states.head, target_N)
+        return found.logp_N, found.is_top1_N
+
+    @torch.no_grad()
     def _prefix_teacher(self, batch: Batch) -> dict[str, Any]:
         assert self.prefix is not None
         assert self.teacher is not None
         ids_BS, n_layers = batch.teacher.ids_BT, self.prefix.n_layers
-        with self._autocast(batch):
+        with self._autocast(batch.student.ids_BT):
             if isinstance(self.teacher, Vocabulary):
                 with as_teacher(self.student):
                     states = prefix_states(self.student, ids_BS, n_layers, self.teacher)
@@ -240,7 +252,7 @@ class Distillation(nn.Module):
         batch = request.batch
         if request.is_prefix:
             assert self.prefix is not None
-            with self._autocast(batch):
+            with self._autocast(batch.student.ids_BT):
                 return prefix_states(self.student, batch.student.ids_BT, self.prefix.n_layers)
         if not request.from_last_layer:
             return self._student_states(batch, self.collect)
@@ -251,13 +263,13 @@ class Distillation(nn.Module):
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
     ) -> HiddenStates:
-        with self._autocast(batch):
+        with self._autocast(batch.student.ids_BT):
             states = self.student(batch.student.ids_BT, own, collect, batch.student.position_BT)
         return _without_spoiled(self._in_compute_dtype(states), batch.student)
 
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
         ids_BS = batch.teacher.ids_BT
-        with self._autocast(batch):
+        with self._autocast(batch.student.ids_BT):
             assert self.teacher is not None
             if isinstance(self.teacher, Vocabulary):
                 with as_teacher(self.student):
@@ -266,10 +278,10 @@ class Distillation(nn.Module):
                 states = self.teacher(ids_BS, collect=collect)
         return _without_spoiled(self._in_compute_dtype(states), batch.teacher)
 
-    def _autocast(self, batch: Batch) -> AbstractContextManager[Any]:
+    def _autocast(self, ids_BT: Tensor) -> AbstractContextManager[Any]:
         if self.compute_dtype in (None, torch.float32):
             return nullcontext()
-        return torch.autocast(batch.student.ids_BT.device.type, dtype=self.compute_dtype)
+        return torch.autocast(ids_BT.device.type, dtype=self.compute_dtype)
 
     def _in_compute_dtype(self, states: HiddenStates) -> HiddenStates:
         """Cast hidden states and head to one type: the kernels multiply like with like."""

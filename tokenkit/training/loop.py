@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenkit.config import TrainConfig, to_dict
+from tokenkit.config.benchmarks import LmEval
 from tokenkit.config.models import ModelSource
 from tokenkit.disk import blaming_disk
 from tokenkit.errors import CheckpointError, DataError, ExitCode, NonFiniteError, blaming_data
@@ -28,6 +29,7 @@ from tokenkit.run.facts import write_facts
 from tokenkit.run.metrics import draw_curves
 from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.run.signals import StopRequest
+from tokenkit.training.benchmarks import Benchmarks
 from tokenkit.training.build import Parts, build
 from tokenkit.training.expert_reports import ExpertReports
 from tokenkit.training.exporting import run_facts, student_state
@@ -42,6 +44,7 @@ MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "logging_interval", "save_interval", "sync_interval", "eval_interval",
     "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
     "eval_batch_size", "wandb.project", "wandb.entity", "wandb.log_model",
+    *(f"eval.{option.name}" for option in fields(LmEval)),
     "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout",
 )  # fmt: skip
 
@@ -54,6 +57,7 @@ class Training:
     session: Session
     parts: Parts
     reports: Reports
+    benchmarks: Benchmarks | None
     experts: ExpertReports | None = None
     """What is said of the use of experts, where the model's configuration asks for it."""
 
@@ -100,6 +104,7 @@ def _say_cost(config: TrainConfig, world: World) -> None:
 
 def _dry_run(config: TrainConfig, world: World) -> int:
     """Load everything, run the first step of each stage, print its losses, write nothing."""
+    _benchmarks(config, world)
     parts = _build(config, world)
     for stage in parts.run.stages:
         parts.run.step = stage.first_step
@@ -124,6 +129,14 @@ def _build(config: TrainConfig, world: World) -> Parts:
     return parts
 
 
+def _benchmarks(config: TrainConfig, world: World) -> Benchmarks | None:
+    """Read the tasks that are asked for, before any model is loaded."""
+    if config.evaluation.skip_lm_eval or not config.evaluation.eval.tasks:
+        return None
+    with world.together("load the tasks of eval.tasks"):
+        return Benchmarks.load(config.evaluation.eval)
+
+
 def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequest) -> int:
     """Take the folder, build, restore, train, export; say in outcome.json how it ended."""
     if config.run.resume and world.broadcast(_is_finished(folder, config)):
@@ -142,10 +155,11 @@ def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequ
         export=_export_folder(config),
     )
     with begun as session:
+        benchmarks = _benchmarks(config, world)
         parts = _build(config, world)
         with closing(parts.batches):
             world.say(describe(parts, config))
-            training = _begin(config, session, parts)
+            training = _begin(config, session, parts, benchmarks)
             if world.is_main:
                 write_facts(session.folder, facts(parts), resumed=session.is_resumed)
             session.ending.code, session.ending.reason = _train(training)
@@ -169,7 +183,7 @@ def _is_finished(folder: Path, config: TrainConfig) -> bool:
     return _last_checkpoint(folder, config).is_dir() and (_export_folder(config) / "config.json").is_file()
 
 
-def _begin(config: TrainConfig, session: Session, parts: Parts) -> Training:
+def _begin(config: TrainConfig, session: Session, parts: Parts, benchmarks: Benchmarks | None) -> Training:
     """Restore the newest checkpoint if asked to, and open the reports where it ends."""
     run, world = parts.run, session.world
     state = State(module=run.model, optimizer=run.optimizer)
@@ -182,7 +196,7 @@ def _begin(config: TrainConfig, session: Session, parts: Parts) -> Training:
     reports = Reports.open(session.folder, config.schedule.steps, resumed_at, world.is_main, *shown)
     usage = ExpertUsage.of(parts.student)
     experts = None if usage is None else ExpertReports(usage, session.folder)
-    return Training(config, session, parts, reports, experts)
+    return Training(config, session, parts, reports, benchmarks, experts)
 
 
 def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
@@ -299,6 +313,9 @@ def _evaluate(training: Training) -> None:
                 f"lower the learning rate{'' if parts.run.is_float32 else ' or use dtype float32'}, in a new "
                 "output_dir"
             )
+    if training.benchmarks is not None:
+        scores = training.benchmarks.run(parts.run.model, parts.tokenizers.target, session.world)
+        training.reports.benchmarks(parts.run.step, scores)
 
 
 def _save(training: Training) -> None:

@@ -155,6 +155,13 @@ class Reports:
         self.write(step, {**values, "heldout_bytes": measured.num_bytes})
         self.since = time.perf_counter()
 
+    def benchmarks(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write scores of tasks, by `TASK/METRIC`; those that are no shares of 1 are not drawn."""
+        kinds = {name: "score" if 0 <= value <= 1 else "cost" for name, value in scores.items()}
+        self.progress.line(step, "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self.write(step, {f"task_{kinds[name]}/{name}": value for name, value in scores.items()})
+        self.since = time.perf_counter()
+
     def summary(self) -> str | None:
         """Return what the run changed in bits per byte; None: nothing was measured."""
         if self.bits_per_byte is None:

@@ -67,6 +67,16 @@ class Evaluate(Request[Tensor]):
 
 
 @dataclass(frozen=True, slots=True)
+class Score(Request[tuple[Tensor, Tensor]]):
+    """The student's log p of each target, float32 [N], and whether no token is more likely, bool [N]."""
+
+    ids_BT: Tensor
+    at_N: tuple[Tensor, Tensor]
+    """Row and position of the token before each target."""
+    target_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class WrittenRows(Request["list[Tensor] | None"]):
     """What the student's projector writes; None where it has none."""
 
