@@ -133,7 +133,7 @@ def test_the_symlink_is_kept_by_git():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("script", ["environment.sh", "tests/run.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["environment.sh", "tests/run.sh", "tests/quantised.sh", ".ci/run"])
 def test_the_scripts_are_valid_and_executable(script):
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
