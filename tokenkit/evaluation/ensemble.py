@@ -9,7 +9,8 @@ ids. One with another tokenizer reads, for each id of the pivot, the nearest of 
 the pivot what it says of that one, over the pivot's ids alone: z_k(v) is its logit at map(v).
 
 Where only log p of given tokens is asked of mean_prob, each member's `linear_logprob` says all that is
-needed; elsewhere logits are formed for a few rows at a time: none of [tokens, vocabulary] exist.
+needed. The mean of logits is one head over all hidden states side by side. Elsewhere logits are formed for a
+few rows at a time: none of [tokens, vocabulary] exist.
 
 Dimensions: K members, B rows of text, T positions, N scored tokens, V vocabulary of the pivot.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -103,9 +105,33 @@ class Ensemble:
 
     def score(self, ids_BT: Tensor, at_N: tuple[Tensor, Tensor], target_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p of each target, and whether no other token is more likely: see `Scorer`."""
+        if self.combination == "mean_logits" and (head := self._joined_head) is not None:
+            with torch.no_grad():
+                states = [member.opened.causal(ids_BT) for member in self.members]
+                parts = zip(self.weights, states, strict=True)
+                hidden_ND = torch.cat([w * s.head.scale * s.hidden_BTD[at_N] for w, s in parts], -1)
+                joined = linear_logprob(hidden_ND, head, target_N)
+            return joined.logp_N, joined.is_top1_N
         found = self.likelihoods(ids_BT, at_N, target_N)
         assert found.is_top_N is not None
         return found.logp_N, found.is_top_N
+
+    @cached_property
+    def _joined_head(self) -> Head | None:
+        """One head that gives the mean of all logits from all hidden states side by side.
+
+        None: a member's ids are others, or a softcap stands between.
+        """
+        heads = [member.opened.causal.head() for member in self.members]
+        if any(member.map_V is not None for member in self.members) or any(head.softcap for head in heads):
+            return None
+        V, biases = self.vocab_size, [head.bias_V for head in heads]
+        weight_VD = torch.cat([head.weight_VD[:V] for head in heads], -1)
+        if all(bias_V is None for bias_V in biases):
+            return Head(weight_VD, vocab_size=V)
+        scaled = zip(self.weights, heads, biases, strict=True)
+        bias_V = sum(w * head.scale * bias_V[:V] for w, head, bias_V in scaled if bias_V is not None)
+        return Head(weight_VD, torch.as_tensor(bias_V), vocab_size=V)
 
     def generate(
         self, prompts: Sequence[list[int]], stop: Stop, options: Mapping[str, Any]
