@@ -204,6 +204,9 @@ combine_strategy = mean_prob
 combine_strategy = mean_logits
 baseline_mined_mapping_paths = [null, FOLDER]
 text = stories.txt
+eval.tasks = [arc_easy, piqa]
+eval.add_bos = true
+eval.chat_template_mode = surround_instruct
 """
 
 PAIR_STATS = """

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,27 @@ def test_a_member_with_another_tokenizer_needs_a_mapping(root, tmp_path, capsys)
     mapped = ["--baseline-mined-mapping-paths", str(tmp_path / "mapping")]
     assert main(["eval-ensemble", *names(root, "c", "a"), *asked, *mapped]) == ExitCode.DATA
     assert "was mined for another" in capsys.readouterr().err
+
+
+def test_benchmarks_ask_the_ensemble(root, tmp_path, capsys):
+    """A model and itself have the scores of the model: of likelihoods and of answers."""
+    (tmp_path / "data").mkdir()
+    rows = [{"context": text[:20], "continuation": " cats"} for text in TEXT[:3]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "data" / "lambada_openai.jsonl").write_text(lines)
+    shutil.copytree(root / "a", tmp_path / "again")
+    asked = ["--eval.tasks", "lambada_openai", "--eval.task-data", str(tmp_path / "data")]
+    out = tmp_path / "out"
+    words = [str(root / "a"), str(tmp_path / "again"), *asked, "--output", str(out)]
+    assert main(["eval-ensemble", *words]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["combine_strategy"] == "mean_prob"
+    alone = [word.replace("--eval.", "--") for word in asked]
+    assert main(["eval", str(root / "a"), *alone, "--output", str(tmp_path / "alone")]) == 0
+    wanted = json.loads((tmp_path / "alone" / "results.json").read_text())["results"]["lambada_openai"]
+    one = found["results"]["lambada_openai"]
+    assert one["perplexity,none"] == pytest.approx(wanted["perplexity,none"], rel=1e-4)
+    assert "ensemble (mean_prob)" in capsys.readouterr().out
 
 
 def test_the_file_of_other_programs_is_read(tmp_path, monkeypatch):

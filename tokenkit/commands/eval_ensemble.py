@@ -10,12 +10,13 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
+from tokenkit.config.benchmarks import LmEval
 from tokenkit.config.models import ModelSource
 from tokenkit.errors import ConfigError, at_least, blaming_data, names_a_folder
 from tokenkit.evaluation.sampling import Sampling
@@ -119,7 +120,7 @@ class TextScoring:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalEnsembleConfig:
-    """Ask several models as one: a text that is scored, prompts that are written on, or both."""
+    """Ask several models as one: on a text, on benchmarks of lm-eval, or writing behind prompts."""
 
     models: tuple[ModelSource, ...]
     """Folders in Hugging Face layout, runs, checkpoints or hub names; the first is the pivot, whose tokenizer
@@ -129,13 +130,16 @@ class EvalEnsembleConfig:
 
     scoring: TextScoring = flat(TextScoring)
 
+    eval: LmEval = field(default_factory=LmEval)
+
     prompts: tuple[str, ...] = ()
     """Beginnings of texts, which the ensemble writes on."""
 
     sampling: Sampling = flat(Sampling)
 
     output: str | None = None
-    """Folder of bits_per_byte.json and texts.jsonl; it must be empty or absent. None: they are only shown."""
+    """Folder of bits_per_byte.json, results.json and texts.jsonl; it must be empty or absent. None: they are
+    only shown."""
 
     dtype: Dtype | None = None
     """Of the weights. None: as they are stored."""
@@ -159,8 +163,8 @@ class EvalEnsembleConfig:
                 f"weights must hold one number for each of {len(names)} models, got {list(weights)}"
             )
         self.combining.mappings(len(names))
-        if self.scoring.text is None and not self.prompts:
-            raise ConfigError("nothing is asked of the ensemble: set text, or prompts")
+        if self.scoring.text is None and not self.prompts and not self.eval.tasks:
+            raise ConfigError("nothing is asked of the ensemble: set text, eval.tasks or prompts")
         if self.output is not None:
             names_a_folder("output", self.output)
 
@@ -203,6 +207,11 @@ def ask(config: EvalEnsembleConfig) -> None:
     from tokenkit.evaluation.members import open_members
     from tokenkit.models.causal_lm import DTYPES
 
+    tasks = []
+    if config.eval.tasks:
+        from tokenkit.evaluation.lm_eval_tasks import load_tasks
+
+        tasks = load_tasks(config.eval.tasks, config.eval.task_data, allow_code=config.eval.allow_code)
     combining, files = config.combining, dict[str, str]()
     how: dict[str, Any] = {"dtype": "auto" if config.dtype is None else DTYPES[config.dtype]}
     how |= {"device": config.device, "trust_remote_code": config.trust_remote_code}
@@ -210,6 +219,10 @@ def ask(config: EvalEnsembleConfig) -> None:
         ensemble = Ensemble(members, combining.combination, combining.shares)
         if config.scoring.text is not None:
             files["bits_per_byte.json"] = json.dumps(scored(config, ensemble), indent=2) + "\n"
+        if tasks:
+            files["results.json"] = (
+                json.dumps(answered(config, ensemble, tasks), indent=2, default=str) + "\n"
+            )
         torch.manual_seed(config.sampling.seed)
         rows = [written(config, ensemble, prompt) for prompt in config.prompts]
         if rows:
@@ -245,6 +258,31 @@ def scored(config: EvalEnsembleConfig, ensemble: Ensemble) -> dict[str, Any]:
             texts, dict(zip(names, bits, strict=True)), tokens, samples=1000, seed=config.sampling.seed
         )
     print(table(found))
+    return found
+
+
+def answered(config: EvalEnsembleConfig, ensemble: Ensemble, tasks: Sequence[Any]) -> dict[str, Any]:
+    """Return and print what lm-eval finds: the ensemble stands where a model would."""
+    import torch
+
+    from tokenkit.evaluation.lm_eval import asking_of, language_model
+    from tokenkit.evaluation.lm_eval_tasks import run_tasks
+    from tokenkit.evaluation.task_scores import scores_of, table
+    from tokenkit.parallel import World
+
+    options, pivot, seed = config.eval, ensemble.pivot, config.sampling.seed
+    if options.chat_template_mode == "surround_instruct" and not pivot.hf_tokenizer.chat_template:
+        raise ConfigError(
+            f"eval.chat_template_mode is surround_instruct, and the tokenizer of {pivot.name} has no chat "
+            "template: choose direct_encode"
+        )
+    world = World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+    lm = language_model(ensemble, pivot.hf_tokenizer, asking_of(options, pivot.tokenizer, seed=seed), world)
+    with blaming_data():
+        found = run_tasks(lm, tasks, options, seed=seed)
+    names = [member.opened.name for member in ensemble.members]
+    found |= {"model_name": names, "combine_strategy": config.combining.combine_strategy}
+    print(table({f"ensemble ({config.combining.combine_strategy})": scores_of(found)}))
     return found
 
 
