@@ -344,5 +344,5 @@ eval --config eval max_samples=100
 """A command, and behind `=>` some of the values that it must come to."""
 
 ABSENT = """
-run_ablations --custom-datasets configs/datasets.yaml
+push_flax_version_to_hub --model outputs/x
 """

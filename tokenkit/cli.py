@@ -80,6 +80,10 @@ DOORS = {
         "tokenkit.commands.sweep:main",
         "train with all combinations of several values, and compare them",
     ),
+    "ablate": (
+        "tokenkit.commands.ablate:main",
+        "train a language model with all combinations of data mixes, experts and heads, and compare",
+    ),
     "configs": ("tokenkit.commands.config_files:main", "list, show, copy and convert configuration files"),
     "completion": ("tokenkit.commands.completion:main", "write the completion of a shell: bash, zsh or fish"),
 }
@@ -95,7 +99,6 @@ SCRIPTS = {
 
 ABSENT = {
     "push_flax_version_to_hub": "nothing here needs weights of Flax: name the original model",
-    "run_ablations": "`tokenkit sweep` runs all combinations of several values",
 }
 """Scripts of other programs that have no command here, and why."""
 
@@ -105,6 +108,7 @@ OTHER_NAMES = {
     "export_checkpoint": "export",
     "export_to_onnx": "export",
     "merge_lora": "merge-lora",
+    "run_ablations": "ablate",
     "optimize_for_inference": "export",
 }
 """Scripts of other programs that are a command here, without a file of settings."""

@@ -28,6 +28,7 @@ fish  tokenkit completion fish > ~/.config/fish/completions/tokenkit.fish
 CONFIGURED = {
     "train": "tokenkit.config.train:TrainConfig",
     "align": "tokenkit.commands.align:AlignOptions",
+    "ablate": "tokenkit.commands.ablate:AblateConfig",
     "pretrain": "tokenkit.config.pretrain:PretrainConfig",
     "pair-stats": "tokenkit.commands.pair_stats:PairStatsConfig",
     "zett": "tokenkit.commands.zett:ZettConfig",

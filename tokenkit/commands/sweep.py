@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,8 +263,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "+", Path(text).name if "/" in text else text).strip("+")
 
 
-def write_points(planned: Sweep) -> None:
+def write_points(planned: Sweep, facts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write what is to be run, where nothing else is.
+
+    Args:
+        planned: all runs.
+        facts: by run, further columns of the table.
 
     Raises:
         FileExistsError: the folder holds files of other origin, or another sweep, with the first difference.
@@ -283,6 +287,7 @@ def write_points(planned: Sweep) -> None:
     for point in planned.points:
         planned.file(point.name).write_text(to_yaml(point.config), encoding="utf-8")
     about = {"axes": planned.axes, "points": {point.name: point.values for point in planned.points}}
+    about |= {"facts": facts} if facts else {}
     (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -311,8 +316,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_yaml(folder / MANIFEST)  # JSON is YAML
 
 
-def print_table(folder: Path, metrics: str) -> None:
-    """Write results.csv and print it, the smallest value of the first metric first."""
+def print_table(folder: Path, metrics: str) -> list[dict[str, Any]]:
+    """Write results.csv, print and return it, the smallest value of the first metric first.
+
+    `seconds` are those between the first file of a run and its last word, with whatever stopped it between.
+    """
     from tokenkit.run.metrics import METRICS_NAME, read_metrics, read_outcome
 
     about = read_manifest(folder)
@@ -327,7 +335,11 @@ def print_table(folder: Path, metrics: str) -> None:
             key: last[key] for want in wanted for key in sorted(last) if (key + "/").startswith(want + "/")
         }
         state = outcome.get("outcome", "not started")
-        rows.append({"run": name, **values, "state": state, "step": last.get("step", 0), **shown})
+        more = dict(about.get("facts", {}).get(name, {}))
+        if state == "done":
+            began, ended = (folder / "runs" / name / file for file in ("config.yaml", "outcome.json"))
+            more["seconds"] = round(ended.stat().st_mtime - began.stat().st_mtime)
+        rows.append({"run": name, **values, "state": state, "step": last.get("step", 0), **shown, **more})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     first = [name for name in columns if (name + "/").startswith(wanted[0] + "/")]
     scores = [[row[key] for key in first if key in row and not math.isnan(row[key])] for row in rows]
@@ -340,6 +352,7 @@ def print_table(folder: Path, metrics: str) -> None:
     widths = [max(len(row[i]) for row in shown_rows) for i in range(len(columns))]
     for row in shown_rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return rows
 
 
 def _spell(value: Any) -> str:
