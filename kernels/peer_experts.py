@@ -25,8 +25,105 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels.kinds import ACTIVATIONS
-from tokenkit.kernels.launch import refuse_forward_mode
-from tokenkit.kernels.table_rows import Pairs, ordered, row_dots, segment_sums, sum_dtype, weighted_rows
+from tokenkit.kernels.language import tl, triton
+from tokenkit.kernels.launch import on_device, refuse_forward_mode, runs_triton
+from tokenkit.kernels.table_rows import (
+    BLOCK_P,
+    Pairs,
+    ordered,
+    row_dots,
+    segment_sums,
+    sum_dtype,
+    warps_of,
+    weighted_rows,
+)
+
+MOST_D = 8192
+"""The widest rows of the fused kernels: a program holds whole rows."""
+
+
+@triton.jit
+def _act(s, ACTIVATION: tl.constexpr):
+    """Return act(s) and act'(s)."""
+    if ACTIVATION == "relu":
+        f = tl.maximum(s, 0.0)
+        slope = tl.where(s > 0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        z = 1.0 / (1.0 + tl.exp(-s))
+        f = s * z
+        slope = z + f * (1.0 - z)
+    else:
+        tl.static_assert(ACTIVATION == "gelu")
+        normal = 0.5 * (1.0 + tl.erf(s * 0.7071067811865476))
+        f = s * normal
+        slope = normal + s * tl.exp(-0.5 * s * s) * 0.3989422804014327
+    return f, slope
+
+
+@triton.jit
+def _forward_kernel(
+    hidden_ptr, down_ptr, up_ptr, expert_ptr, gate_ptr, out_ptr, s_ptr,
+    R, D,
+    M: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per token: gather, dot, activate, scale, accumulate; R = P·M neurons in a loop.
+
+    Both rows are asked for before either is used; the sum over neurons is taken once, at the end.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    x = tl.load(hidden_ptr + n * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        pair = n * (R // M) + offs_r // M
+        row = tl.load(expert_ptr + pair, mask=mask_r, other=0).to(tl.int64) * M + offs_r % M
+        gate = tl.load(gate_ptr + pair, mask=mask_r, other=0.0)
+        offs = row[:, None] * D + offs_d[None, :]
+        mask = mask_r[:, None] & mask_d[None, :]
+        down = tl.load(down_ptr + offs, mask=mask, other=0.0)
+        up = tl.load(up_ptr + offs, mask=mask, other=0.0)
+        s = tl.sum(down.to(tl.float32) * x[None, :], 1)
+        tl.store(s_ptr + n * R + offs_r, s, mask=mask_r)
+        f, _ = _act(s, ACTIVATION)
+        total += (f * gate)[:, None] * up.to(tl.float32)
+    tl.store(out_ptr + n * D + offs_d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr, down_ptr, up_ptr, expert_ptr, gate_ptr, s_ptr,
+    dhidden_ptr, dgate_ptr, ds_ptr, factor_ptr,
+    R, D,
+    M: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per token: dhidden, and of each neuron ds, g·f and its part of the gate's gradient."""
+    n = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    dout = tl.load(dout_ptr + n * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        pair = n * (R // M) + offs_r // M
+        row = tl.load(expert_ptr + pair, mask=mask_r, other=0).to(tl.int64) * M + offs_r % M
+        gate = tl.load(gate_ptr + pair, mask=mask_r, other=0.0)
+        s = tl.load(s_ptr + n * R + offs_r, mask=mask_r, other=0.0)
+        offs = row[:, None] * D + offs_d[None, :]
+        mask = mask_r[:, None] & mask_d[None, :]
+        up = tl.load(up_ptr + offs, mask=mask, other=0.0)
+        down = tl.load(down_ptr + offs, mask=mask, other=0.0)
+        c = tl.sum(up.to(tl.float32) * dout[None, :], 1)
+        f, slope = _act(s, ACTIVATION)
+        ds = c * gate * slope
+        tl.store(dgate_ptr + n * R + offs_r, c * f, mask=mask_r)
+        tl.store(ds_ptr + n * R + offs_r, ds, mask=mask_r)
+        tl.store(factor_ptr + n * R + offs_r, f * gate, mask=mask_r)
+        total += ds[:, None] * down.to(tl.float32)
+    tl.store(dhidden_ptr + n * D + offs_d, tl.sum(total, 0).to(dhidden_ptr.dtype.element_ty), mask=mask_d)
 
 
 def _activate(s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -39,6 +136,15 @@ def _activate(s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     assert activation == "gelu"
     normal = 0.5 * (1 + torch.erf(s * 0.5**0.5))
     return s * normal, normal + s * torch.exp(-0.5 * s * s) * 0.3989422804014327
+
+
+def _is_fused(hidden: Tensor, expert: Tensor, D: int) -> bool:
+    return runs_triton(hidden) and expert.numel() > 0 and D <= MOST_D
+
+
+def _sizes(D: int) -> dict[str, int]:
+    block = triton.next_power_of_2(D)
+    return {"BLOCK_R": BLOCK_P, "BLOCK_D": block, "num_warps": warps_of(block)}
 
 
 def _neurons(expert_NP: Tensor, M: int) -> Tensor:
@@ -54,7 +160,16 @@ def _experts(
     hidden: Tensor, down: Tensor, up: Tensor, expert: Tensor, gate: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Return y [N, D] and s [N, P, M]."""
-    M = down.shape[1]
+    M, D = down.shape[1:]
+    if _is_fused(hidden, expert, D):
+        out = torch.empty_like(hidden)
+        s = gate.new_empty((*expert.shape, M))
+        with on_device(hidden):
+            _forward_kernel[(len(expert),)](
+                hidden, down, up, expert, gate, out, s, expert.shape[1] * M, D,
+                M=M, ACTIVATION=activation, **_sizes(D),
+            )  # fmt: skip
+        return out, s
     row_NR = _neurons(expert, M)
     s = row_dots(hidden, down.flatten(0, 1), row_NR).unflatten(1, (-1, M))
     weight_NR = (_activate(s, activation)[0] * gate[..., None]).flatten(1)
@@ -75,15 +190,25 @@ def _experts_backward(
     *, activation: str, needs_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, gate, down and up; of the tables empty ones where nobody asks."""
-    E, M = down.shape[:2]
-    row_NR = _neurons(expert, M)
-    c = row_dots(dout, up.flatten(0, 1), row_NR).unflatten(1, (-1, M))
-    f, slope = _activate(s, activation)
-    dgate, ds = (c * f).sum(-1), c * slope * gate[..., None]
-    dhidden = weighted_rows(down.flatten(0, 1), row_NR, ds.flatten(1)).to(hidden.dtype)
+    E, M, D = down.shape
+    if _is_fused(hidden, expert, D):
+        dhidden = torch.empty_like(hidden)
+        dgate, ds, factor = torch.empty_like(s), torch.empty_like(s), torch.empty_like(s)
+        with on_device(hidden):
+            _backward_kernel[(len(expert),)](
+                dout, down, up, expert, gate, s, dhidden, dgate, ds, factor, expert.shape[1] * M, D,
+                M=M, ACTIVATION=activation, **_sizes(D),
+            )  # fmt: skip
+    else:
+        row_NR = _neurons(expert, M)
+        c = row_dots(dout, up.flatten(0, 1), row_NR).unflatten(1, (-1, M))
+        f, slope = _activate(s, activation)
+        dgate, ds, factor = c * f, c * slope * gate[..., None], f * gate[..., None]
+        dhidden = weighted_rows(down.flatten(0, 1), row_NR, ds.flatten(1)).to(hidden.dtype)
+    dgate = dgate.sum(-1)
     if not needs_tables:
         return dhidden, dgate, down.new_empty(0), up.new_empty(0)
-    pairs, factor = ordered(expert, E), f * gate[..., None]
+    pairs = ordered(expert, E)
     ddown, dup = _table_gradient(hidden, ds, pairs, down), _table_gradient(dout, factor, pairs, up)
     return dhidden, dgate, ddown, dup
 

@@ -33,11 +33,133 @@ from torch.autograd.function import once_differentiable
 
 from tokenkit.kernels.head.tiles import chunks
 from tokenkit.kernels.kinds import GATES
-from tokenkit.kernels.launch import refuse_forward_mode
+from tokenkit.kernels.language import tl, triton
+from tokenkit.kernels.launch import on_device, refuse_forward_mode, runs_triton
 from tokenkit.kernels.table_rows import ordered, segment_sums, sum_dtype, weighted_rows
 
 WORKSPACE_BYTES = 8 * 2**20
 """Scores of one part that torch's lines hold at a time."""
+
+
+MOST_PICKS = {16: 32, 32: 16}
+"""By bits of a number: a larger K takes torch's lines on a GPU too, its lists would not fit the registers."""
+
+
+@triton.jit
+def _packed(score, index):
+    """Return integers in the order of scores, and of falling indices among equal ones; all above 0."""
+    bits = score.to(tl.uint32, bitcast=True)
+    rising = bits ^ tl.where((bits >> 31) != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+    return (rising.to(tl.uint64) << 32) | (0xFFFFFFFF - index.to(tl.uint32)).to(tl.uint64)
+
+
+@triton.jit
+def _score_of(packed):
+    rising = (packed >> 32).to(tl.uint32)
+    bits = rising ^ tl.where((rising >> 31) != 0, 0x80000000, 0xFFFFFFFF).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index_of(packed):
+    return 0xFFFFFFFF - (packed & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def _best_of_part(
+    query_ptr, key_ptr, offs_n, h, N, H, E, Q, width, at, STRIDE_H,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Return the K best keys of one part, packed, best first; 0 where there are fewer."""
+    offs_q = tl.arange(0, BLOCK_Q)
+    offs = (offs_n[:, None].to(tl.int64) * H + h) * width + at + offs_q[None, :]
+    query = tl.load(query_ptr + offs, mask=(offs_n < N)[:, None] & (offs_q < Q)[None, :], other=0.0)
+    best = tl.zeros((BLOCK_N, K), tl.uint64)
+    for start in range(0, E, BLOCK_E):
+        offs_e = start + tl.arange(0, BLOCK_E)
+        mask = (offs_e < E)[:, None] & (offs_q < Q)[None, :]
+        key = tl.load(key_ptr + h * STRIDE_H + offs_e[:, None] * Q + offs_q[None, :], mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), out_dtype=tl.float32, input_precision="ieee")
+        packed = _packed(score, tl.broadcast_to(offs_e[None, :], (BLOCK_N, BLOCK_E)))
+        found = tl.topk(tl.where((offs_e < E)[None, :], packed, 0), K)
+        best = tl.maximum(tl.sort(best), found)  # rising against falling: the K best of both, in no order
+    return tl.sort(best, descending=True)
+
+
+@triton.jit
+def _pick_kernel(
+    query_ptr, key_ptr, first_ptr, second_ptr, score_ptr, expert_ptr,
+    N, H, Q, picks,
+    SIZES: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_N tokens and head: part by part, the best of it and of the sums so far.
+
+    Keys of all parts stand one after the other, [H or 1, E_l, Q] each.
+    """
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.program_id(1)
+    offs_p = tl.arange(0, PAIRS)
+    first = tl.broadcast_to(tl.load(first_ptr + offs_p)[None, :], (BLOCK_N, PAIRS))
+    second = tl.broadcast_to(tl.load(second_ptr + offs_p)[None, :], (BLOCK_N, PAIRS))
+    width = Q * len(SIZES)
+    best = tl.zeros((BLOCK_N, K), tl.uint64)
+    for part in tl.static_range(len(SIZES)):
+        E = SIZES[part]
+        stride = 0 if SHARED else E * Q
+        found = _best_of_part(
+            query_ptr, key_ptr, offs_n, h, N, H, E, Q, width, part * Q, stride, K, BLOCK_N, BLOCK_E, BLOCK_Q
+        )  # fmt: skip
+        key_ptr += E * Q * (1 if SHARED else H)
+        if part == 0:
+            best = found
+        else:
+            one = tl.gather(best, first, 1)
+            two = tl.gather(found, second, 1)
+            index = _index_of(one) * E + _index_of(two)
+            packed = _packed(_score_of(one) + _score_of(two), index)
+            stands = (one != 0) & (two != 0) & (offs_p < COUNT)[None, :]
+            best = tl.topk(tl.where(stands, packed, 0), K)
+    offs_k = tl.arange(0, K)
+    mask = (offs_n < N)[:, None] & (offs_k < picks)[None, :]
+    offs = (offs_n[:, None].to(tl.int64) * H + h) * picks + offs_k[None, :]
+    tl.store(score_ptr + offs, _score_of(best), mask=mask)
+    tl.store(expert_ptr + offs, _index_of(best).to(tl.int32), mask=mask)
+
+
+def _pick_triton(query: Tensor, keys: Sequence[Tensor], K: int) -> tuple[Tensor, Tensor]:
+    """`_pick_torch` in one launch."""
+    N, H = query.shape[:2]
+    score = query.new_empty((N, H, K), dtype=torch.float32)
+    expert = query.new_empty((N, H, K), dtype=torch.int32)
+    sizes = blocks(K, keys[0].shape[2], 8 * query.dtype.itemsize)
+    rest = [0] * (sizes["PAIRS"] - sizes["COUNT"])
+    first, second = (
+        torch.tensor([*places, *rest], dtype=torch.int32, device=query.device)
+        for places in staircase(sizes["K"])
+    )
+    together = torch.cat([key.flatten() for key in keys])
+    with on_device(query):
+        _pick_kernel[(triton.cdiv(N, sizes["BLOCK_N"]), H)](
+            query, together, first, second, score, expert, N, H, keys[0].shape[2], K,
+            SIZES=tuple(key.shape[1] for key in keys), SHARED=len(keys[0]) == 1, **sizes,
+        )  # fmt: skip
+    return score, expert
+
+
+def blocks(K: int, Q: int, bits: int) -> dict[str, int]:
+    """Return how `_pick_kernel` is compiled for K picks, parts of width Q and numbers of so many bits.
+
+    A warp holds 16 whole rows where that does not spill.
+    """
+    size = triton.next_power_of_2(K)
+    pairs = len(staircase(size)[0])
+    warps = 4 if bits > 16 or size > 16 else 2
+    return {
+        "K": size, "PAIRS": triton.next_power_of_2(pairs), "COUNT": pairs,
+        "BLOCK_N": 16 if bits > 16 else 32,
+        "BLOCK_E": max(32, size), "BLOCK_Q": max(16, triton.next_power_of_2(Q)), "num_warps": warps,
+    }  # fmt: skip
 
 
 @lru_cache
@@ -83,7 +205,8 @@ def _gate_torch(score: Tensor, gate: str) -> Tensor:
 @torch.library.custom_op("tokenkit::product_key_topk", mutates_args=())
 def _topk(query: Tensor, keys: Sequence[Tensor], K: int, gate: str) -> tuple[Tensor, Tensor]:
     """Return experts and gates, [N, H, K]."""
-    score, expert = _pick_torch(query, keys, K)
+    most = MOST_PICKS[8 * query.dtype.itemsize] if runs_triton(query) and len(query) else 0
+    score, expert = (_pick_triton if most >= K else _pick_torch)(query, keys, K)
     return expert, _gate_torch(score, gate)
 
 

@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 from tests.kernels.aot_divergence import divergence_launches
 from tests.kernels.aot_fused import fused_launches
 from tests.kernels.aot_fused import launches as fused_variants
+from tests.kernels.aot_peer import peer_launches
 from tokenkit.kernels import alm_difference, chunk_likelihood, projected_divergence
 from tokenkit.kernels.linear_logprob import tile as logprob_tile
 from tokenkit.kernels.sorted_distance import tile as sorted_tile
@@ -69,6 +70,7 @@ def launches(architecture):
 
     yield from sorted_launches()
     yield from projected_launches()
+    yield from peer_launches()
     yield from divergence_launches()
 
 

@@ -8,10 +8,11 @@ that stops at the end of a stretch; a row that nobody takes left unwritten.
 import pytest
 import torch
 
+from tokenkit.kernels import table_rows
 from tokenkit.kernels.peer_experts import peer_experts
 from tokenkit.kernels.reference.peer_experts import peer_experts as reference
 
-SHAPES = [(5, 6, 30, 1, 48), (3, 4, 9, 3, 80), (17, 16, 64, 1, 96), (2, 5, 7, 2, 33)]  # N, P, E, M, D
+SHAPES = [(5, 6, 30, 1, 48), (3, 4, 9, 3, 80), (7, 8, 40, 1, 96), (2, 5, 7, 2, 33)]  # N, P, E, M, D
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 
@@ -70,12 +71,13 @@ def test_gradcheck():
         )
 
 
-def test_an_expert_of_many_pairs_and_one_of_none(executor, device):
-    """Of 1600 pairs half go to one row, more than one program takes at once; another row is never read."""
-    inputs = case((100, 16, 12, 1, 32), device=device)
+def test_an_expert_of_many_pairs_and_one_of_none(executor, device, monkeypatch):
+    """Of 160 pairs half go to one row, more than one program takes at once; another row is never read."""
+    monkeypatch.setattr(table_rows, "STRETCH", 24)
+    inputs = case((20, 8, 12, 1, 32), device=device)
     inputs[3][:, ::2] = 5
     inputs[3][inputs[3] == 7] = 5
-    upstream = torch.randn(100, 32, device=device)
+    upstream = torch.randn(20, 32, device=device)
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     truth = value_and_gradients(reference, exact, "gelu", upstream)
     first, again = (value_and_gradients(peer_experts, inputs, "gelu", upstream) for _ in range(2))
@@ -83,6 +85,18 @@ def test_an_expert_of_many_pairs_and_one_of_none(executor, device):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(got, twice)
     assert first[2][7].abs().sum() == 0
+
+
+@pytest.mark.parametrize("stretch", [1, 2, 3, 5, 8, 30])
+def test_stretches_of_any_length_give_the_same_sums(stretch, executor, device, monkeypatch):
+    """Keys that begin and end inside of stretches, at their borders, and fill several."""
+    key = torch.tensor([[3, 0], [3, 3], [1, 3], [3, 5], [5, 3], [0, 3], [3, 5], [5, 5]], device=device)
+    hidden, weight = torch.randn(8, 17, device=device), torch.randn(8, 2, device=device)
+    monkeypatch.setattr(table_rows, "STRETCH", stretch)
+    got = table_rows.segment_sums(hidden, weight, table_rows.ordered(key, 7), torch.float32)
+    one_hot = torch.nn.functional.one_hot(key, 7).double()
+    expected = torch.einsum("nre,nr,nd->ed", one_hot, weight.double(), hidden.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_kept_for_the_backward_does_not_hold_rows():

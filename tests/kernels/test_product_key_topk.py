@@ -8,20 +8,25 @@ read apart; padding keys that win.
 import pytest
 import torch
 
+from tokenkit.kernels.kinds import GATES
 from tokenkit.kernels.product_key_topk import MASS_UNITS, count_usage, product_key_topk, staircase
 from tokenkit.kernels.reference.product_key_topk import all_scores
 from tokenkit.kernels.reference.product_key_topk import product_key_topk as reference
 
 SHAPES = [  # N, H, keys per part, width of a part, K, whether heads share the keys
     (5, 2, (8, 8), 16, 4, True),
-    (7, 3, (40, 24), 16, 8, False),
-    (3, 2, (17, 33), 32, 16, True),
+    (7, 2, (40, 24), 16, 8, False),
+    (3, 1, (17, 33), 32, 16, True),
     (9, 1, (5, 3, 4), 16, 3, True),
     (4, 2, (4, 5, 3, 6), 16, 2, False),
     (18, 2, (9,), 16, 5, True),
 ]
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
-EVERY_GATE = pytest.mark.parametrize("gate", ["softmax", "relu", "sigmoid"])
+
+
+def gates(executor):
+    """All, but in Triton's interpreter, which takes seconds: gates are torch's lines whatever runs."""
+    return GATES if executor == "torch" else GATES[:1]
 
 
 def case(shape, dtype=torch.float32, device="cpu"):
@@ -31,20 +36,20 @@ def case(shape, dtype=torch.float32, device="cpu"):
     return query, keys
 
 
-@EVERY_GATE
 @EVERY_SHAPE
-def test_finds_what_a_score_of_every_expert_finds(shape, gate, executor, device):
+def test_finds_what_a_score_of_every_expert_finds(shape, executor, device):
     query, keys = case(shape, device=device)
     K = shape[4]
-    expert, weight = product_key_topk(query, keys, K, gate)
-    expected, expected_weight = reference(query.double(), [key.double() for key in keys], K, gate)
-    torch.testing.assert_close(expert, expected)
-    torch.testing.assert_close(weight.double(), expected_weight, rtol=2e-5, atol=2e-6)
+    for gate in gates(executor):
+        expert, weight = product_key_topk(query, keys, K, gate)
+        expected, expected_weight = reference(query.double(), [key.double() for key in keys], K, gate)
+        torch.testing.assert_close(expert, expected)
+        torch.testing.assert_close(weight.double(), expected_weight, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_scored_as_they_are(dtype, executor, device):
-    query, keys = case((16, 2, (24, 40), 32, 8, True), dtype, device)
+    query, keys = case((5, 1, (24, 40), 32, 8, True), dtype, device)
     expert, _ = product_key_topk(query, keys, 8)
     score = all_scores(query.double(), [key.double() for key in keys])
     best = score.topk(8, -1).values
@@ -61,21 +66,21 @@ def test_equal_scores_lose_nothing(executor, device):
     assert all(len(set(row)) == 8 for row in expert.flatten(0, 1).tolist())
 
 
-@EVERY_GATE
 @EVERY_SHAPE
-def test_gradients_are_those_of_float64(shape, gate, executor, device):
+def test_gradients_are_those_of_float64(shape, executor, device):
     query, keys = case(shape, device=device)
     leaves = [query, *keys]
     upstream = torch.randn(*query.shape[:2], shape[4], device=device)
 
-    def gradients(function, tensors):
+    def gradients(function, tensors, gate):
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
         _, weight = function(tensors[0], tensors[1:], shape[4], gate)
         return torch.autograd.grad((weight * upstream.to(weight.dtype)).sum(), tensors)
 
-    truth = gradients(reference, [leaf.double() for leaf in leaves])
-    for got, expected in zip(gradients(product_key_topk, leaves), truth, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    for gate in gates(executor):
+        truth = gradients(reference, [leaf.double() for leaf in leaves], gate)
+        for got, expected in zip(gradients(product_key_topk, leaves, gate), truth, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradcheck():
@@ -87,13 +92,13 @@ def test_gradcheck():
         )
 
 
-def test_random_queries_reach_nearly_all_experts(executor, device):
-    """A first index without its stride would reach 63 of 1024."""
-    query, keys = case((512, 4, (32, 32), 16, 16, True), device=device)
-    expert, _ = product_key_topk(query, keys, 16)
-    assert len(expert.unique()) > 0.9 * 1024
+def test_random_queries_reach_nearly_all_experts(device):
+    """A first index without its stride would reach 31 of 256."""
+    query, keys = case((96, 2, (16, 16), 16, 8, True), device=device)
+    expert, _ = product_key_topk(query, keys, 8)
+    assert len(expert.unique()) > 0.9 * 256
     assert expert.min() >= 0
-    assert expert.max() < 1024
+    assert expert.max() < 256
 
 
 def test_keys_are_trained_even_where_the_query_is_frozen():
