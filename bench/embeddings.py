@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.rows import row_sources
 from tokenkit.tokenization.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("TOKENKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -51,8 +51,7 @@ def score(arguments: argparse.Namespace, target: str) -> dict:
     from tokenkit.data.collate import AlignedCollator
     from tokenkit.data.mix import read_documents
     from tokenkit.data.options import SourceOptions
-    from tokenkit.embeddings.methods import InitOptions
-    from tokenkit.embeddings.transfer import transfer_vocabulary
+    from tokenkit.embeddings.transfer import InitOptions, transfer_vocabulary
     from tokenkit.evaluation.bits_per_byte import bits_per_byte, heldout_batches
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
     from tokenkit.parallel import start, stop

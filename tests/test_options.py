@@ -10,8 +10,8 @@ import pytest
 
 from tokenkit.config import ALIASES, ConfigError, TrainConfig, read_config
 from tokenkit.config.schema import field_docs
-from tokenkit.embeddings.methods import METHODS
 from tokenkit.embeddings.options import MethodName
+from tokenkit.embeddings.transfer import METHODS
 from tokenkit.losses.options import (
     LOSSES,
     AlmOptions,

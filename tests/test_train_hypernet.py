@@ -14,8 +14,7 @@ from tests.faults.registry import fault
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder
 from tokenkit.commands.zett import main as zett
 from tokenkit.embeddings.hypernet_files import hypernet_rows, load_hypernet
-from tokenkit.embeddings.methods import InitOptions
-from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.embeddings.transfer import InitOptions, transfer_vocabulary
 from tokenkit.errors import ExitCode
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.tokenization.tokenizer import load_tokenizer
@@ -167,7 +166,7 @@ def test_what_diverges_or_has_nothing_to_predict_says_so(root, capsys):
 
 def test_the_base_model_is_not_changed(root):
     about = json.loads((root / "first" / "hypernet.json").read_text())
-    from tokenkit.models.fingerprint import model_fingerprint
+    from tokenkit.models.reading import model_fingerprint
 
     assert about["base_model"]["fingerprint"] == model_fingerprint(str(root / "model"), None)
     assert about["old_tokenizer"]["fingerprint"] == load_tokenizer(str(root / "model")).fingerprint()

@@ -13,8 +13,8 @@ import pytest
 from tokenkit import train
 from tokenkit.commands import align, zett
 from tokenkit.tokenization import tokenizer as byteify
+from tokenkit.tokenization.chat.advice import differences
 from tokenkit.tokenization.chat.encode import document_from_row, encode_documents
-from tokenkit.tokenization.chat.template_check import differences
 
 SPECS = {  # with what AutoTokenizer of the export cuts otherwise
     "gemma3": [],

@@ -236,6 +236,16 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(**options: Any) -> Iterator[World]:
+    """Be one of the run's processes within the block; `options` are those of `start`."""
+    world = start(**options)
+    try:
+        yield world
+    finally:
+        stop(world)
+
+
 def shard(
     module: nn.Module,
     layers: Iterable[nn.Module],

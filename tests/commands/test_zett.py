@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny import TEXT, byte_level_bpe, sentencepiece_bpe, tiny_folder, tiny_model
 from tests.tokenization.tiny import write
 from tokenkit.commands.zett import main
-from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.rows import row_sources
 from tokenkit.errors import ExitCode
 from tokenkit.tokenization.tokenizer import load_tokenizer
 

@@ -188,7 +188,7 @@ def _fingerprint(settings, name):
         [getattr(loss.options, "workspace_bytes", None) for loss in run.model.losses.values()],
     ]  # fmt: skip
     heldout = [(h.num_bytes, h.batch.teacher.ids_BT.shape) for h in parts.heldout]
-    return repr((reports, batches, heldout, how, parts.tokenizers.fingerprints(), digest.hexdigest()))
+    return repr((reports, batches, heldout, how, parts.tokenizers.fingerprints, digest.hexdigest()))
 
 
 @pytest.mark.parametrize("name", ACTS)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import OWN_DATA, SHARED_DATA, tokenizer_folder
 from tests.tokenization import tiny
-from tokenkit.data.beginning import beginning
-from tokenkit.data.collate import AlignedCollator
+from tokenkit.data.collate import AlignedCollator, beginning
 from tokenkit.tokenization.chat.documents import Document, Message
 from tokenkit.tokenization.chat.encode import encode_flat
 from tokenkit.tokenization.ragged import cut

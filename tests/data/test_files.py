@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from tokenkit.data.files import BadRow, read_rows
-from tokenkit.data.folders import data_files
+from tokenkit.data.files import BadRow, data_files, read_rows
 from tokenkit.data.options import BadRowOptions
 
 LIMITS = BadRowOptions(max_row_bytes=1000)

@@ -9,8 +9,7 @@ import os
 import pytest
 
 from tests.data.test_mix import NONE_OUT, texts, write_jsonl
-from tokenkit.data.files import read_rows
-from tokenkit.data.folders import data_files, format_of
+from tokenkit.data.files import data_files, format_of, read_rows
 from tokenkit.data.mix import local_files, open_data, read_documents
 from tokenkit.data.options import BadRowOptions, DataOptions, SourceOptions
 from tokenkit.data.places import files_fingerprint

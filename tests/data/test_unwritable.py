@@ -7,7 +7,7 @@ import pytest
 from tests.tokenization.tiny import lacking_bytes
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.tokenization.tokenizer import load_tokenizer
-from tokenkit.tokenization.unwritable import writable_text
+from tokenkit.tokenization.written import writable_text
 
 
 @pytest.fixture(scope="module")

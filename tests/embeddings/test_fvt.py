@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import tokenizer_folder
 from tests.tiny import byte_level_bpe, is_written, sentencepiece_bpe, tiny_model
-from tokenkit.embeddings.fvt import row_sources
-from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.rows import LABELS
+from tokenkit.embeddings.rows import LABELS, Matching, row_sources
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer

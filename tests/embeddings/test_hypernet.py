@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.tiny import byte_level_bpe, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings import hypernet as module
 from tokenkit.embeddings import hypernet_files
-from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, mean_rows, surfaces
 from tokenkit.embeddings.hypernet_files import (
     ABOUT,
@@ -20,9 +19,8 @@ from tokenkit.embeddings.hypernet_files import (
     save_hypernet,
 )
 from tokenkit.embeddings.hypernet_options import HypernetOptions
-from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.methods import InitOptions
-from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.embeddings.rows import Matching, row_sources
+from tokenkit.embeddings.transfer import InitOptions, transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.tokenization.tokenizer import load_tokenizer
 

@@ -7,11 +7,8 @@ import torch
 
 from tests.tiny import byte_level_bpe, is_written, sentencepiece_bpe, tiny_model
 from tokenkit.embeddings import rows as rows_module
-from tokenkit.embeddings.fvt import row_sources
-from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.methods import METHODS, InitOptions
-from tokenkit.embeddings.rows import LABELS, Matrices, from_lists, mean_row
-from tokenkit.embeddings.transfer import transfer_vocabulary
+from tokenkit.embeddings.rows import LABELS, Matching, Matrices, from_lists, mean_row, row_sources
+from tokenkit.embeddings.transfer import METHODS, InitOptions, transfer_vocabulary
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.tokenization.tokenizer import load_tokenizer
 

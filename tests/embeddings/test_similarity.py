@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from tests.tiny import TEXT, byte_level_bpe, is_written, sentencepiece_bpe
 from tokenkit.embeddings.auxiliary import MIN_COUNT, Auxiliary, vectors_of_model, vectors_of_text
-from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.methods import METHODS, InitOptions
-from tokenkit.embeddings.rows import Matrices
+from tokenkit.embeddings.rows import Matching, Matrices
 from tokenkit.embeddings.similarity import focus_weights, omp_weights, sparsemax
+from tokenkit.embeddings.transfer import METHODS, InitOptions
 from tokenkit.tokenization.tokenizer import load_tokenizer
 
 

@@ -10,15 +10,15 @@ import pytest
 
 from tests.faults.registry import fault
 from tests.ranks import run_ranks, start_ranks, wait_ranks
-from tokenkit import cli
+from tokenkit import cli, parallel
 from tokenkit.disk import blaming_disk, is_disk_trouble
 from tokenkit.errors import CheckpointError, DiskError, ExitCode
 from tokenkit.run import folder as run_folder
 from tokenkit.run import metrics
+from tokenkit.run.ending import Outcome, begin_outcome, read_outcome, write_outcome
 from tokenkit.run.folder import RunLock, prepare_output
-from tokenkit.run.metrics import MetricsFile, Outcome, read_outcome, write_outcome
+from tokenkit.run.metrics import MetricsFile
 from tokenkit.training import loop
-from tokenkit.training.ending import begin_outcome
 from tokenkit.training.reports import Reports
 
 
@@ -28,7 +28,7 @@ def limit_files(limit):
 
 
 def limit_after_step_2(world, config):
-    loop.start = lambda **_: world
+    parallel.start = lambda **_: world
     report = Reports.step
 
     def report_and_limit(self, step, *args, **kwargs):
@@ -96,7 +96,7 @@ def full(path, content):
 )
 def test_the_outcome_finds_room_on_a_full_disk(tmp_path, monkeypatch):
     begin_outcome(tmp_path)
-    monkeypatch.setattr(metrics, "write_durably", full)
+    monkeypatch.setattr("tokenkit.run.ending.write_durably", full)
     write_outcome(tmp_path, Outcome(ExitCode.NUMERICS, "loss clm: " + "ä" * 5000, 17))
     outcome = read_outcome(tmp_path)
     assert (outcome["code"], outcome["step"]) == (70, 17)
@@ -110,7 +110,7 @@ def test_where_the_outcome_cannot_be_written_the_first_error_is_the_one_that_is_
     make_config, monkeypatch, capsys
 ):
     def break_down(*args):
-        monkeypatch.setattr("tokenkit.training.ending.write_outcome", full)
+        monkeypatch.setattr("tokenkit.run.ending.write_outcome", full)
         monkeypatch.setattr(MetricsFile, "close", lambda self: full("metrics.jsonl", ""))
         raise ZeroDivisionError("the reason")
 

@@ -110,7 +110,7 @@ def test_float16_overflow_in_the_forward_is_a_skipped_step(make_config):
 
 
 def diverge_on_rank_1(world, config):
-    loop.start = lambda **_: world
+    parallel.start = lambda **_: world
     built = loop.build
 
     def build_and_spoil(config, world):

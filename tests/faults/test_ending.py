@@ -20,12 +20,20 @@ from tokenkit.errors import (
     StuckError,
     exit_code,
 )
-from tokenkit.run.metrics import Outcome, read_outcome, write_outcome
-from tokenkit.run.signals import StopRequest
+from tokenkit.run.ending import (
+    Ending,
+    Outcome,
+    _Beats,
+    _first_line,
+    _record,
+    begin_outcome,
+    ending,
+    read_outcome,
+    write_outcome,
+)
 from tokenkit.training import loop
-from tokenkit.training.ending import Ending, _Beats, _first_line, _record, begin_outcome, ending
 from tokenkit.training.reports import Reports
-from tokenkit.training.session import Session
+from tokenkit.training.session import Session, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -245,13 +253,13 @@ def test_each_signal_waits_for_the_step_and_ends_what_is_no_step(number):
     code=75,
     kept="every step",
 )
-@pytest.mark.parametrize("where", ["build", "export_huggingface"])
+@pytest.mark.parametrize("where", ["loop.build", "exporting.export_huggingface"])
 def test_a_signal_outside_the_steps_ends_the_run_at_once(make_config, tmp_path, monkeypatch, where):
     def be_stopped(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(loop, where, be_stopped)
+    monkeypatch.setattr(f"tokenkit.training.{where}", be_stopped)
     with pytest.raises(StoppedError, match="stopped by SIGTERM") as caught:
         loop.train(make_config(steps=1, losses=["clm"]))
     assert exit_code(caught.value) == 75
@@ -272,7 +280,7 @@ def test_the_second_interruption_is_not_asked_to_wait(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == "SIGINT"
-        monkeypatch.setattr("tokenkit.run.signals.SAME_SECONDS", 0.0)
+        monkeypatch.setattr("tokenkit.training.session.SAME_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt, match="interrupted again") as caught:
             os.kill(os.getpid(), signal.SIGINT)
     assert exit_code(caught.value) == 130

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_folder
-from tokenkit.models.fingerprint import model_fingerprint
+from tokenkit.models.reading import model_fingerprint
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from tokenkit.objective.schedules import parse_schedule
+from tokenkit.objective.options import parse_schedule
 
 
 @pytest.mark.parametrize(

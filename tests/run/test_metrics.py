@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from tokenkit.errors import ExitCode
 from tokenkit.run import metrics, trackers
+from tokenkit.run.ending import Outcome, write_outcome
 from tokenkit.run.metrics import (
     MetricsFile,
-    Outcome,
     draw_curves,
     read_metrics,
     truncate_metrics,
-    write_outcome,
 )
 from tokenkit.run.redaction import HIDDEN, RedactingFilter, redact, redact_config
 from tokenkit.run.trackers import Trackers

@@ -1,6 +1,6 @@
 import pytest
 
-from tokenkit.tokenization.dummy_space import Prefix, find_prefix, with_prepended_space, without_prefix
+from tokenkit.tokenization.backend import Prefix, find_prefix, with_prepended_space, without_prefix
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

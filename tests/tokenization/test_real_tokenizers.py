@@ -7,8 +7,8 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from tests.conftest import OWN_DATA, SHARED_DATA, tokenizer_folder
 from tests.tokenization.test_tokenizer import check_spells
+from tokenkit.tokenization.chat.advice import explain_template
 from tokenkit.tokenization.chat.encode import document_from_row, encode_documents
-from tokenkit.tokenization.chat.template_check import explain_template
 from tokenkit.tokenization.tokenizer import Tokenizer, canonical_text, load_tokenizer
 
 FOLDERS = {

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tokenkit.tokenization.spelling import Speller, place_bytes
+from tokenkit.tokenization.ragged import Speller, place_bytes
 
 PIECES = [
     b"a",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.tiny import TEXT
 from tests.training.test_resume import run_in_rank
-from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.rows import row_sources
 from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
 from tokenkit.tokenization.chat.encode import document_from_row, encode_documents

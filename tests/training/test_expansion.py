@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.training.test_resume import curve, run_in_rank
+from tokenkit import parallel
 from tokenkit.errors import ConfigError, ExitCode
 from tokenkit.models.causal_lm import Vocabulary
 from tokenkit.models.prefix import first_layers, prefix_states
@@ -106,16 +107,16 @@ def test_a_run_is_resumed_and_exported(make_config, tmp_path):
 
 def run_and_score(world, config):
     """Train to the end; return ids of a batch, which of them count, and their nats under the live student."""
-    scored, export = [], loop._export
+    scored, export = [], loop.hand_on
 
-    def score_and_export(training):
-        batch = training.parts.heldout[0].batch
-        nats = training.parts.run.model(Evaluate(batch))[0]
+    def score_and_export(folder, config, parts, *more):
+        batch = parts.heldout[0].batch
+        nats = parts.run.model(Evaluate(batch))[0]
         scored.extend([batch.student.ids_BT, batch.student.trained_BT, nats])
-        assert isinstance(training.parts.run.model, FSDPModule)
-        export(training)
+        assert isinstance(parts.run.model, FSDPModule)
+        export(folder, config, parts, *more)
 
-    loop.start, loop._export = lambda **_: world, score_and_export
+    parallel.start, loop.hand_on = lambda **_: world, score_and_export
     assert loop.train(config) == ExitCode.DONE
     return scored
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 from tests.training.test_gradients import WAYS
+from tokenkit import parallel
 from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
 from tokenkit.training import loop
@@ -78,8 +79,8 @@ def test_a_broken_run_resumes_to_the_same_bits(config_of, tmp_path, way):
 
 
 def whole_and_broken(world, whole, broken):
-    loop.start = lambda **_: world
-    loop.stop = lambda _: None
+    parallel.start = lambda **_: world
+    parallel.stop = lambda _: None
     assert loop.train(whole) == ExitCode.DONE
     train_until(broken, 3)
     return int(loop.train(broken))

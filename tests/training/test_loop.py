@@ -272,17 +272,17 @@ def test_bad_input_is_one_clear_error_before_any_step(make_config, workspace, tm
 def test_added_tokens_leave_the_students_revision_as_it_is(make_config, monkeypatch):
     from dataclasses import replace
 
-    from tokenkit.training import build
+    from tokenkit.training import pair
 
-    config, asked, load = make_config(), [], build.load_tokenizer
+    config, asked, load = make_config(), [], pair.load_tokenizer
 
     def noting(spec, **options):
         asked.append(options)
         return load(spec, **options)
 
-    monkeypatch.setattr(build, "load_tokenizer", noting)
+    monkeypatch.setattr(pair, "load_tokenizer", noting)
     student = replace(config.student, revision="a1b2c3")
     target = replace(config.target, target_tokenizer_name=None, tokens_to_add=("<|new|>",))
-    tokenizers = build.load_tokenizers(replace(config, student=student, teacher=student, target=target))
+    tokenizers = pair.load_tokenizers(replace(config, student=student, teacher=student, target=target))
     assert tokenizers.target.vocab_size == tokenizers.old.vocab_size + 1
     assert [options["revision"] for options in asked] == ["a1b2c3"] * 3

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.tiny import tiny_folder, tiny_model
 from tests.training.test_resume import curve, run_in_rank
-from tokenkit.embeddings.overlap import new_tokens
+from tokenkit.embeddings.rows import new_tokens
 from tokenkit.errors import ConfigError, ExitCode
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.prefix import prefix_states

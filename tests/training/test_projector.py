@@ -11,8 +11,8 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_folder
 from tests.training.test_expansion import three_steps
 from tests.training.test_resume import run_in_rank
-from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import surfaces
+from tokenkit.embeddings.rows import row_sources
 from tokenkit.errors import ConfigError
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
 from tokenkit.parallel import World
@@ -190,10 +190,10 @@ def test_the_export_gives_the_trained_students_probabilities(make_config, tmp_pa
     from tokenkit.training import loop
 
     seen = []
-    exported = loop._export
-    monkeypatch.setattr(loop, "_export", lambda training: (seen.append(training), exported(training)))
+    export = loop.hand_on
+    monkeypatch.setattr(loop, "hand_on", lambda *given: (seen.append(given[2]), export(*given)))
     train(make_config(**NETWORK, train_model_mode=mode))
-    student = seen[0].parts.student.eval()
+    student = seen[0].student.eval()
     ids_BT = torch.randint(3, 400, (2, 9))
     states = student(ids_BT)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").eval()

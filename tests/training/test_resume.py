@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
+from tokenkit import parallel
 from tokenkit.errors import ExitCode
 from tokenkit.training import build, loop
 from tokenkit.training.reports import Reports
@@ -20,7 +21,7 @@ from tokenkit.training.step import LossScale
 
 def run_in_rank(world, config, die_at):
     """Train inside a forked rank; SIGKILL this process once step `die_at` was reported."""
-    loop.start = lambda **_: world
+    parallel.start = lambda **_: world
     if die_at is not None:
         report = Reports.step
 
@@ -109,7 +110,7 @@ def test_a_resume_from_step_zero_evaluates_it_once(make_config, tmp_path, capfd)
 
 def stop_after_two(world, config):
     """Train, but ask this process to stop once step 2 was reported."""
-    loop.start = lambda **_: world
+    parallel.start = lambda **_: world
     report = Reports.step
 
     def report_and_ask(self, step, *args, **kwargs):

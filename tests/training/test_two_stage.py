@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.test_resume import curve
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
-from tokenkit.embeddings.fvt import row_sources
+from tokenkit.embeddings.rows import row_sources
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.parallel import World
 from tokenkit.tokenization.tokenizer import load_tokenizer

@@ -68,8 +68,7 @@ def show(options: AlignOptions) -> None:
     from rich.table import Table
 
     from tokenkit.pairing.view import print_cells, save_png, statistics, to_html
-    from tokenkit.tokenization.chat.bos_advice import explain_one_sided_bos
-    from tokenkit.tokenization.chat.template_check import explain_template
+    from tokenkit.tokenization.chat.advice import explain_one_sided_bos, explain_template
     from tokenkit.tokenization.spec import parse_spec
     from tokenkit.tokenization.tokenizer import load_tokenizer
 

@@ -105,7 +105,7 @@ def score(config: BitsPerByteConfig) -> None:
     """
     from tokenkit.disk import write_durably
     from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary, table
-    from tokenkit.tokenization.unwritable import writable_text
+    from tokenkit.tokenization.written import writable_text
 
     with ExitStack() as held:
         opened = {name: _Member(config, name, held) for name in config.models}

@@ -137,7 +137,7 @@ def _texts(config: ExportConfig, opened: Opened) -> list[str]:
         return []
     from tokenkit.data.mix import read_documents
     from tokenkit.data.options import SourceOptions
-    from tokenkit.tokenization.unwritable import writable_text
+    from tokenkit.tokenization.written import writable_text
 
     documents = read_documents(SourceOptions(path=config.options.text), DOCUMENTS)
     texts = [writable_text(document.text, [opened.tokenizer])[0] for document in documents if document.text]

@@ -236,7 +236,7 @@ def scored(config: EvalEnsembleConfig, ensemble: Ensemble) -> dict[str, Any]:
     from tokenkit.commands.bits_per_byte import read_texts
     from tokenkit.evaluation.members import bits_of_ensemble
     from tokenkit.evaluation.text_bits import summary, table
-    from tokenkit.tokenization.unwritable import writable_text
+    from tokenkit.tokenization.written import writable_text
 
     options = config.scoring
     assert options.text is not None

@@ -321,7 +321,8 @@ def print_table(folder: Path, metrics: str) -> list[dict[str, Any]]:
 
     `seconds` are those between the first file of a run and its last word, with whatever stopped it between.
     """
-    from tokenkit.run.metrics import METRICS_NAME, read_metrics, read_outcome
+    from tokenkit.run.ending import read_outcome
+    from tokenkit.run.metrics import METRICS_NAME, read_metrics
 
     about = read_manifest(folder)
     wanted = split_commas(metrics)

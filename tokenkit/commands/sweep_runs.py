@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from tokenkit.errors import ExitCode
-from tokenkit.run.metrics import read_outcome
+from tokenkit.run.ending import read_outcome
 
 if TYPE_CHECKING:
     from tokenkit.commands.sweep import Sweep, SweepOptions

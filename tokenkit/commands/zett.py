@@ -24,8 +24,7 @@ from tokenkit.options import flat
 
 if TYPE_CHECKING:
     from tokenkit.data.mix import Document
-    from tokenkit.embeddings.methods import InitOptions
-    from tokenkit.embeddings.transfer import OutputEmbeddings
+    from tokenkit.embeddings.transfer import InitOptions, OutputEmbeddings
     from tokenkit.models.causal_lm import CausalLM
     from tokenkit.tokenization.tokenizer import Tokenizer
 
@@ -213,8 +212,7 @@ def zett(config: ZettConfig) -> None:
 
     folder = Path(config.output).expanduser()
     check_vacant(folder)
-    from tokenkit.tokenization.chat.bos_advice import explain_changed_bos
-    from tokenkit.tokenization.chat.template_check import explain_template
+    from tokenkit.tokenization.chat.advice import explain_changed_bos, explain_template
     from tokenkit.tokenization.files.saving import explain_saving
 
     tokenizers = load_tokenizers(config)
@@ -239,10 +237,10 @@ def load_tokenizers(config: ZettConfig) -> tuple[Tokenizer, Tokenizer]:
     Raises:
         DataError, ConfigError: they cannot be read or share nothing, or the first is not the model's.
     """
-    from tokenkit.embeddings.matching import need_something
+    from tokenkit.embeddings.rows import need_something
     from tokenkit.tokenization.spec import parse_spec
     from tokenkit.tokenization.tokenizer import load_tokenizer
-    from tokenkit.training.build import check_is_the_models_own
+    from tokenkit.training.pair import check_is_the_models_own
 
     source, target = config.model, config.target_tokenizer_name
     spec = source.tokenizer_name or source.pretrained_model_name_or_path
@@ -260,7 +258,7 @@ def load_tokenizers(config: ZettConfig) -> tuple[Tokenizer, Tokenizer]:
 
 def available(config: ZettConfig) -> list[str]:
     """The methods that have what they need."""
-    from tokenkit.embeddings.methods import METHODS
+    from tokenkit.embeddings.transfer import METHODS
 
     sources = config.sources
     has_space = sources.data is not None or sources.auxiliary_model is not None
@@ -271,8 +269,8 @@ def available(config: ZettConfig) -> list[str]:
 def init_options(config: ZettConfig, new: Tokenizer, names: Sequence[str]) -> InitOptions:
     """What the methods `names` may be told; the auxiliary space is made where one of them reads it."""
     from tokenkit.embeddings.auxiliary import vectors_of_model, vectors_of_text
-    from tokenkit.embeddings.matching import Matching
-    from tokenkit.embeddings.methods import InitOptions
+    from tokenkit.embeddings.rows import Matching
+    from tokenkit.embeddings.transfer import InitOptions
     from tokenkit.tokenization.tokenizer import load_tokenizer
 
     rows, sources, auxiliary = config.rows, config.sources, None

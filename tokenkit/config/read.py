@@ -160,8 +160,7 @@ def _refuse_secrets(name: str, value: Any, source: str) -> None:
 
 def to_yaml(config: Any) -> str:
     """Write a configuration as a YAML file that `read_config` reads back to an equal one."""
-    values = {name: _escape(plain(value)) for name, value in flatten(config).items()}
-    return dump_yaml(nested(values))
+    return dump_yaml(nested({name: _escape(value) for name, value in to_dict(config).items()}))
 
 
 def from_dict(schema: type[T], values: Mapping[str, Any]) -> T:

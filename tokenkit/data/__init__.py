@@ -1,1 +1,1 @@
-"""From data sets to batches: `options.py`, `rows.py`, `mix.py`, `collate.py`, `batches.py`."""
+"""From data sets to batches: `options.py`, `sources.py`, `mix.py`, `collate.py`, `batches.py`."""

@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
-from tokenkit.errors import StuckError
+from tokenkit.errors import StuckError, blaming_data
 from tokenkit.structs import Batch
 
 _LOOK_SECONDS = 0.2  # between two looks at whether somebody wants the run to stop
@@ -62,6 +62,22 @@ class _Step(NamedTuple):
     """Of the mix, behind the last document of the step."""
     untokenized: Counter[str]
     """Rows that this rank could not tokenize so far."""
+
+
+class LeftOut(NamedTuple):
+    """What of the data was left out or changed, up to the last step given out."""
+
+    skipped: Counter[str]
+    """Rows that were no documents, by reason; the same on all ranks."""
+    untokenized: Counter[str]
+    """Documents that could not be tokenized, by reason."""
+    altered: Counter[str]
+    """Characters that were dropped or replaced, and in how many rows, those read ahead too."""
+
+    @property
+    def rows(self) -> Counter[str]:
+        """All that is not trained on, by reason."""
+        return self.skipped + self.untokenized
 
 
 class Batches:
@@ -109,6 +125,8 @@ class Batches:
         self._untokenized = Counter(collator.skipped)
         self._pending: deque[Future[_Step]] = deque()
         self._reader: _Reader | None = None
+        self._is_ahead = False
+        """The thread is gone, and the mix stands behind what it read."""
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Return itself: steps never end."""
@@ -146,32 +164,25 @@ class Batches:
 
     def _read_ahead(self) -> None:
         if self._reader is None:
+            if self._is_ahead:
+                self._go_back(self._consumed, self._untokenized)
             self._reader = _Reader()
         while len(self._pending) <= self._prefetch:
             self._pending.append(self._reader.submit(self._read_step))
 
     def _read_step(self) -> _Step:
-        documents = self._mix.take(self._batch_size)
         share = self._batch_size // self._world
         size = share // self._accumulation
-        mine = documents[self._rank * share : (self._rank + 1) * share]
-        batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
+        with blaming_data():
+            documents = self._mix.take(self._batch_size)
+            mine = documents[self._rank * share : (self._rank + 1) * share]
+            batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
         return _Step(batches, self._mix.state_dict(), Counter(self._collator.skipped))
 
-    @property
-    def skipped(self) -> Counter[str]:
-        """Rows that were no documents, by reason, up to the last step given out; the same on all ranks."""
-        return sum((Counter(source["skipped"]) for source in self._consumed["sources"]), Counter())
-
-    @property
-    def untokenized(self) -> Counter[str]:
-        """Documents that this rank could not tokenize, by reason, up to the last step given out."""
-        return Counter(self._untokenized)
-
-    @property
-    def altered(self) -> Counter[str]:
-        """Characters that this process dropped or replaced, and in how many rows, those read ahead too."""
-        return Counter(self._collator.altered)
+    def left_out(self) -> LeftOut:
+        """Return what this rank left out."""
+        skipped = sum((Counter(source["skipped"]) for source in self._consumed["sources"]), Counter[str]())
+        return LeftOut(skipped, Counter(self._untokenized), Counter(self._collator.altered))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state behind the last step given out; JSON, and the same on all ranks."""
@@ -185,21 +196,19 @@ class Batches:
             untokenized: what this rank shall have counted so far.
         """
         self._stop_reading()
-        self._mix.load_state_dict(state)
+        self._go_back(state, untokenized or {})
         self._consumed = self._mix.state_dict()
-        self._count_from(untokenized or {})
 
     def close(self) -> None:
         """Stop the background thread; what it has read ahead is read again if the steps go on."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
-        if not self._stop_reading(_LEAVE_SECONDS):
-            return  # it hangs, and has the mix
-        self._mix.load_state_dict(self._consumed)
-        self._count_from(self._untokenized)
+        self._is_ahead = self._stop_reading(_LEAVE_SECONDS)  # else it hangs, and has the mix
 
-    def _count_from(self, untokenized: Mapping[str, int]) -> None:
+    def _go_back(self, state: Mapping[str, Any], untokenized: Mapping[str, int]) -> None:
+        self._mix.load_state_dict(state)
+        self._is_ahead = False
         self._untokenized = Counter(untokenized)
         self._collator.skipped.clear()
         self._collator.skipped.update(untokenized)

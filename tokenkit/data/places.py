@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenkit.data.files import BadRow, Row, read_rows
-from tokenkit.data.folders import SPLITS, files_of_split, format_of
+from tokenkit.data.files import SPLITS, BadRow, Row, files_of_split, format_of, read_rows
 from tokenkit.data.options import BadRowOptions, SourceOptions
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from tokenkit.disk import write_durably
-from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetOptions
-from tokenkit.embeddings.matching import Matching
-from tokenkit.embeddings.rows import RowSources
+from tokenkit.embeddings.rows import Matching, RowSources, row_sources
 from tokenkit.tokenization.tokenizer import Tokenizer
 
 WEIGHTS, ABOUT = "hypernet.safetensors", "hypernet.json"

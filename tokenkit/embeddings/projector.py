@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from tokenkit.embeddings.fvt import row_sources
 from tokenkit.embeddings.hypernet import Hypernet, Surfaces, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetOptions
+from tokenkit.embeddings.rows import row_sources
 
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM

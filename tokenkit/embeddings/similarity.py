@@ -28,10 +28,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenkit.embeddings.auxiliary import Auxiliary
-from tokenkit.embeddings.fvt import write_with
-from tokenkit.embeddings.matching import Matching, copied_ids, need_something, to_make
-from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
-from tokenkit.tokenization.written import ids_by_bytes
+from tokenkit.embeddings.rows import (
+    LABELS,
+    Matching,
+    RowSources,
+    copied_ids,
+    from_lists,
+    need_something,
+    write_with,
+)
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.tokenizer import Tokenizer
@@ -76,7 +81,7 @@ def anchored_sources(
         )
     ids: list[NDArray[np.int64]] = [np.asarray(row, np.int64) for row in copied.ids]
     weights = [np.full(len(row), 1 / max(1, len(row))) for row in ids]
-    left = to_make(new, copied, matching)
+    left = copied.to_make
     anchor_old_O = np.array([copied.ids[i][0] for i in anchors.tolist()])
     anchor_OA = auxiliary.vector_VA[torch.from_numpy(anchors)].float()
     targets = np.array([i for i in left if known[i]], np.int64)
@@ -90,7 +95,7 @@ def anchored_sources(
             copied.label_V[token_id] = WEIGHTED_LABELS.index("weighted_anchors")
     spelled = [i for i in left if not len(ids[i])]
     for token_id, row in zip(
-        spelled, write_with(old, [new.token_bytes[i] for i in spelled], ids_by_bytes(old)), strict=True
+        spelled, write_with(old, [new.token_bytes[i] for i in spelled], copied.by_bytes), strict=True
     ):
         if row:
             ids[token_id], weights[token_id] = np.asarray(row, np.int64), np.full(len(row), 1 / len(row))

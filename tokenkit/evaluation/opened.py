@@ -21,7 +21,7 @@ import torch
 from tokenkit.errors import ExitCode, blaming_data
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions, load_causal_lm
-from tokenkit.run.metrics import read_outcome
+from tokenkit.run.ending import read_outcome
 from tokenkit.tokenization.files.sources import huggingface_tokenizer
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.exporting import Places, restore

@@ -16,13 +16,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenkit.errors import DataError
-from tokenkit.tokenization.unwritable import writable_text
 from tokenkit.tokenization.vocabulary import (
     BYTE_ALPHABET,
     BYTE_PIECE,
     METASPACE,
     vocabulary_strings,
 )
+from tokenkit.tokenization.written import writable_text
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.tokenizer import Tokenizer

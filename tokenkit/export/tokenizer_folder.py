@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokenkit.errors import ExportError
 from tokenkit.tokenization.tokenizer import Tokenizer
-from tokenkit.tokenization.unwritable import writable_text
+from tokenkit.tokenization.written import writable_text
 
 PLAIN_TOKENIZER = '''"""The tokenizer of tokenizer.json, as it is."""
 

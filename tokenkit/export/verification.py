@@ -16,7 +16,7 @@ import torch
 from tokenkit.errors import ExportError
 from tokenkit.export import fresh_process
 from tokenkit.export.tokenizer_folder import sample_ids
-from tokenkit.tokenization.unwritable import writable_text
+from tokenkit.tokenization.written import writable_text
 from tokenkit.tokenization.vocabulary import vocabulary_strings
 
 if TYPE_CHECKING:

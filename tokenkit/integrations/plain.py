@@ -17,7 +17,7 @@ from tokenkit.export.card import CardFacts
 from tokenkit.export.huggingface import ExportRequest
 from tokenkit.export.huggingface import export_huggingface as write_folder
 from tokenkit.integrations.forward import hidden_states, unwrapped
-from tokenkit.losses.registry import make_loss as make
+from tokenkit.losses.base import make_loss as make
 from tokenkit.losses.score import token_nats
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.models.check import settle
@@ -27,8 +27,7 @@ from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.pair import Pair
 
 if TYPE_CHECKING:
-    from tokenkit.embeddings.methods import InitOptions
-    from tokenkit.embeddings.transfer import OutputEmbeddings
+    from tokenkit.embeddings.transfer import InitOptions, OutputEmbeddings
     from tokenkit.losses.base import Loss
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenkit.losses.alm import alm_loss
-    from tokenkit.losses.base import Loss, Measured
+    from tokenkit.losses.base import Loss, Measured, make_loss
     from tokenkit.losses.clm import clm_loss
     from tokenkit.losses.dskd import dskd_loss
     from tokenkit.losses.gold import gold_loss
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from tokenkit.losses.latents import latents_loss
     from tokenkit.losses.mined import mined_loss
     from tokenkit.losses.options import LOSSES
-    from tokenkit.losses.registry import make_loss
     from tokenkit.losses.side_path import side_path_loss
     from tokenkit.losses.uld import uld_loss
     from tokenkit.losses.xtoken import xtoken_loss
 
-PLACES = {"LOSSES": "options", "Loss": "base", "Measured": "base", "make_loss": "registry"}
+PLACES = {"LOSSES": "options", "Loss": "base", "Measured": "base", "make_loss": "base"}
 """In which module a name is, where it is neither `NAME_loss` in NAME nor options."""
 
 __all__ = [

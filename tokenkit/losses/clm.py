@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenkit.kernels.linear_logprob import IGNORE
 from tokenkit.losses.base import Loss
 from tokenkit.losses.options import WORKSPACE_BYTES, ClmOptions
-from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
+from tokenkit.losses.score import Rows, score, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 
@@ -35,8 +36,8 @@ class Clm(Loss[ClmOptions]):
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> ClmPrepared:
         """Find the scored student tokens; the teacher is not used."""
-        token_BT = scored_tokens(batch.student)
-        return ClmPrepared(token_BT.sum(), select_rows(batch.student, token_BT))
+        rows = select_rows(batch.student)
+        return ClmPrepared((rows.target_N != IGNORE).sum(), rows)
 
     def loss(
         self, student: HiddenStates, prepared: ClmPrepared, batch: Batch, context: Context = NO_CONTEXT

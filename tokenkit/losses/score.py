@@ -89,17 +89,18 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
     return replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
 
 
-def select_rows(side: Side, token_BT: Tensor, mass_BT: Tensor | None = None) -> Rows:
+def select_rows(side: Side, token_BT: Tensor | None = None, mass_BT: Tensor | None = None) -> Rows:
     """Return the rows that predict the named tokens, and those at the named positions.
 
     Waits for the device once: the number of rows is the size of every GEMM that follows.
 
     Args:
         side: the tokens.
-        token_BT: bool, tokens whose log-probability is needed; never a row's first.
+        token_BT: bool, tokens whose log-probability is needed; never a row's first. None: `scored_tokens`.
         mass_BT: bool, positions whose mass is needed.
     """
     B, T = side.ids_BT.shape
+    token_BT = scored_tokens(side) if token_BT is None else token_BT
     predicts_BT = torch.nn.functional.pad(token_BT[:, 1:], (0, 1))
     target_BT = torch.nn.functional.pad(side.ids_BT[:, 1:], (0, 1)).where(predicts_BT, IGNORE)
     needed_BT = predicts_BT if mass_BT is None else predicts_BT | mass_BT
@@ -146,8 +147,7 @@ def score(
 
 def token_nats(states: HiddenStates, side: Side) -> Tensor:
     """Return [B, T] −log p of each token that the loss mask keeps, 0 of every other."""
-    rows = select_rows(side, scored_tokens(side))
-    return -score(states, rows, workspace_bytes=WORKSPACE_BYTES).logp_BT
+    return -score(states, select_rows(side), workspace_bytes=WORKSPACE_BYTES).logp_BT
 
 
 class RowPairs(NamedTuple):

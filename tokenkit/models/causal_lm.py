@@ -224,6 +224,10 @@ class CausalLM(nn.Module):
         """Return this model's own embedding and head, to be used in one forward."""
         return OwnVocabulary(self, None if self.projector is None else self.projector(self.matrices()))
 
+    def held_head(self) -> Head:
+        """Return the head as its parameters are, without what a projector makes of the whole vocabulary."""
+        return OwnVocabulary(self, None).head()
+
     def head(self) -> Head:
         """Return the head of `own()`."""
         return self.own().head()
@@ -281,6 +285,11 @@ class CausalLM(nn.Module):
             layers_BTD=(*found.layers_BTD[:-1], hidden_BTD) if "layers" in collect else (),
             qkv=tuple((parts[0], parts[1], parts[2]) for parts in found.qkv),
         )
+
+    def before_transform(self, ids_BT: Tensor) -> HiddenStates:
+        """Return the body's own hidden states, before the form's transform, beside the head."""
+        own = self.own()
+        return HiddenStates(self.run_body(own, ids_BT, own.embedding(ids_BT)), own.head())
 
     def run_body(
         self, source: Rows, ids_BT: Tensor, embedded_BTD: Tensor, position_BT: Tensor | None = None

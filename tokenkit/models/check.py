@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenkit.structs import Head, HiddenStates
+
 if TYPE_CHECKING:
     from tokenkit.models.causal_lm import CausalLM
 
@@ -81,14 +83,14 @@ def settle(model: CausalLM, name: str) -> None:
     with _plain_attention(model.causal_lm):
         try:
             logits_BTV, seen = _own_logits(model, ids_BT)
-            hidden_BTD = _hidden(model, ids_BT)
+            states = model.before_transform(ids_BT)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{name}: {kind} cannot be run here on embeddings as a language model is ({reason[:200]}): "
                 "this architecture is not supported"
             ) from error
-        tolerance = _tolerance(model)
+        tolerance, hidden_BTD = _tolerance(model), states.hidden_BTD
         _check_hidden(f"{name}: ", kind, hidden_BTD, tolerance)
         count = min(model.vocab_size, logits_BTV.shape[-1])
         theirs_RV = logits_BTV[:2, :, :count].flatten(0, 1).float()
@@ -96,11 +98,11 @@ def settle(model: CausalLM, name: str) -> None:
         for embedding_scale in _embedding_scales(model):
             if embedding_scale != model.form.embedding_scale:
                 model.form = replace(guess, embedding_scale=embedding_scale)
-                hidden_BTD = _hidden(model, ids_BT)
-            for form in _forms(model, hidden_BTD, seen, theirs_RV):
-                rms, most = _difference(_logits(model, form, hidden_BTD[:2], count), theirs_RV)
+                hidden_BTD = model.before_transform(ids_BT).hidden_BTD
+            for form in _forms(model, replace(states, hidden_BTD=hidden_BTD), seen, theirs_RV):
+                rms, most = _difference(_logits(model, states.head, form, hidden_BTD[:2], count), theirs_RV)
                 if rms <= tolerance and most <= 8 * tolerance:
-                    padded_RV = _logits(model, form, hidden_BTD[2:], count)
+                    padded_RV = _logits(model, states.head, form, hidden_BTD[2:], count)
                     rms, _ = _difference(padded_RV, logits_BTV[2, :, :count].float())
                     model.form = replace(form, reads_padding=rms > tolerance)
                     return
@@ -207,11 +209,6 @@ def _own_logits(model: CausalLM, ids_BT: Tensor) -> tuple[Tensor, Seen]:
     return logits_BTV, seen
 
 
-def _hidden(model: CausalLM, ids_BT: Tensor) -> Tensor:
-    own = model.own()
-    return model.run_body(own, ids_BT, own.embedding(ids_BT))
-
-
 def _embedding_scales(model: CausalLM) -> Iterator[float]:
     """Yield what a body may multiply the rows of ids with: the guess, then what its configuration names."""
     config = model.config
@@ -250,7 +247,7 @@ def _is_causal(hidden_BTD: Tensor, tolerance: float) -> bool:
     return off_T.median().item() <= 16 * tolerance
 
 
-def _forms(model: CausalLM, hidden_BTD: Tensor, seen: Seen, theirs_RV: Tensor) -> Iterator[HeadForm]:
+def _forms(model: CausalLM, states: HiddenStates, seen: Seen, theirs_RV: Tensor) -> Iterator[HeadForm]:
     """Yield the guess, then what was measured: scale by least squares, transform by its output."""
     guess = model.form
     yield guess
@@ -261,7 +258,7 @@ def _forms(model: CausalLM, hidden_BTD: Tensor, seen: Seen, theirs_RV: Tensor) -
                 transforms.append(name)
     for transform in transforms:
         plain = HeadForm(transform=transform, embedding_scale=guess.embedding_scale)
-        ours_RV = _logits(model, plain, hidden_BTD[:2], theirs_RV.shape[-1]).double()
+        ours_RV = _logits(model, states.head, plain, states.hidden_BTD[:2], theirs_RV.shape[-1]).double()
         for softcap in dict.fromkeys((guess.softcap, *_softcaps(model), None)):
             wanted_RV = theirs_RV.double()
             if softcap is not None:
@@ -287,14 +284,12 @@ def _written(scale: float, model: CausalLM) -> float:
     return min([1.0, *near], key=lambda v: abs(v - scale)) if near or abs(scale - 1) < 2e-3 else scale
 
 
-def _logits(model: CausalLM, form: HeadForm, hidden_BTD: Tensor, count: int) -> Tensor:
+def _logits(model: CausalLM, head: Head, form: HeadForm, hidden_BTD: Tensor, count: int) -> Tensor:
     """Return the logits of the first `count` ids under a form, float32 [R, count]."""
-    from tokenkit.models.causal_lm import effective_weight, head_bias
-
     if form.transform is not None:
         hidden_BTD = model.causal_lm.get_submodule(form.transform)(hidden_BTD)
     hidden_RD = hidden_BTD.flatten(0, 1).float()
-    weight_VD, bias_V = effective_weight(model.output)[:count], head_bias(model.output)
+    weight_VD, bias_V = head.weight_VD[:count], head.bias_V
     if hidden_RD.shape[-1] != weight_VD.shape[-1]:
         return torch.full((len(hidden_RD), count), math.nan)
     logits_RV = torch.cat([hidden_RD @ part.float().T for part in weight_VD.split(ROWS)], -1)

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.objective.aggregation import mixing_matrix
-from tokenkit.objective.options import LAST_LAYER, ObjectiveOptions
-from tokenkit.objective.schedules import parse_schedule
+from tokenkit.objective.options import LAST_LAYER, ObjectiveOptions, parse_schedule
 from tokenkit.structs import LossTerm
 
 Needs = Literal["nothing", "losses", "last_layer", "gradients"]

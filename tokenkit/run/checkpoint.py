@@ -88,14 +88,22 @@ def save(root: Path, state: State, identity: Identity, world: World, *, keep_las
     if world.broadcast(final.exists() or final.is_symlink()):
         raise FileExistsError(f"{final} is there already: checkpoints are never overwritten, move it away")
     tensors = tensors_to_save(state)
-    nonce = world.broadcast(secrets.token_hex(8))
-    temporary = root / f".tmp-{final.name}-{nonce}"
+    temporary = root / f".tmp-{final.name}-{world.broadcast(secrets.token_hex(8))}"
     try:
         with _as_checkpoint_error("save", final, world):
-            _make_room(root, temporary, tensors, world)
-            _write(temporary, tensors, state, world)
-            files = _hash(temporary, world)
-            _commit(temporary, final, _manifest(state, identity, world, files), world)
+            needed = sum(world.gather(local_bytes(tensors))) + _SPARE_BYTES
+            with world.together("make room for a checkpoint"):
+                if world.is_main:
+                    _make_room(root, temporary, needed)
+            _write(temporary, tensors, world)
+            with world.together("write its own state"):
+                _write_rank_state(temporary, state, world)
+            with world.together("hash its shards"):
+                mine = _hashes(temporary, world)
+            files = {name: entry for part in world.gather(mine) for name, entry in sorted(part.items())}
+            with world.together("commit the checkpoint"):
+                if world.is_main:
+                    _commit(temporary, final, _manifest(state, identity, world, files))
     except BaseException:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -127,29 +135,28 @@ def _failed(what: str, folder: Path, rank: int, cause: BaseException) -> Checkpo
     return error
 
 
-def _make_room(root: Path, temporary: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    needed = sum(world.gather(local_bytes(tensors))) + _SPARE_BYTES
-    with world.together("make room for a checkpoint"):
-        if world.is_main:
-            root.mkdir(mode=0o750, parents=True, exist_ok=True)
-            fsync_folder(root.parent)
-            free = free_bytes(root)
-            if free < needed:
-                raise DiskError(
-                    f"a checkpoint needs {needed} bytes and {root} has {free} free: make room and go on with "
-                    "--resume, or choose another output_dir"
-                )
-            temporary.mkdir(mode=0o750)
+def _make_room(root: Path, temporary: Path, needed: int) -> None:
+    root.mkdir(mode=0o750, parents=True, exist_ok=True)
+    fsync_folder(root.parent)
+    free = free_bytes(root)
+    if free < needed:
+        raise DiskError(
+            f"a checkpoint needs {needed} bytes and {root} has {free} free: make room and go on with "
+            "--resume, or choose another output_dir"
+        )
+    temporary.mkdir(mode=0o750)
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], state: State, world: World) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _knowing_that_it_is_alone(world):
         dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=world.mesh is None)
-    with world.together("write its own state"):
-        text = json.dumps({"extra": state.extra, "rng": random_state(world.device)}, allow_nan=False)
-        write_durably(folder / _rank_file(world.rank), text)
+
+
+def _write_rank_state(folder: Path, state: State, world: World) -> None:
+    text = json.dumps({"extra": state.extra, "rng": random_state(world.device)}, allow_nan=False)
+    write_durably(folder / _rank_file(world.rank), text)
 
 
 @contextmanager
@@ -165,14 +172,11 @@ def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def _hash(folder: Path, world: World) -> dict[str, tuple[int, str]]:
-    """Return size and digest of every file; each rank reads what it wrote."""
-    mine: dict[str, tuple[int, str]] = {}
-    with world.together("hash its shards"):
-        names = [path.name for path in folder.glob(f"__{world.rank}_*")] + [_rank_file(world.rank)]
-        for name in names + [METADATA] * world.is_main:
-            mine[name] = ((folder / name).stat().st_size, sha256_of(folder / name))
-    return {name: entry for part in world.gather(mine) for name, entry in sorted(part.items())}
+def _hashes(folder: Path, world: World) -> dict[str, tuple[int, str]]:
+    """Return size and digest of every file that this rank wrote."""
+    names = [path.name for path in folder.glob(f"__{world.rank}_*")] + [_rank_file(world.rank)]
+    names += [METADATA] * world.is_main
+    return {name: ((folder / name).stat().st_size, sha256_of(folder / name)) for name in names}
 
 
 def _manifest(state: State, identity: Identity, world: World, files: dict[str, tuple[int, str]]) -> Manifest:
@@ -191,12 +195,10 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
-def _commit(temporary: Path, final: Path, manifest: Manifest, world: World) -> None:
-    with world.together("commit the checkpoint"):
-        if world.is_main:
-            write_durably(temporary / MANIFEST, manifest.to_json())
-            os.rename(temporary, final)  # fails on a folder that holds something: never overwrites
-            fsync_folder(final.parent)
+def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    write_durably(temporary / MANIFEST, manifest.to_json())
+    os.rename(temporary, final)  # fails on a folder that holds something: never overwrites
+    fsync_folder(final.parent)
 
 
 def _purge(root: Path, keep_last: int) -> None:

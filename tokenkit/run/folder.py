@@ -230,6 +230,14 @@ class RunLock:
                     os.utime(self.path, (time.time(), time.time()), follow_symlinks=False)
 
 
+@contextlib.contextmanager
+def owned(folder: Path, *, resume: bool) -> Iterator[RunLock]:
+    """Take the folder of a run, made where it is not there: see `prepare_output` and `RunLock`."""
+    prepare_output(folder, resume=resume)
+    with RunLock(folder) as lock:
+        yield lock
+
+
 def _lock(file: int | None) -> bool | None:
     """True: locked; None: somebody else has it; False: this disk has no locks."""
     try:

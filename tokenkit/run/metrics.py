@@ -23,19 +23,16 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from tokenkit.disk import NO_LINK, blaming_disk, write_durably
-from tokenkit.errors import DiskError, ExitCode
-from tokenkit.run.folder import OUTCOME_NAME
-from tokenkit.run.redaction import redact, shortened
+from tokenkit.errors import DiskError
+from tokenkit.run.trackers import Trackers
 
 METRICS_NAME = "metrics.jsonl"
 Value = float | int | str | Tensor
@@ -153,6 +150,52 @@ class MetricsFile:
                 self._file = None
 
 
+class Record:
+    """All that a run measures, and where it goes: its `metrics.jsonl`, and the trackers of `report_to`.
+
+    Args:
+        folder: `output_dir`.
+        step: as in `MetricsFile`.
+        is_main: whether this rank writes.
+        report_to: a tracker's name, or "none".
+        config: as in `Trackers`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int | None,
+        is_main: bool,
+        report_to: str = "none",
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self.folder, self.step, self.is_main = folder, step, is_main
+        self._file = MetricsFile(folder, step=step, is_main=is_main)
+        self.trackers = Trackers([report_to], folder, config, is_main=is_main)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what is there, oldest first; nothing on ranks that do not write."""
+        return read_metrics(self._file.path) if self.is_main else []
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Append one line, and send its numbers."""
+        self._file.write(step, values)
+        self.trackers.log(step, values)
+
+    def sync(self) -> None:
+        """Put every line on the disk."""
+        self._file.sync()
+
+    def upload(self, checkpoint: Path) -> None:
+        """Offer a checkpoint that was written to the trackers."""
+        self.trackers.upload(checkpoint)
+
+    def close(self) -> None:
+        """Put everything on the disk and let go of it."""
+        self.trackers.close()
+        self._file.close()
+
+
 def draw_curves(folder: Path) -> None:
     """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
     series = series_of(read_metrics(folder / METRICS_NAME))
@@ -213,64 +256,6 @@ def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
         total, weight = decay * total + value, decay * weight + 1
         smooth.append(total / weight)
     return smooth
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended."""
-
-    code: ExitCode
-    """What the process exits with."""
-    reason: str
-    """One sentence; secrets in it are blacked out."""
-    step: int = 0
-    """Optimizer steps done."""
-    rank: int | None = 0
-    """Who says so; None: a rank that saw another end, and knows no cause."""
-    word: str = ""
-    """Instead of the code's name."""
-
-
-RUNNING = "running"
-_OUTCOME_BYTES = 4096  # more than any outcome: a full disk lets a file be written over, not grow
-_LONGEST_REASON = 2000
-
-
-def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Say in `outcome.json` how a run ended: torchrun loses the exit codes of its workers.
-
-    Where the disk is full, the file that said that the run goes on is written over in its place.
-    """
-    path, text = folder / OUTCOME_NAME, _said(outcome, _LONGEST_REASON)
-    try:
-        write_durably(path, text.ljust(_OUTCOME_BYTES) if outcome.word == RUNNING else text)
-    except DiskError:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size < _OUTCOME_BYTES:
-            raise
-        with path.open("r+", encoding="ascii") as file:
-            file.write(_said(outcome, _LONGEST_REASON // 6).ljust(path.stat().st_size))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _said(outcome: Outcome, longest: int) -> str:
-    said = {
-        "code": int(outcome.code),
-        "outcome": outcome.word or outcome.code.name.lower(),
-        "reason": shortened(redact(outcome.reason), longest),
-        "step": outcome.step,
-        "rank": outcome.rank,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return json.dumps(said, indent=1) + "\n"
-
-
-def read_outcome(folder: Path) -> dict[str, Any]:
-    """Return what `outcome.json` says; empty where it says nothing."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / OUTCOME_NAME).read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def draw_heatmap(path: Path, rows: Mapping[str, Sequence[float]], title: str) -> None:

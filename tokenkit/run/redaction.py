@@ -40,13 +40,19 @@ def has_secret(text: str) -> bool:
     return redact(text) != text
 
 
-def redact(text: str) -> str:
-    """Return `text` without the values of this process's secret variables, and without well-known keys."""
+def redact(text: str, longest: int | None = None) -> str:
+    """Return `text` without the values of this process's secret variables, and without well-known keys.
+
+    Args:
+        text: what shall be seen by others.
+        longest: characters of what is left; the middle of a longer text is left out.
+    """
     for name, value in os.environ.items():
         is_path = value.startswith(("/", "~", "./", "../"))  # where a secret lies, as in SSH_AUTH_SOCK
         if len(value) >= _SHORTEST_SECRET and not is_path and is_secret_name(name):
             text = text.replace(value, HIDDEN)
-    return _SECRET_VALUE.sub(HIDDEN, text)
+    text = _SECRET_VALUE.sub(HIDDEN, text)
+    return text if longest is None else shortened(text, longest)
 
 
 def shortened(text: str, longest: int) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenkit.run.redaction import redact, redact_config, shortened
+from tokenkit.run.redaction import redact, redact_config
 
 UNNAMED = "tokenkit"
 """The default of `name`, which names no run."""
@@ -89,7 +89,7 @@ class Trackers:
             action()
         except Exception as error:  # other people's code, which may raise anything
             if not self.failures[name]:
-                words = shortened(redact(str(error)), 500)
+                words = redact(str(error), 500)
                 logger.warning("%s failed and will be ignored: %s: %s", name, type(error).__name__, words)
             self.failures[name] += 1
 

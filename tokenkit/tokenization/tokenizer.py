@@ -24,24 +24,22 @@ from numpy.typing import NDArray
 from tokenkit.structs import Tokens
 from tokenkit.tokenization.backend import Backend, Before, Writer
 from tokenkit.tokenization.chat.families import BYTE_FAMILY, FAMILIES, Family
-from tokenkit.tokenization.chat.generic import generic_family
 from tokenkit.tokenization.chat.special_tokens import (
     byte_document,
     check_has_family,
     check_tokens_to_add,
     control_strings,
+    generic_family,
     to_family,
     with_special_tokens,
 )
 from tokenkit.tokenization.chat.template import family_of_template, tokens_by_role
-from tokenkit.tokenization.dummy_space import Prefix, find_prefix
 from tokenkit.tokenization.files.saving import save, to_huggingface
 from tokenkit.tokenization.files.sources import read_files, read_object, well_formed
 from tokenkit.tokenization.options import SPACE_BYTES, SPACE_MASK_PARTS
-from tokenkit.tokenization.ragged import EncodedTexts, Ints, walked_texts
+from tokenkit.tokenization.ragged import EncodedTexts, Ints, Speller, place_bytes, walked_texts
 from tokenkit.tokenization.spec import BYTE, TokenizerSpec, parse_spec
-from tokenkit.tokenization.spelling import Speller, place_bytes
-from tokenkit.tokenization.vocabulary import plain_text_document, read_vocabulary
+from tokenkit.tokenization.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,9 +87,9 @@ class Tokenizer:
             self.control.get(family.tokens.get(role, "")) for role in ("bos", "eos", "pad")
         )
         self.unk_id = self.vocabulary.unk_id
-        self.prefix = find_prefix(document)
-        if spec.conversion == "manual_add_prefix_space":
-            self.prefix = Prefix("always", even_before_space=True, is_manual=True)
+        is_manual = spec.conversion == "manual_add_prefix_space"
+        self._backend = Backend(document, self.vocabulary.alphabet, is_manual=is_manual)
+        self.prefix = self._backend.prefix
         self._is_bytes = (
             self.vocabulary.alphabet == "byte-level"
             and not document["model"].get("merges")
@@ -100,8 +98,6 @@ class Tokenizer:
             and not self.vocabulary.text_added
             and self.token_bytes[:256] == [bytes([byte]) for byte in range(256)]
         )
-        plain = plain_text_document(document)
-        self._backend = Backend(plain, self.prefix, self.vocabulary.alphabet)
 
     def __repr__(self) -> str:
         """Name the spec, the size and the family."""
@@ -146,8 +142,7 @@ class Tokenizer:
         raw = [_utf8(text) for text in texts]
         if self._is_bytes and before != "space":
             return CutTexts(texts, raw, None, ())
-        writer = self._backend.writer(before)
-        return CutTexts(texts, raw, writer, self._backend.encode_batch(texts, writer))
+        return CutTexts(texts, raw, *self._backend.encode_batch(texts, before))
 
     def placed(self, cut: CutTexts) -> EncodedTexts:
         """Lay out what `cut_texts` returned."""

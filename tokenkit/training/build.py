@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,8 +17,8 @@ from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
 from tokenkit.data.packing import PackedRows
-from tokenkit.embeddings.overlap import new_tokens
 from tokenkit.embeddings.projector import build_projector
+from tokenkit.embeddings.rows import new_tokens
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.errors import ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches
@@ -41,32 +39,17 @@ from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.float8 import use_float8
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_causal_lm
+from tokenkit.models.reading import model_fingerprint
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.parallel import World, shard
 from tokenkit.tokenization.expansion import expansion_tables
-from tokenkit.tokenization.spec import parse_spec
-from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
+from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
 from tokenkit.training.distillation import Distillation
-from tokenkit.training.pair import Pair
+from tokenkit.training.pair import Pair, Tokenizers, load_tokenizers
 from tokenkit.training.prefix_stage import build_prefix_stage, prefix_options
 from tokenkit.training.step import LossScale, Run, Stage
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenizers:
-    """The three tokenizers of a transfer; two of them are often the same."""
-
-    old: Tokenizer
-    """What the student was trained with."""
-    target: Tokenizer
-    """What the student ends with."""
-    teacher: Tokenizer
-
-    def fingerprints(self) -> dict[str, str]:
-        """Return a digest of each, for the checkpoints."""
-        return {field.name: getattr(self, field.name).fingerprint() for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +62,8 @@ class Parts:
     batches: Batches
     collator: AlignedCollator
     heldout: list[HeldoutBatch]
+    fingerprints: dict[str, str]
+    """Digests of tokenizers and models, by what each is of the run."""
     transfer: dict[str, int]
     """How many embedding rows were made in which way; empty where the tokenizer stays."""
     was_tied: bool
@@ -140,7 +125,8 @@ def build(config: TrainConfig, world: World) -> Parts:
         share = config.schedule.batch_size // world.world_size
         check_packing(student, share // config.schedule.gradient_accumulation_steps)
     dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
-    model = Distillation(student, teacher, losses, dtype, prefix_options(config, student, teacher))
+    prefix = prefix_options(config, student, teacher) if config.training.prefix.n_prefix_layers else None
+    model = Distillation(student, teacher, losses, dtype, prefix)
     _place(model, world, config)
     run = Run(
         model=model,
@@ -150,7 +136,22 @@ def build(config: TrainConfig, world: World) -> Parts:
         is_float32=config.training.dtype == "float32",
         loss_scale=LossScale(enabled=config.training.dtype == "float16"),
     )
-    return Parts(run, student, tokenizers, batches, collator, heldout, transfer, was_tied)
+    fingerprints = tokenizers.fingerprints | _model_fingerprints(config, student, teacher)
+    return Parts(run, student, tokenizers, batches, collator, heldout, fingerprints, transfer, was_tied)
+
+
+def _model_fingerprints(
+    config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None
+) -> dict[str, str]:
+    sources: dict[str, tuple[ModelSource, CausalLM]] = {"student model": (config.student, student)}
+    if config.teacher is not None and isinstance(teacher, CausalLM):
+        sources["teacher model"] = (config.teacher, teacher)
+    return {
+        name: model_fingerprint(
+            source.pretrained_model_name_or_path, getattr(model.config, "_commit_hash", None)
+        )
+        for name, (source, model) in sources.items()
+    }
 
 
 def _stages(
@@ -178,58 +179,6 @@ def _stages(
         model, options, prefix.prefix_steps, is_new_V, world, moves_layers=moves_layers
     )
     return first, main
-
-
-def load_tokenizers(config: TrainConfig, *, needs_teacher: bool = True) -> Tokenizers:
-    """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once.
-
-    Without a teacher, the student's old one stands for its tokenizer.
-    """
-    remote = config.run.trust_remote_code
-
-    def load(spec: str, **options: Any) -> Tokenizer:
-        parse_spec(spec)  # a mistake in the spec is one of the configuration, all others are of the files
-        with blaming_data():
-            return load_tokenizer(spec, trust_remote_code=remote, **options)
-
-    def of(source: ModelSource) -> Tokenizer:
-        spec = source.tokenizer_name or source.pretrained_model_name_or_path
-        tokenizer = load(spec, revision=source.revision)
-        if source.new_model is None:
-            check_is_the_models_own(tokenizer, source)
-        return tokenizer
-
-    old = of(config.student)
-    name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
-    revision = None
-    if name is None and to_add:
-        name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
-        revision = config.student.revision
-    target = old if name is None else load(name, tokens_to_add=to_add, revision=revision)
-    teacher = old if config.teacher is None or not needs_teacher else of(config.teacher)
-    return Tokenizers(old, target, teacher)
-
-
-def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
-    """Refuse a tokenizer whose ids mean something else than those in the model's own folder.
-
-    Raises:
-        ConfigError: fewer than 99 % of the ids that both have are the same bytes.
-    """
-    folder = Path(source.pretrained_model_name_or_path)
-    if source.tokenizer_name is None or not (folder / "tokenizer.json").is_file():
-        return
-    own = load_tokenizer(str(folder))
-    common = min(own.vocab_size, tokenizer.vocab_size)
-    is_text_V = ~(own.is_special_V[:common] | tokenizer.is_special_V[:common])
-    ids = np.flatnonzero(is_text_V).tolist()
-    same = sum(own.token_bytes[i] == tokenizer.token_bytes[i] for i in ids)
-    if same < 0.99 * len(ids):
-        raise ConfigError(
-            f"tokenizer_name {source.tokenizer_name!r} is not the tokenizer of {folder}: only {same:,} of "
-            f"{len(ids):,} ids mean the same text there; name the tokenizer that the model was trained with, "
-            "and the one that it shall get as target_tokenizer_name"
-        )
 
 
 def build_losses(config: TrainConfig, pair: Pair) -> dict[str, Loss[Any]]:

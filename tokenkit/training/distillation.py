@@ -21,7 +21,7 @@ from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
 from tokenkit.losses.score import in_dtype, token_nats
-from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Vocabulary
+from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
 from tokenkit.structs import (
@@ -166,14 +166,16 @@ class Distillation(nn.Module):
     ) -> Context:
         """Return what losses may read in the first half, with the student's rows if one of `readers` asks."""
         reads_rows = any("embedded" in loss.states for loss in readers)
-        # a projector runs over the whole vocabulary: not for those who want to know its size
-        own = self.student.own() if reads_rows else OwnVocabulary(self.student, None)
-        embedded_BTD = own.embedding(batch.student.ids_BT) if reads_rows else None
+        if reads_rows:
+            own = self.student.own()
+            student_head, embedded_BTD = own.head(), own.embedding(batch.student.ids_BT)
+        else:  # a projector runs over the whole vocabulary: not for those who want to know its size
+            student_head, embedded_BTD = self.student.held_head(), None
         if embedded_BTD is not None and self.compute_dtype is not None:
             embedded_BTD = embedded_BTD.to(self.compute_dtype)
         return Context(
             teacher_head=None if states is None else states.head,
-            student_head=self._head(own.head(), states),
+            student_head=self._head(student_head, states),
             student_embedded_BTD=embedded_BTD,
         )
 
@@ -263,20 +265,21 @@ class Distillation(nn.Module):
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
     ) -> HiddenStates:
-        with self._autocast(batch.student.ids_BT):
-            states = self.student(batch.student.ids_BT, own, collect, batch.student.position_BT)
-        return _without_spoiled(self._in_compute_dtype(states), batch.student)
+        return self._states(self.student, batch, batch.student, own, collect)
 
     def _teacher_states(self, batch: Batch, collect: frozenset[StateKind] = frozenset()) -> HiddenStates:
-        ids_BS = batch.teacher.ids_BT
+        assert self.teacher is not None
+        if isinstance(self.teacher, Vocabulary):
+            with as_teacher(self.student):
+                return self._states(self.student, batch, batch.teacher, self.teacher, collect)
+        return self._states(self.teacher, batch, batch.teacher, None, collect)
+
+    def _states(
+        self, model: CausalLM, batch: Batch, side: Side, rows: Rows | None, collect: frozenset[StateKind]
+    ) -> HiddenStates:
         with self._autocast(batch.student.ids_BT):
-            assert self.teacher is not None
-            if isinstance(self.teacher, Vocabulary):
-                with as_teacher(self.student):
-                    states = self.student(ids_BS, self.teacher, collect)
-            else:
-                states = self.teacher(ids_BS, collect=collect)
-        return _without_spoiled(self._in_compute_dtype(states), batch.teacher)
+            states = model(side.ids_BT, rows, collect, side.position_BT)
+        return _without_spoiled(self._in_compute_dtype(states), side)
 
     def _autocast(self, ids_BT: Tensor) -> AbstractContextManager[Any]:
         if self.compute_dtype in (None, torch.float32):

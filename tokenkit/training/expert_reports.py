@@ -35,9 +35,9 @@ class ExpertReports:
         self.step, self.found = step, self.usage.statistics(added)
         if not world.is_main:
             return
-        reports.write(step, metrics_of(self.found))
+        reports.record.write(step, metrics_of(self.found))
         self._draw()
-        reports.trackers.show(
+        reports.record.trackers.show(
             step,
             {f"expert_usage/layer_{n}_histogram": added[f"count#{n}"].tolist() for n in self.found},
             {"expert_usage/hot_experts": (("layer", "expert", "uses"), self._hot())},

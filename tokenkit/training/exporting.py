@@ -19,18 +19,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tokenkit import __version__
 from tokenkit.config import TrainConfig, from_dict
 from tokenkit.config.paths import check_model_folder
+from tokenkit.disk import blaming_disk
 from tokenkit.errors import CheckpointError, ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.export.card import CardFacts, public_name
-from tokenkit.export.huggingface import EXPANSION
+from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM
-from tokenkit.models.fingerprint import model_fingerprint
+from tokenkit.models.reading import model_fingerprint
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
 from tokenkit.run.safe_dcp import Manifest, read_manifest
 from tokenkit.run.trackers import UNNAMED
-from tokenkit.training.build import build_models, load_tokenizers
+from tokenkit.training.build import Parts, build_models
 from tokenkit.training.distillation import Distillation
+from tokenkit.training.pair import load_tokenizers
 from tokenkit.training.requests import WrittenRows, ask
 
 if TYPE_CHECKING:
@@ -62,6 +64,27 @@ class Restored:
     """Of its run."""
     folder: Path
     manifest: Manifest
+
+
+def hand_on(
+    folder: Path, config: TrainConfig, parts: Parts, world: World, measured: BitsPerByte | None
+) -> None:
+    """Gather the student of a run on rank 0 and write it in Hugging Face layout; every rank calls it.
+
+    Args:
+        folder: is made.
+        config: of the run.
+        parts: of the run.
+        world: its processes.
+        measured: the newest measurement, for the card.
+    """
+    state = student_state(parts.run.model, parts.student)
+    with world.together("export the student"):
+        if world.is_main:
+            facts = run_facts(config, parts.run.step, measured)
+            request = ExportRequest(folder=folder, dtype=DTYPES[config.training.dtype], facts=facts)
+            with blaming_disk(folder):
+                export_huggingface(parts.student, state, parts.tokenizers.target, request)
 
 
 def student_state(model: nn.Module, student: CausalLM) -> dict[str, Tensor]:
@@ -246,7 +269,7 @@ def restore_student(
     own, target = config.student, config.target.target_tokenizer_name
     old = own.tokenizer_name or own.pretrained_model_name_or_path
     for side, name in (("old", old), ("target", target or old)):
-        _compare(manifest, side, tokenizers.fingerprints()[side], f"{side} tokenizer than {name}")
+        _compare(manifest, side, tokenizers.fingerprints[side], f"{side} tokenizer than {name}")
     _compare_base(manifest, own.pretrained_model_name_or_path)
     student = build_models(config, tokenizers, needs_teacher=False).student
     _compare_base(manifest, own.pretrained_model_name_or_path, getattr(student.config, "_commit_hash", None))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tokenkit.objective.aggregation import norms
-from tokenkit.objective.weights import Objective
+from tokenkit.objective.weights import Needs, Objective
 from tokenkit.parallel import World, set_gradient_sync
 from tokenkit.structs import Batch
 from tokenkit.training.requests import StudentHalf, ask
@@ -57,9 +57,16 @@ class Passes:
     layers: Sequence[nn.Module] | None = None
     """Those that a prefix stage runs; None: all."""
 
-    def means(self, index: int, *, from_last_layer: bool = False) -> list[Tensor]:
-        """Return the share of each loss that micro-batch `index` holds, differentiable."""
+    def means(self, index: int, *, from_last_layer: bool = False, is_last: bool = True) -> list[Tensor]:
+        """Return the share of each loss that micro-batch `index` holds, differentiable.
+
+        Args:
+            index: of the micro-batch.
+            from_last_layer: the graph begins there.
+            is_last: gradients are added over ranks in the backward that follows.
+        """
         batch, is_prefix = self.batches[index], self.layers is not None
+        set_gradient_sync(self.model, is_last, layers=self.layers)
         terms = ask(self.model, StudentHalf(batch, self.prepared[index], is_prefix, from_last_layer))
         self._check_counts(terms, self.prepared[index])
         return self.objective.means(terms, self.counts)
@@ -85,16 +92,28 @@ class Sums:
     """float64, what multiplied the gradient of each loss; the same on every rank."""
     norm_J: Tensor
     """float64, norms of the gradients that were compared, before weights; 0 where none were."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Each loss's part in the sum of the norms of the gradients, weights included; where asked for."""
 
 
-def accumulate(passes: Passes) -> Sums:
+def accumulate(passes: Passes, *, with_shares: bool = False) -> Sums:
     """Leave the gradient of the whole step in `.grad`, and return what was found on the way.
+
+    Args:
+        passes: of the step; no parameter has a gradient.
+        with_shares: compare the losses' gradients first, where the run does not itself see to the balance.
 
     Raises:
         ValueError: no trained parameter in the last layer, or a loss that does not reach it, where
             gradients are compared there.
     """
     needs = passes.objective.needs()
+    with_shares = with_shares and len(passes.objective.names) > 1 and needs in ("nothing", "losses")
+    shares = _shares(passes) if with_shares else {}
+    return replace(_accumulate(passes, needs), shares=shares)
+
+
+def _accumulate(passes: Passes, needs: Needs) -> Sums:
     if needs == "gradients":
         return _one_by_one(passes)
     alone = len(passes.batches) == 1
@@ -115,31 +134,21 @@ def accumulate(passes: Passes) -> Sums:
     return Sums(_weighted(passes, weight_J), weight_J, torch.zeros_like(weight_J))
 
 
-def gradient_shares(passes: Passes) -> dict[str, float]:
-    """Return each loss's part in the sum of the norms of their gradients, weights included.
-
-    Seen on the first micro-batch: one forward, one backward per loss, and nothing is left behind. Empty where
-    there is one loss, or where the run itself sees to the balance.
-    """
-    names, objective = passes.objective.names, passes.objective
-    if len(names) < 2 or objective.needs() not in ("nothing", "losses"):
-        return {}
-    squares = {}
-    with _same_random(passes.world.device):
-        set_gradient_sync(passes.model, True)
+def _shares(passes: Passes) -> dict[str, float]:
+    """Compare gradients on the first micro-batch: one forward, one backward per loss; nothing stays."""
+    names, device = passes.objective.names, passes.world.device
+    squares = []
+    with _same_random(device):
         means = passes.means(0)
-        weight_J = objective.weigh(passes.step, _over_ranks(_detached(means), passes))
+        weight_J = passes.objective.weigh(passes.step, _over_ranks(_detached(means), passes))
         for j, mean in enumerate(means):
-            (mean * passes.scale).backward(retain_graph=j < len(means) - 1)
-            parts = [
-                _dot(p.grad, p.grad, passes.world)
-                for p in trained_parameters(passes.model)
-                if p.grad is not None
-            ]
-            squares[names[j]] = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-            passes.model.zero_grad(set_to_none=True)
-    sums = passes.world.all_reduce(squares, passes.step)
-    norm_J = torch.stack([sums[name].double() for name in names]).sqrt() * weight_J.to(passes.world.device)
+            _backward(mean, passes.scale, keeps_graph=j < len(means) - 1)
+            parts = [torch.zeros((), dtype=torch.float64, device=device)]
+            for parameter in trained_parameters(passes.model):
+                grad, parameter.grad = parameter.grad, None
+                parts += [] if grad is None else [_dot(grad, grad, passes.world)]
+            squares.append(torch.stack(parts).sum())
+    norm_J = _over_ranks(torch.stack(squares), passes).sqrt() * weight_J.to(device)
     total = float(norm_J.sum())
     return {
         name: norm / total for name, norm in zip(names, norm_J.tolist(), strict=True) if 0 < total < math.inf
@@ -150,16 +159,19 @@ def _weighted(passes: Passes, weight_J: Tensor) -> Tensor:
     """Forward and backward of every micro-batch, with weights that stand; return this rank's losses."""
     total_J = torch.zeros(len(weight_J), device=passes.world.device)
     for index in range(len(passes.batches)):
-        set_gradient_sync(passes.model, index == len(passes.batches) - 1, layers=passes.layers)
-        means = passes.means(index)
-        _backward(means, weight_J, passes.scale)
+        means = passes.means(index, is_last=index == len(passes.batches) - 1)
+        _backward(_weighed(means, weight_J), passes.scale)
         total_J += _detached(means)
     return total_J
 
 
-def _backward(means: list[Tensor], weight_J: Tensor, scale: float) -> None:
+def _weighed(means: list[Tensor], weight_J: Tensor) -> Tensor:
     mean_J = torch.stack(means)
-    ((mean_J * weight_J.to(mean_J.dtype)).sum() * scale).backward()
+    return (mean_J * weight_J.to(mean_J.dtype)).sum()
+
+
+def _backward(loss: Tensor, scale: float, *, keeps_graph: bool = False) -> None:
+    (loss * scale).backward(retain_graph=keeps_graph)
 
 
 def _detached(means: list[Tensor]) -> Tensor:
@@ -168,10 +180,9 @@ def _detached(means: list[Tensor]) -> Tensor:
 
 def _losses_within(passes: Passes) -> Sums:
     """Between forward and backward of the only micro-batch, sum its losses over ranks."""
-    set_gradient_sync(passes.model, True)
     means = passes.means(0)
     weight_J = passes.objective.weigh(passes.step, _over_ranks(_detached(means), passes))
-    _backward(means, weight_J, passes.scale)
+    _backward(_weighed(means, weight_J), passes.scale)
     return Sums(_detached(means), weight_J, torch.zeros_like(weight_J))
 
 
@@ -218,9 +229,8 @@ def _collect(
     Each backward adds over ranks: what stays unreduced from one to the next would mix the losses. The
     parameters are asked for after it: before, FSDP2's root still shows its whole weights.
     """
-    set_gradient_sync(passes.model, True)
     for j, mean in enumerate(means):
-        (mean * passes.scale).backward(retain_graph=j < len(means) - 1)
+        _backward(mean, passes.scale, keeps_graph=j < len(means) - 1)
         for i, parameter in enumerate(parameters()):
             if i == len(held[j]):
                 held[j].append(None)
@@ -256,7 +266,7 @@ def _last_layer_within(passes: Passes) -> Sums:
     gram_JJ = _gram(held, passes)
     weight_J = passes.objective.weigh(passes.step, _detached(means))
     weight_J = passes.objective.join(weight_J, gram_JJ, passes.step)
-    _backward(means, weight_J, passes.scale)
+    _backward(_weighed(means, weight_J), passes.scale)
     return Sums(_detached(means), weight_J, norms(gram_JJ))
 
 

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tokenkit.embeddings.fvt import write_with
 from tokenkit.embeddings.hypernet import Hypernet, Surfaces, mean_rows, surfaces
 from tokenkit.embeddings.hypernet_options import HypernetSchedule, SamplerOptions
-from tokenkit.embeddings.rows import LABELS, RowSources, from_lists
+from tokenkit.embeddings.rows import LABELS, RowSources, from_lists, write_with
 from tokenkit.embeddings.unigram_sampler import (
     SampledTokenizer,
     distractors,

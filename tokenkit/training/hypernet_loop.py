@@ -19,18 +19,17 @@ from tokenkit.embeddings.hypernet import Hypernet
 from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest, save_hypernet
 from tokenkit.errors import ConfigError, ExitCode, blaming_data
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-from tokenkit.models.fingerprint import model_fingerprint
+from tokenkit.models.reading import model_fingerprint
 from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.optim_options import OptimizerOptions
-from tokenkit.parallel import World, start
+from tokenkit.parallel import World
 from tokenkit.run.checkpoint import Identity, State
-from tokenkit.run.metrics import draw_curves
-from tokenkit.run.signals import StopRequest
+from tokenkit.run.metrics import Record
 from tokenkit.tokenization.tokenizer import load_tokenizer
-from tokenkit.training.build import check_is_the_models_own
 from tokenkit.training.hypernet import HypernetTrainer, old_matrices, take_step
+from tokenkit.training.pair import check_is_the_models_own
 from tokenkit.training.reports import Reports
-from tokenkit.training.session import Session, check_same, taken
+from tokenkit.training.session import Session, check_same, processes, taken
 
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
 
@@ -56,8 +55,7 @@ def train(config: TrainHypernetConfig) -> int:
     folder = Path(config.output).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("train-hypernet runs in one process: start it without torchrun")
-    world = start()
-    with StopRequest() as stop_request:
+    with processes() as (world, stop_request):
         if config.resume and (folder / ABOUT).is_file():
             done, now = _identity(load_hypernet(folder)[1]), _identity(_open(config, world).about)
             check_same(folder, done, now, MAY_DIFFER)
@@ -92,30 +90,29 @@ def _train(config: TrainHypernetConfig, session: Session, parts: Parts) -> tuple
         trainer.load_state_dict(state.extra["trainer"])
         began, resumed_at = began - float(state.extra["seconds"]), state.step
     rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
-    reports = Reports.open(folder, schedule.steps, resumed_at, is_main=True)
+    reports = Reports.open(Record(folder, resumed_at, is_main=True), schedule.steps)
     after = "all steps are taken; --resume takes those behind the last checkpoint"
-    with reports, session.stop.waiting_for_step(after):
+    with reports, session.taking_steps(after):
         for step in session.steps(schedule.steps):
             figures = take_step(trainer, state, rate)
             session.ending.step, is_last = step, step == schedule.steps
             reports.progress.update(step, loss=figures.get("loss/clm", figures.get("loss/identity")))
             if step % schedule.logging_interval == 0 or step == 1 or is_last:
-                reports.metrics.write(step, figures)
+                reports.record.write(step, figures)
             if step % config.save_interval == 0 and not is_last:
                 _save(session, parts, reports, began)
         if session.is_stopped():
             _save(session, parts, reports, began)
             return session.stopped()
-    session.stop.raise_if_asked()
     seconds = round(time.perf_counter() - began, 1)
     save_hypernet(folder, trainer.hypernet, {**parts.about, "seconds": seconds})
-    draw_curves(folder)
+    reports.finish()
     print(f"{schedule.steps} steps in {seconds:.0f} s: {folder}")
     return ExitCode.DONE, f"{schedule.steps} steps done"
 
 
 def _save(session: Session, parts: Parts, reports: Reports, began: float) -> None:
-    reports.sync()
+    reports.record.sync()
     seconds, trainer = time.perf_counter() - began, parts.trainer.state_dict()
     session.save({"data": parts.mix.state_dict(), "trainer": trainer, "seconds": seconds})
 

@@ -5,38 +5,33 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tokenkit.config import TrainConfig, to_dict
 from tokenkit.config.benchmarks import LmEval
-from tokenkit.config.models import ModelSource
-from tokenkit.disk import blaming_disk
-from tokenkit.errors import CheckpointError, DataError, ExitCode, NonFiniteError, blaming_data
+from tokenkit.data.batches import LeftOut
+from tokenkit.errors import CheckpointError, DataError, ExitCode, NonFiniteError
 from tokenkit.evaluation.bits_per_byte import bits_per_byte
-from tokenkit.export.huggingface import ExportRequest, export_huggingface
-from tokenkit.models.causal_lm import DTYPES
 from tokenkit.models.expert_usage import ExpertUsage
-from tokenkit.models.fingerprint import model_fingerprint
-from tokenkit.parallel import World, start, stop
+from tokenkit.parallel import World
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.facts import write_facts
-from tokenkit.run.metrics import draw_curves
+from tokenkit.run.metrics import Record
 from tokenkit.run.safe_dcp import read_manifest
-from tokenkit.run.signals import StopRequest
 from tokenkit.training.benchmarks import Benchmarks
 from tokenkit.training.build import Parts, build
 from tokenkit.training.expert_reports import ExpertReports
-from tokenkit.training.exporting import run_facts, student_state
+from tokenkit.training.exporting import hand_on
 from tokenkit.training.notes import describe, facts
 from tokenkit.training.prefix_stage import take_over
 from tokenkit.training.reports import Reports
-from tokenkit.training.session import Session, check_same, taken
+from tokenkit.training.session import Session, StopRequest, check_same, processes, taken
 from tokenkit.training.step import train_step
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
@@ -68,30 +63,23 @@ def train(config: TrainConfig) -> int:
     Raises:
         ValueError, OSError, ArithmeticError: one line for the user; `tokenkit.cli` gives each its exit code.
     """
-    with StopRequest() as stop_request:
-        world = _join(config)
-        try:
-            if config.run.do_cost_analysis:
-                _say_cost(config, world)
-            if config.run.dry_run:
-                return _dry_run(config, world)
-            return _run(Path(config.run.output_dir), config, world, stop_request)
-        finally:
-            stop(world)
-
-
-def _join(config: TrainConfig) -> World:
     parallel = config.parallel
     if parallel.use_distributed and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "use_distributed is set but torchrun started nothing: run torchrun -m tokenkit.train"
         )
-    return start(
+    joined = processes(
         timeout=parallel.hang_timeout,
         backend=parallel.distributed_backend,
         n_data_parallel=parallel.n_data_parallel,
         n_model_parallel=parallel.n_model_parallel,
     )
+    with joined as (world, stop_request):
+        if config.run.do_cost_analysis:
+            _say_cost(config, world)
+        if config.run.dry_run:
+            return _dry_run(config, world)
+        return _run(Path(config.run.output_dir), config, world, stop_request)
 
 
 def _say_cost(config: TrainConfig, world: World) -> None:
@@ -187,15 +175,14 @@ def _begin(config: TrainConfig, session: Session, parts: Parts, benchmarks: Benc
     """Restore the newest checkpoint if asked to, and open the reports where it ends."""
     run, world = parts.run, session.world
     state = State(module=run.model, optimizer=run.optimizer)
-    fingerprints = parts.tokenizers.fingerprints() | _model_fingerprints(config, parts)
     about = to_dict(config)
-    if (found := session.restore(state, Identity(about, fingerprints), MAY_DIFFER)) is not None:
+    if (found := session.restore(state, Identity(about, parts.fingerprints), MAY_DIFFER)) is not None:
         go_on(parts, state, world, found)
     resumed_at = None if found is None else run.step
-    shown = config.run.report_to, about
-    reports = Reports.open(session.folder, config.schedule.steps, resumed_at, world.is_main, *shown)
+    record = Record(session.folder, resumed_at, world.is_main, config.run.report_to, about)
     usage = ExpertUsage.of(parts.student)
     experts = None if usage is None else ExpertReports(usage, session.folder)
+    reports = Reports.open(record, config.schedule.steps)
     return Training(config, session, parts, reports, benchmarks, experts)
 
 
@@ -226,35 +213,22 @@ def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
         ) from error
 
 
-def _model_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, str]:
-    sources: dict[str, tuple[ModelSource, Any]] = {"student model": (config.student, parts.student)}
-    if config.teacher is not None and parts.run.model.teacher is not None:
-        sources["teacher model"] = (config.teacher, parts.run.model.teacher)
-    return {
-        name: model_fingerprint(
-            source.pretrained_model_name_or_path, getattr(model.config, "_commit_hash", None)
-        )
-        for name, (source, model) in sources.items()
-    }
-
-
 def _train(training: Training) -> tuple[ExitCode, str]:
-    session, reports = training.session, training.reports
-    with reports, session.stop.waiting_for_step("all steps are taken and saved, --resume exports"):
+    session, world, parts = training.session, training.session.world, training.parts
+    with training.reports, session.taking_steps("all steps are taken and saved, --resume exports"):
         _before_steps(training)
         for _ in session.steps(training.config.schedule.steps, partial(_is_ready, training)):
             _one_step(training)
         if session.is_stopped():
             _save(training)  # in this block: the signal of another rank may reach this one only now
             return session.stopped()
-    session.stop.raise_if_asked()  # heard by no rank in the block: it came while they asked each other
-    _say_left_out(training)
-    if (summary := reports.summary()) is not None:
-        session.world.say(summary)
-    if session.world.is_main:
-        draw_curves(session.folder)
+    said = [*_words_left_out(training), *training.reports.finish()]
+    for line in said:
+        world.say(line)
     session.ending.at("exporting")
-    _export(training)
+    folder, measured = _export_folder(training.config), training.reports.bits_per_byte
+    hand_on(folder, training.config, parts, world, measured)
+    world.say(f"exported to {folder}")
     return ExitCode.DONE, f"{session.ending.step} steps done"
 
 
@@ -270,15 +244,13 @@ def _before_steps(training: Training) -> None:
 def _is_ready(training: Training) -> bool:
     """Wait for the data of the next step; False: a signal came."""
     stop_request, timeout = training.session.stop, training.config.parallel.hang_timeout
-    with blaming_data():
-        return training.parts.batches.ready(timeout, lambda: stop_request.asked is not None)
+    return training.parts.batches.ready(timeout, lambda: stop_request.asked is not None)
 
 
 def _one_step(training: Training) -> None:
     config, run, reports = training.config, training.parts.run, training.reports
     schedule = config.schedule
-    with blaming_data():
-        micro_batches = next(training.parts.batches)
+    micro_batches = next(training.parts.batches)
     report = train_step(run, micro_batches)
     run.step += 1
     training.session.ending.step = run.step
@@ -321,14 +293,13 @@ def _evaluate(training: Training) -> None:
 def _save(training: Training) -> None:
     session, run, batches = training.session, training.parts.run, training.parts.batches
     session.ending.at("saving")
-    untokenized = _untokenized(training)
-    training.reports.left_out(run.step, batches.skipped + untokenized)
-    training.reports.sync()
+    left_out = _left_out(training)
+    training.reports.saved(run.step, left_out.rows)
     session.state.optimizer = run.stage.optimizer
     session.save(
         {
             "data": batches.state_dict(),
-            "untokenized": untokenized,
+            "untokenized": left_out.untokenized,
             "loss_scale": (run.loss_scale.value, run.loss_scale.good_steps),
             "objective": run.objective.state_dict(),
             "untrained_steps": run.untrained_steps,
@@ -336,39 +307,24 @@ def _save(training: Training) -> None:
     )
     if training.experts is not None:
         training.experts.after_checkpoint(run.step, session.world)
-    training.reports.trackers.upload(session.folder / "checkpoints" / f"step_{run.step:08d}")
+    training.reports.record.upload(session.folder / "checkpoints" / f"step_{run.step:08d}")
 
 
-def _untokenized(training: Training) -> Counter[str]:
-    """Count the documents that could not be tokenized, over all ranks; every rank calls it."""
-    world, batches = training.session.world, training.parts.batches
-    return sum(map(Counter, world.gather(batches.untokenized)), Counter())
+def _left_out(training: Training) -> LeftOut:
+    """Count what was left out of the data, over all ranks; every rank calls it."""
+    mine = training.parts.batches.left_out()
+    ranks = training.session.world.gather([mine.untokenized, mine.altered])
+    untokenized, altered = (sum(map(Counter, counts), Counter[str]()) for counts in zip(*ranks, strict=True))
+    return LeftOut(mine.skipped, untokenized, altered)
 
 
-def _say_left_out(training: Training) -> None:
+def _words_left_out(training: Training) -> Iterator[str]:
     """Say which rows were no documents, or could not be tokenized: counts and reasons, no text."""
-    world, batches = training.session.world, training.parts.batches
-    left_out = batches.skipped + _untokenized(training)
+    left_out = _left_out(training)
     if skipped := training.parts.run.untrained_steps:
-        world.say(f"steps skipped, because no token of theirs is trained: {skipped:,}")
-    if left_out:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common(5))
-        world.say(f"rows left out: {reasons}")
-    altered = sum(map(Counter, world.gather(batches.altered)), Counter[str]())
-    if altered:
-        world.say(f"characters that a tokenizer cannot write, dropped or replaced: {dict(altered)}")
-
-
-def _export(training: Training) -> None:
-    """Gather the student on rank 0 and write it in Hugging Face layout."""
-    config, parts, world = training.config, training.parts, training.session.world
-    state = student_state(parts.run.model, parts.student)
-    with world.together("export the student"):
-        if world.is_main:
-            facts = run_facts(config, parts.run.step, training.reports.bits_per_byte)
-            request = ExportRequest(
-                folder=_export_folder(config), dtype=DTYPES[config.training.dtype], facts=facts
-            )
-            with blaming_disk(request.folder):
-                folder = export_huggingface(parts.student, state, parts.tokenizers.target, request)
-            world.say(f"exported to {folder}")
+        yield f"steps skipped, because no token of theirs is trained: {skipped:,}"
+    if left_out.rows:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.rows.most_common(5))
+        yield f"rows left out: {reasons}"
+    if left_out.altered:
+        yield f"characters that a tokenizer cannot write, dropped or replaced: {dict(left_out.altered)}"

@@ -10,11 +10,9 @@ from torch.nn import Parameter
 
 from tokenkit.config import TrainConfig
 from tokenkit.models.causal_lm import CausalLM, Vocabulary
-from tokenkit.tokenization.chat.bos_advice import explain_one_sided_bos
+from tokenkit.tokenization.chat.advice import explain_pair
 from tokenkit.tokenization.chat.documents import Document, Message
 from tokenkit.tokenization.chat.encode import encode_flat
-from tokenkit.tokenization.chat.template_check import explain_template
-from tokenkit.tokenization.files.saving import explain_saving
 from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.training.build import Parts
 
@@ -37,11 +35,8 @@ def describe(parts: Parts, config: TrainConfig) -> str:
     own = [p.numel() for name, p in parts.run.model.named_parameters() if name.startswith("parts.")]
     if own:
         lines.append(f"losses: {sum(own):,} parameters of their own are trained beside the student")
-    pair = tokenizers.target, tokenizers.teacher
-    note = explain_one_sided_bos(*pair, text.chat_template_mode, use_chat_template=text.use_chat_template)
-    template = explain_template(pair[0]) if text.use_chat_template else None
-    notes = [note, template, explain_saving(pair[0])]
-    lines += [note for note in notes if note is not None]
+    pair, mode = (tokenizers.target, tokenizers.teacher), text.chat_template_mode
+    lines += explain_pair(*pair, mode, use_chat_template=text.use_chat_template)
     return "\n".join([*lines, *_idle(parts, config)])
 
 

@@ -1,4 +1,4 @@
-"""Two tokenizers of a run, and what losses look up of them."""
+"""The tokenizers of a run, and what losses look up of two of them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,90 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenkit.errors import blaming_data
+from tokenkit.config import TrainConfig
+from tokenkit.config.models import ModelSource
+from tokenkit.errors import ConfigError, blaming_data
 from tokenkit.kernels.projected_divergence import Projection, make_projection
 from tokenkit.pairing.bias.bias import PairBiases
 from tokenkit.pairing.bias.files import load_biases
 from tokenkit.pairing.matching import TokenPairs, matching_tokens, projection_entries, published_pairs
-from tokenkit.tokenization.tokenizer import Tokenizer
+from tokenkit.tokenization.spec import parse_spec
+from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizers:
+    """The three tokenizers of a transfer; two of them are often the same."""
+
+    old: Tokenizer
+    """What the student was trained with."""
+    target: Tokenizer
+    """What the student ends with."""
+    teacher: Tokenizer
+    fingerprints: dict[str, str]
+    """A digest of each, for the checkpoints."""
+
+
+def load_tokenizers(config: TrainConfig, *, needs_teacher: bool = True) -> Tokenizers:
+    """Load the tokenizers of student, target and teacher; a tokenizer that is named twice is loaded once.
+
+    Without a teacher, the student's old one stands for its tokenizer.
+    """
+    remote = config.run.trust_remote_code
+
+    def load(spec: str, **options: Any) -> Tokenizer:
+        parsed = parse_spec(spec)  # a mistake in it is one of the configuration, all others are of the files
+        with blaming_data():
+            return load_tokenizer(parsed, trust_remote_code=remote, **options)
+
+    def of(source: ModelSource) -> Tokenizer:
+        spec = source.tokenizer_name or source.pretrained_model_name_or_path
+        tokenizer = load(spec, revision=source.revision)
+        if source.new_model is None:
+            check_is_the_models_own(tokenizer, source)
+        return tokenizer
+
+    old = of(config.student)
+    name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
+    revision = None
+    if name is None and to_add:
+        name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
+        revision = config.student.revision
+    target = old if name is None else load(name, tokens_to_add=to_add, revision=revision)
+    teacher = old if config.teacher is None or not needs_teacher else of(config.teacher)
+    digests = {one: one.fingerprint() for one in {old, target, teacher}}
+    named = {"old": digests[old], "target": digests[target], "teacher": digests[teacher]}
+    return Tokenizers(old, target, teacher, named)
+
+
+def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
+    """Refuse a tokenizer whose ids mean something else than those in the model's own folder.
+
+    Raises:
+        ConfigError: fewer than 99 % of the ids that both have are the same bytes.
+    """
+    folder = Path(source.pretrained_model_name_or_path)
+    if source.tokenizer_name is None or not (folder / "tokenizer.json").is_file():
+        return
+    own = load_tokenizer(str(folder))
+    common = min(own.vocab_size, tokenizer.vocab_size)
+    is_text_V = ~(own.is_special_V[:common] | tokenizer.is_special_V[:common])
+    ids = np.flatnonzero(is_text_V).tolist()
+    same = sum(own.token_bytes[i] == tokenizer.token_bytes[i] for i in ids)
+    if same < 0.99 * len(ids):
+        raise ConfigError(
+            f"tokenizer_name {source.tokenizer_name!r} is not the tokenizer of {folder}: only {same:,} of "
+            f"{len(ids):,} ids mean the same text there; name the tokenizer that the model was trained with, "
+            "and the one that it shall get as target_tokenizer_name"
+        )
+
 
 Columns = dict[str, Tensor]
 """`student_index` and `teacher_index`, int64 [P]."""

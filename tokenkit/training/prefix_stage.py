@@ -33,15 +33,13 @@ from tokenkit.training.step import Run, Stage
 
 def prefix_options(
     config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None
-) -> PrefixOptions | None:
-    """Return what the stage runs and compares; None where there is no such stage.
+) -> PrefixOptions:
+    """Return what the stage runs and compares.
 
     Raises:
         ValueError: a model has fewer layers, or the widths differ.
     """
     n_layers = config.training.prefix.n_prefix_layers
-    if not n_layers:
-        return None
     body = student if teacher is None or isinstance(teacher, Vocabulary) else teacher
     layers, widths = [len(m.layers) for m in (student, body)], [m.widths().hidden for m in (student, body)]
     if n_layers > min(layers):

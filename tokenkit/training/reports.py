@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.run.metrics import METRICS_NAME, MetricsFile, read_metrics
+from tokenkit.run.metrics import Record, draw_curves
 from tokenkit.run.redaction import complain
-from tokenkit.run.trackers import Trackers
 from tokenkit.structs import Batch
 from tokenkit.training.step import StepReport
 
@@ -73,11 +72,10 @@ class Progress:
 
 
 @dataclass
-class Reports:
+class Reports(AbstractContextManager["Reports"]):
     """Open reports of one run. Only rank 0 writes."""
 
-    metrics: MetricsFile
-    trackers: Trackers
+    record: Record
     progress: Progress
     bits_per_byte: BitsPerByte | None = None
     """The newest measurement."""
@@ -92,23 +90,10 @@ class Reports:
     since: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        steps: int,
-        resumed_at: int | None,
-        is_main: bool,
-        report_to: str = "none",
-        config: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Reports:
-        """Open all reports of the run in `folder`, which goes on from a checkpoint of step `resumed_at`.
-
-        None: it begins, and measures step 0 again where a run died before its first checkpoint.
-        """
-        metrics = MetricsFile(folder, step=resumed_at, is_main=is_main)
-        trackers = Trackers([report_to], folder, config, is_main=is_main)
-        reports = cls(metrics, trackers, Progress(steps, resumed_at or 0, is_main=is_main))
-        measured = measurements(folder) if is_main else {}
+    def open(cls, record: Record, steps: int) -> Reports:
+        """Open the reports of a run of so many steps, which may go on from some step of its record."""
+        reports = cls(record, Progress(steps, record.step or 0, is_main=record.is_main))
+        measured = measurements(record.lines())
         reports.first_bits_per_byte = measured.get(0)
         reports.bits_per_byte = measured[max(measured)] if measured else None
         return reports
@@ -138,7 +123,7 @@ class Reports:
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
             if report.phase is not None:
                 values["phase"] = report.phase
-            self.write(step, values)
+            self.record.write(step, values)
             self.tokens, self.seconds = 0, 0.0
         self.since = time.perf_counter()
 
@@ -152,66 +137,58 @@ class Reports:
         values: dict[str, Any] = {"bits_per_byte/student": measured.student}
         if measured.teacher is not None:
             values["bits_per_byte/teacher"] = measured.teacher
-        self.write(step, {**values, "heldout_bytes": measured.num_bytes})
+        self.record.write(step, {**values, "heldout_bytes": measured.num_bytes})
         self.since = time.perf_counter()
 
     def benchmarks(self, step: int, scores: Mapping[str, float]) -> None:
         """Write scores of tasks, by `TASK/METRIC`; those that are no shares of 1 are not drawn."""
         kinds = {name: "score" if 0 <= value <= 1 else "cost" for name, value in scores.items()}
         self.progress.line(step, "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        self.write(step, {f"task_{kinds[name]}/{name}": value for name, value in scores.items()})
+        self.record.write(step, {f"task_{kinds[name]}/{name}": value for name, value in scores.items()})
         self.since = time.perf_counter()
 
-    def summary(self) -> str | None:
-        """Return what the run changed in bits per byte; None: nothing was measured."""
+    def finish(self) -> list[str]:
+        """Draw the curves, and say in lines what the run changed in bits per byte, if it was measured."""
+        if self.record.is_main:
+            draw_curves(self.record.folder)
         if self.bits_per_byte is None:
-            return None
-        return measured_line(self.first_bits_per_byte, self.bits_per_byte)
+            return []
+        return [measured_line(self.first_bits_per_byte, self.bits_per_byte)]
 
-    def left_out(self, step: int, rows: Mapping[str, int]) -> None:
-        """Write how many rows of the data were left out so far, where there are any."""
-        if rows:
-            self.write(step, {"rows_left_out": sum(rows.values())})
+    def saved(self, step: int, left_out: Mapping[str, int]) -> None:
+        """Say how many rows of the data were left out so far, where there are any, and put all on the disk.
+
+        A checkpoint expects every line up to it there.
+        """
+        if left_out:
+            self.record.write(step, {"rows_left_out": sum(left_out.values())})
+        self.record.sync()
 
     def untrained(self, step: int, number: int) -> None:
         """Write that a step was skipped because no token of it is trained, the run's `number`-th."""
-        self.write(step, {"untrained_steps": number})
-
-    def sync(self) -> None:
-        """Put every line on the disk: a checkpoint expects them there."""
-        self.metrics.sync()
-
-    def __enter__(self) -> Reports:
-        """Return itself."""
-        return self
+        self.record.write(step, {"untrained_steps": number})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put everything on the disk and let go of it; what hinders that does not hide `error`."""
         self.progress.close()
-        self.trackers.close()
         try:
-            self.metrics.close()
+            self.record.close()
         except OSError as trouble:
             if error is None:
                 raise
             complain(f"tokenkit: {trouble}")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write a line of metrics, and send its numbers to the trackers."""
-        self.metrics.write(step, values)
-        self.trackers.log(step, values)
 
-
-def measurements(folder: Path) -> dict[int, BitsPerByte]:
-    """Return what metrics.jsonl holds, by step: a resumed run may measure nothing more itself."""
-    lines = [line for line in read_metrics(folder / METRICS_NAME) if "bits_per_byte/student" in line]
+def measurements(lines: Iterable[Mapping[str, Any]]) -> dict[int, BitsPerByte]:
+    """Return what lines of metrics.jsonl hold, by step: a resumed run may measure nothing more itself."""
     return {
         line["step"]: BitsPerByte(
             line["bits_per_byte/student"], line.get("bits_per_byte/teacher"), line.get("heldout_bytes", 0)
         )
         for line in lines
+        if "bits_per_byte/student" in line
     }
 
 

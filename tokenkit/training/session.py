@@ -1,31 +1,113 @@
 """What every training does around its steps: takes its folder, goes on, stops, saves, says how it ended.
 
-with taken(folder, config, ...) as session:      the lock, outcome.json
-    session.restore(...)                         the newest checkpoint, where asked to; config.yaml
-    with reports, session.stop.waiting_for_step(...):
-        for _ in session.steps(total):           until all are taken, or a signal came
-            ...                                  a step; session.save(...) where one is due
+    with processes(...) as (world, stop):                signals, and the other ranks
+        with taken(..., world, stop) as session:         the folder's lock, outcome.json
+            session.restore(...)                         the newest checkpoint, if asked to; config.yaml
+            with reports, session.taking_steps(...):
+                for _ in session.steps(total):           until all are taken, or a signal came
+                    ...                                  a step; session.save(...) where one is due
+
+A signal is a wish to stop, heard between two steps; what it stopped was saved, and exits with 75:
+
+    SIGTERM SIGHUP SIGUSR1 SIGINT   while training: the step is finished and saved
+                                    while loading or exporting: what is at work ends at once
+    SIGINT again                    ends at once, whatever is at work
 """
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from tokenkit.config import to_yaml
 from tokenkit.disk import write_durably
-from tokenkit.errors import DiskError, ExitCode
-from tokenkit.parallel import World
+from tokenkit.errors import DiskError, ExitCode, StoppedError
+from tokenkit.parallel import World, joined
 from tokenkit.run import checkpoint
 from tokenkit.run.checkpoint import Identity, State
-from tokenkit.run.folder import RunLock, prepare_output
-from tokenkit.run.signals import StopRequest
-from tokenkit.training.ending import Ending, begin_outcome, ending
+from tokenkit.run.ending import Ending, begin_outcome, ending
+from tokenkit.run.folder import RunLock, owned
+
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has two
+SAME_SECONDS = 1.0  # a terminal and torchrun both pass one Ctrl-C on: what comes so soon is the same
+
+
+class StopRequest:
+    """Raises `asked` when a signal comes, or `StoppedError` where nobody would look at it.
+
+    As a context it listens, if this is the thread that may. A signal that whoever started the process
+    wants ignored (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        """The first signal that came while `waiting_for_step`."""
+        self._asked_at = 0.0
+        self._lost: str | None = "no step was taken"
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        """Listen."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the handlers back that were there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def waiting_for_step(self, after: str) -> Iterator[None]:
+        """Within the block a signal waits for the end of a step.
+
+        Args:
+            after: what a signal that comes behind the block breaks off, for its message.
+        """
+        self._lost = None
+        try:
+            yield
+        finally:
+            self._lost = after
+
+    def raise_if_asked(self) -> None:
+        """Say behind the block what came in it, after it was last looked at.
+
+        Raises:
+            StoppedError: a signal did.
+        """
+        if self.asked is not None:
+            raise StoppedError(f"stopped by {self.asked}: {self._lost}")
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.asked is None:
+            self.asked, self._asked_at = name, now
+            if self._lost is not None:
+                raise StoppedError(f"stopped by {name}: {self._lost}")
+        elif number == signal.SIGINT and now - self._asked_at > SAME_SECONDS:
+            raise KeyboardInterrupt("interrupted again: nothing was saved since the last checkpoint")
+
+
+@contextmanager
+def processes(**options: Any) -> Iterator[tuple[World, StopRequest]]:
+    """Hear signals, and be one of the run's processes; `options` are those of `parallel.start`."""
+    with StopRequest() as stop_request, joined(**options) as world:
+        yield world, stop_request
 
 
 @dataclass(kw_only=True)
@@ -38,12 +120,13 @@ class Session:
     resume: bool
     world: World
     stop: StopRequest
-    lock: RunLock
-    """Held by rank 0."""
+    lock: RunLock | None
+    """That of the folder, which rank 0 holds."""
     ending: Ending
     """Its `step` counts the steps that are done."""
     is_resumed: bool = False
     """It goes on from a checkpoint."""
+    _is_saved: bool = field(default=False, init=False)
     state: State = field(init=False)
     identity: Identity = field(init=False)
 
@@ -81,12 +164,28 @@ class Session:
                 return
             yield step
 
+    @contextmanager
+    def taking_steps(self, after: str) -> Iterator[None]:
+        """Let signals wait for the end of a step in the block; say behind it what no rank looked at.
+
+        Args:
+            after: what a signal that comes behind the block breaks off, for its message.
+
+        Raises:
+            StoppedError: a signal came while the ranks asked each other, and `stopped` was not called.
+        """
+        with self.stop.waiting_for_step(after):
+            yield
+        if not self._is_saved:
+            self.stop.raise_if_asked()
+
     def is_stopped(self) -> bool:
         """Whether a signal came to some rank; every rank asks."""
         return self.any_rank(self.stop.asked is not None)
 
     def stopped(self) -> tuple[ExitCode, str]:
         """Say that all is saved, and return how the run ends."""
+        self._is_saved = True
         name = self.stop.asked or "a signal to another rank"
         words = f"stopped by {name} after step {self.ending.step}: go on with --resume"
         self.world.say(words)
@@ -110,7 +209,7 @@ class Session:
             CheckpointError: it could not be written.
         """
         state, root = self.state, self.folder / "checkpoints"
-        if self.world.is_main and not self.lock.is_held():
+        if self.lock is not None and not self.lock.is_held():
             raise DiskError(
                 f"{self.lock.path} is gone or of another run: the folder was removed or taken while the run "
                 "went on, and nothing was written there; choose another output folder, or start again"
@@ -145,14 +244,13 @@ def taken(
     Raises:
         FileExistsError: a folder holds something else, or a run that goes on.
     """
-    lock = RunLock(folder)
+    lock = None
     with ExitStack() as stack:
         with world.together("prepare the output folder"):
             if world.is_main:
-                prepare_output(folder, resume=resume)
+                lock = stack.enter_context(owned(folder, resume=resume))
                 if export is not None:
                     _refuse_old_export(export)
-                stack.enter_context(lock)
                 begin_outcome(folder)
         end = stack.enter_context(ending(folder, world, hang_timeout))
         yield Session(

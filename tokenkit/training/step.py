@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, clip_grad_norm
 from tokenkit.structs import Batch
-from tokenkit.training.gradients import Passes, Sums, accumulate, gradient_shares, trained_parameters
+from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
 from tokenkit.training.requests import Settle, TeacherHalf, ask
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
@@ -190,20 +190,19 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         counts=counts,
         layers=stage.layers,
     )
-    shares = {}
-    if stage is run.main and not passes.step and not run.has_compared:
-        shares, run.has_compared = gradient_shares(passes), True
+    is_first = stage is run.main and not passes.step and not run.has_compared
     # of all that is trained: a prefix stage makes gradients that it does not use. Not the module's own
     # zero_grad: after a forward, FSDP2's root shows whole weights, and the shards' would add up over steps
     run.optimizer.zero_grad(set_to_none=True)
-    sums = accumulate(passes)
+    sums = accumulate(passes, with_shares=is_first)
+    run.has_compared |= is_first
     grads = list(stage.moving) or trained_parameters(run.model)
     _unscale(grads, run.loss_scale)
     _empty_frozen_rows(stage)
     grad_norm = clip_grad_norm(grads, run.max_grad_norm)
     about = _about_losses(prepared, counts) | {"#trained": _trained_tokens(batches)}
     about |= {"#flags": torch.cat([teacher_flags, deferred.take(device)])}
-    report = replace(_report(run, sums, grad_norm, counts, about), gradient_shares=shares)
+    report = _report(run, sums, grad_norm, counts, about)
     if report.skipped is None:
         set_learning_rate(stage.optimizer, report.learning_rate)
         stage.optimizer.step()
@@ -328,6 +327,7 @@ def _report(
             for name in names
             if f"used#{name}" in known
         },
+        gradient_shares=sums.shares,
         phase=stage.name,
         skipped=skipped,
     )

@@ -6,7 +6,11 @@ import pytest
 from tests.tiny import byte_level_bpe
 from tokenkit.commands.align import main
 from tokenkit.structs import UNPAIRED
-from tokenkit.tokenization.chat.bos_advice import explain_changed_bos, explain_one_sided_bos, fitting_families
+from tokenkit.tokenization.chat.advice import (
+    explain_changed_bos,
+    explain_one_sided_bos,
+    fitting_families,
+)
 from tokenkit.tokenization.chat.encode import Document, Message, encode_documents
 from tokenkit.tokenization.chat.families import FAMILIES
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer

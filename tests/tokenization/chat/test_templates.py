@@ -10,9 +10,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tests.conftest import tokenizer_folder
 from tests.tokenization.tiny import CHATML, byte_level, sentencepiece_bpe, write
 from tokenkit.errors import TemplateError
+from tokenkit.tokenization.chat.advice import differences, explain_template
 from tokenkit.tokenization.chat.encode import document_from_row, encode_documents
 from tokenkit.tokenization.chat.rendering import render
-from tokenkit.tokenization.chat.template_check import differences, explain_template
 from tokenkit.tokenization.tokenizer import load_tokenizer
 
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -292,9 +292,7 @@ def test_differences_are_found_where_training_writes_something_else(make, monkey
     tokenizer = make(DEFAULT)
     assert {found.sample for found in differences(tokenizer)} <= {"messages with whitespace around them"}
     # A fault: another template goes into the export.
-    monkeypatch.setattr(
-        "tokenkit.tokenization.chat.template_check.exported_template", lambda tokenizer: CHATML
-    )
+    monkeypatch.setattr("tokenkit.tokenization.chat.advice.exported_template", lambda tokenizer: CHATML)
     assert "a question and an answer" in {found.sample for found in differences(tokenizer)}
 
 

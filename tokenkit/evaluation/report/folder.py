@@ -16,8 +16,9 @@ from typing import Any
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.errors import ConfigError
 from tokenkit.export.card import public_name
+from tokenkit.run.ending import read_outcome
 from tokenkit.run.facts import read_facts
-from tokenkit.run.metrics import METRICS_NAME, read_metrics, read_outcome, series_of
+from tokenkit.run.metrics import METRICS_NAME, read_metrics, series_of
 from tokenkit.run.redaction import redact_config
 
 MOST_POINTS = 400

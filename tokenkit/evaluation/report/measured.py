@@ -16,8 +16,7 @@ import torch
 from tokenkit.config import TrainConfig, read_config
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
-from tokenkit.embeddings.matching import copied_ids, ordinary_ids, to_make
-from tokenkit.embeddings.rows import LABELS
+from tokenkit.embeddings.rows import LABELS, copied_ids, ordinary_ids
 from tokenkit.errors import ConfigError
 from tokenkit.evaluation.opened import open_model
 from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary
@@ -27,8 +26,9 @@ from tokenkit.pairing.view import cells, visible
 from tokenkit.tokenization.chat.documents import Document
 from tokenkit.tokenization.chat.encode import encode_flat
 from tokenkit.tokenization.tokenizer import Tokenizer
-from tokenkit.tokenization.unwritable import writable_text
-from tokenkit.training.build import Tokenizers, build_models, load_tokenizers
+from tokenkit.tokenization.written import writable_text
+from tokenkit.training.build import build_models
+from tokenkit.training.pair import Tokenizers, load_tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _vocabulary(tokenizers: Tokenizers) -> dict[str, Any]:
     if new is not old:
         copied = copied_ids(old, new)
         counts = dict(zip(LABELS, np.bincount(copied.label_V, minlength=len(LABELS)).tolist(), strict=True))
-        made = len(to_make(new, copied))
+        made = len(copied.to_make)
         counts["mean_of_all"] -= made
         counts["mean_of_pieces"] += made
         found["embeddings"] = {

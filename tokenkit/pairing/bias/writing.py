@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tokenkit.tokenization.backend import Backend
 from tokenkit.tokenization.tokenizer import Tokenizer
-from tokenkit.tokenization.vocabulary import BYTE_ALPHABET, plain_text_document
+from tokenkit.tokenization.vocabulary import BYTE_ALPHABET
 
 Ids = NDArray[np.int32]
 BLOCK = 100_000  # texts that go to the tokenizer at once
@@ -56,10 +56,11 @@ class Writer:
     """Writes bytes as token ids, as they would be written in the middle of a text."""
 
     def __init__(self, tokenizer: Tokenizer, *, by_merges_alone: bool = False) -> None:
-        document = plain_text_document(tokenizer.document)
+        document = dict(tokenizer.document)
         if by_merges_alone:  # no piece is a token just because the vocabulary holds it
             document["model"] = dict(document["model"], ignore_merges=False)
-        backend = Backend(document, tokenizer.prefix, tokenizer.vocabulary.alphabet)
+        alphabet, is_manual = tokenizer.vocabulary.alphabet, tokenizer.prefix.is_manual
+        backend = Backend(document, alphabet, is_manual=is_manual)
         self.rust = backend.writer("text").backend
         self.is_byte_level = tokenizer.vocabulary.alphabet == "byte-level"
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenkit.errors import TemplateError
 from tokenkit.tokenization.chat.documents import Document, Message
-from tokenkit.tokenization.chat.family_template import exported_template, has_own_template
-from tokenkit.tokenization.chat.layout import around_turns
-from tokenkit.tokenization.chat.markup import CONTINUES, special_pattern
+from tokenkit.tokenization.chat.layout import CONTINUES, around_turns, special_pattern
 from tokenkit.tokenization.chat.rendering import render
 from tokenkit.tokenization.chat.template import token_names
+from tokenkit.tokenization.files.saving import exported_template, has_own_template
 
 if TYPE_CHECKING:
     from tokenkit.tokenization.tokenizer import Tokenizer

@@ -3,14 +3,17 @@
 A document is a row of texts (a plain text, or the messages of a conversation) with a *gap* before, between
 and after them. Each tokenizer writes the pieces of its own template into the gaps. An atom that all of
 them can write takes one unit of the axis; a piece that says none of those has no partner.
+Special tokens inside the text of a message cut its turn: `special_pattern` finds them.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +32,8 @@ from tokenkit.tokenization.chat.families import (
     Family,
     Piece,
 )
-from tokenkit.tokenization.chat.family_template import has_own_template
-from tokenkit.tokenization.chat.markup import CONTINUES, special_pattern
 from tokenkit.tokenization.chat.template import marked
+from tokenkit.tokenization.files.saving import has_own_template
 from tokenkit.tokenization.tokenizer import Tokenizer
 
 ORDER = {atom: rank for rank, atom in enumerate((END_TURN, AFTER_TURN, EOS, BOS, *HEADER, OPENS))}
@@ -355,3 +357,23 @@ class _GapWriter:
             # Text that the tokenizer would change, such as a newline that its normalizer drops.
             (tokens,) = self.tokenizer.try_encode_batch([normal], self.before)
         return tokens
+
+
+if TYPE_CHECKING:
+    from tokenkit.tokenization.tokenizer import Tokenizer
+
+CONTINUES = "\0"
+"""Joins a role and the special tokens that stand in front of its text; a later part of a turn has no role."""
+
+
+@functools.lru_cache(maxsize=16)
+def special_pattern(tokenizer: Tokenizer) -> tuple[re.Pattern[str] | None, frozenset[str]]:
+    """Return what finds special tokens (in its one group), and those that are markup inside messages.
+
+    Markup, such as `<think>`, is no special token for transformers: it reads it in messages as training does.
+    """
+    strings = sorted(tokenizer.control, key=len, reverse=True)
+    added = tokenizer.document.get("added_tokens") or []
+    ordinary = {token["content"] for token in added if not token.get("special")}
+    pattern = re.compile("(" + "|".join(map(re.escape, strings)) + ")") if strings else None
+    return pattern, frozenset(ordinary & tokenizer.control.keys())

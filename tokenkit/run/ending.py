@@ -19,21 +19,79 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tokenkit.disk import NO_LINK, lock
-from tokenkit.errors import ExitCode, OtherRankError, SilenceError, exit_code
-from tokenkit.parallel import World
-from tokenkit.run.folder import LOCK_NAME, identity, one_at_a_time
-from tokenkit.run.metrics import RUNNING, Outcome, read_outcome, write_outcome
-from tokenkit.run.redaction import complain
+from tokenkit.disk import NO_LINK, lock, write_durably
+from tokenkit.errors import DiskError, ExitCode, OtherRankError, SilenceError, exit_code
+from tokenkit.run.folder import LOCK_NAME, OUTCOME_NAME, identity, one_at_a_time
+from tokenkit.run.redaction import complain, redact
+
+if TYPE_CHECKING:
+    from tokenkit.parallel import World
 
 GONE = "is gone"
 _SILENT = "has been silent for"
 _WORDS_SECONDS = 3.0  # the rank that failed writes its words before it leaves: they come at once
 _SOURCE = re.compile(r"^\[[^\]\s]*:\d+\]\s*")
 _COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+RUNNING = "running"
+_OUTCOME_BYTES = 4096  # more than any outcome: a full disk lets a file be written over, not grow
+_LONGEST_REASON = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    code: ExitCode
+    """What the process exits with."""
+    reason: str
+    """One sentence; secrets in it are blacked out."""
+    step: int = 0
+    """Optimizer steps done."""
+    rank: int | None = 0
+    """Who says so; None: a rank that saw another end, and knows no cause."""
+    word: str = ""
+    """Instead of the code's name."""
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Say in `outcome.json` how a run ended: torchrun loses the exit codes of its workers.
+
+    Where the disk is full, the file that said that the run goes on is written over in its place.
+    """
+    path, text = folder / OUTCOME_NAME, _said(outcome, _LONGEST_REASON)
+    try:
+        write_durably(path, text.ljust(_OUTCOME_BYTES) if outcome.word == RUNNING else text)
+    except DiskError:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < _OUTCOME_BYTES:
+            raise
+        with path.open("r+", encoding="ascii") as file:
+            file.write(_said(outcome, _LONGEST_REASON // 6).ljust(path.stat().st_size))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _said(outcome: Outcome, longest: int) -> str:
+    said = {
+        "code": int(outcome.code),
+        "outcome": outcome.word or outcome.code.name.lower(),
+        "reason": redact(outcome.reason, longest),
+        "step": outcome.step,
+        "rank": outcome.rank,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return json.dumps(said, indent=1) + "\n"
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Return what `outcome.json` says; empty where it says nothing."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / OUTCOME_NAME).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @dataclass
