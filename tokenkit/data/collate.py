@@ -93,10 +93,8 @@ class AlignedCollator:
         tokenizers = (self.student_tokenizer, self.teacher_tokenizer or self.student_tokenizer)
         check_unencodable(self.unencodable)
         self._lengths = (self.max_length_student, self.max_length_teacher)
-        self._rules = (_rules(tokenizers[0]), _rules(tokenizers[1]))
-        self._space = tuple(
-            torch.tensor(tokenizer.space_mask(self.space_mask_mode)) for tokenizer in tokenizers
-        )
+        student, teacher = (_rules(tokenizer, self.space_mask_mode) for tokenizer in tokenizers)
+        self._rules, self._space = (student[0], teacher[0]), (student[1], teacher[1])
         self._eos = tuple(tokenizer.eos_id for tokenizer in tokenizers)
         self.chunk_kinds = tuple(self.chunk_kinds)
         # a mode or kind that cannot be had would spoil every row: try one
@@ -263,11 +261,13 @@ class Rows:
         return self.pad(np.maximum(chunk_N - first_N, -1), -1)  # what is in no chunk stays below
 
 
-def _rules(tokenizer: Tokenizer) -> SideRules:
+def _rules(tokenizer: Tokenizer, space_mask_mode: str) -> tuple[SideRules, Tensor]:
+    """Return what aligning reads of a tokenizer, and which of its tokens count as "a word ends here"."""
     # a token that has another meaning besides (EOS, mostly) is no padding where a template wrote it
     meant = {token_id for role, token_id in tokenizer.special_ids.items() if role != "pad"}
     pad_id = None if tokenizer.pad_id in meant else tokenizer.pad_id
-    return SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, pad_id)
+    rules = SideRules(tokenizer.space_mask(_WHITESPACE), tokenizer.unk_id, pad_id)
+    return rules, torch.tensor(tokenizer.space_mask(space_mask_mode))
 
 
 def has_trained_token(batch: Batch) -> bool:

@@ -96,7 +96,7 @@ def heldout_batch(
     pairs: Sequence[tuple[FlatTokens, FlatTokens]], student: Tokenizer, teacher: Tokenizer
 ) -> HeldoutBatch:
     """Mark the tokens that count, and count their bytes."""
-    sides = [joined(pair[index] for pair in pairs) for index in (0, 1)]
+    sides = [joined(documents) for documents in zip(*pairs, strict=True)]
     found = shares(sides, (student, teacher))
     padded = [_side(side, share_N) for side, share_N in zip(sides, found.share_N, strict=True)]
     (left, left_share_BT), (right, right_share_BT) = padded

@@ -225,7 +225,7 @@ def _train(training: Training) -> tuple[ExitCode, str]:
     said = [*_words_left_out(training), *training.reports.finish()]
     for line in said:
         world.say(line)
-    session.ending.at("exporting")
+    session.at("exporting")
     folder, measured = _export_folder(training.config), training.reports.bits_per_byte
     hand_on(folder, training.config, parts, world, measured)
     world.say(f"exported to {folder}")
@@ -274,7 +274,7 @@ def _due(step: int, interval: int, always: bool) -> bool:
 
 def _evaluate(training: Training) -> None:
     parts, session = training.parts, training.session
-    session.ending.at("evaluating")
+    session.at("evaluating")
     if parts.heldout:
         measured = bits_per_byte(parts.run.model, parts.heldout, session.world, parts.run.step)
         training.reports.evaluation(parts.run.step, measured)
@@ -292,7 +292,6 @@ def _evaluate(training: Training) -> None:
 
 def _save(training: Training) -> None:
     session, run, batches = training.session, training.parts.run, training.parts.batches
-    session.ending.at("saving")
     left_out = _left_out(training)
     training.reports.saved(run.step, left_out.rows)
     session.state.optimizer = run.stage.optimizer

@@ -157,9 +157,9 @@ class Session:
             is_ready: waits for the data of the next step; False: a signal came meanwhile.
         """
         while (step := self.ending.step + 1) <= total:
-            self.ending.at(f"waiting for the data of step {step}")
+            self.at(f"waiting for the data of step {step}")
             came = not is_ready() or self.stop.asked is not None
-            self.ending.at(f"step {step}")
+            self.at(f"step {step}")
             if self.any_rank(came):
                 return
             yield step
@@ -178,6 +178,10 @@ class Session:
             yield
         if not self._is_saved:
             self.stop.raise_if_asked()
+
+    def at(self, doing: str) -> None:
+        """Say what this rank is at: the others name it where it hangs."""
+        self.ending.at(doing)
 
     def is_stopped(self) -> bool:
         """Whether a signal came to some rank; every rank asks."""
@@ -208,6 +212,7 @@ class Session:
             DiskError: the folder is gone, or of another run.
             CheckpointError: it could not be written.
         """
+        self.at("saving")
         state, root = self.state, self.folder / "checkpoints"
         if self.lock is not None and not self.lock.is_held():
             raise DiskError(
