@@ -16,8 +16,8 @@ import torch
 from tokenkit.errors import ExportError
 from tokenkit.export import fresh_process
 from tokenkit.export.tokenizer_folder import sample_ids
-from tokenkit.tokenization.written import writable_text
 from tokenkit.tokenization.vocabulary import vocabulary_strings
+from tokenkit.tokenization.written import writable_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
