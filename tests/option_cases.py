@@ -352,6 +352,12 @@ ELSEWHERE = {
         "::test_adapters_are_written_for_peft_with_the_embeddings_that_moved",
         "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
         "trust_remote_code": "commands/test_export.py::test_code_of_a_models_own_must_be_trusted_here_too",
+        "verify": "commands/test_export.py"
+        "::test_sharded_adapters_of_four_ranks_are_read_in_one_process_and_verified_in_another",
+        "gguf_type": "export/test_gguf.py::test_the_command_writes_a_folder_whose_file_is_read",
+        "text": "export/test_quantised.py::test_the_folder_is_loaded_by_transformers_and_smaller",
+        "use_cache": "export/test_onnx.py::test_a_graph_without_a_cache_reads_whole_texts",
+        "dynamic_axes": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
     },
     BitsPerByteConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(BitsPerByteConfig)],
@@ -381,7 +387,7 @@ NEVER = {
         "eval.allow_code",
     },
     ZettConfig: {"clone_all_layers"},
-    ExportConfig: {"with_pt"},
+    ExportConfig: {"with_pt", "device"},
 }
 ROWS = {
     "method": ("mean", {}), "extend_output_embeddings": (False, {}),

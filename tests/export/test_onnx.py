@@ -53,6 +53,21 @@ def test_a_text_read_in_parts_has_the_logits_of_torch(exported):
     np.testing.assert_allclose(np.concatenate(logits, 1), wanted, atol=1e-4)
 
 
+def test_a_graph_without_a_cache_reads_whole_texts(exported, tmp_path):
+    """Seconds long: a graph of its own."""
+    words = ["export", str(exported / "model"), "--format", "onnx", "--use-cache", "false"]
+    assert main([*words, "--output", str(tmp_path / "graph")]) == ExitCode.DONE
+    session = onnxruntime.InferenceSession(tmp_path / "graph" / "model.onnx")
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
+    ids = np.array([[5, 40, 7, 299], [9, 8, 70, 6]])
+    places = np.broadcast_to(np.arange(4), (2, 4))
+    feed = {"input_ids": ids, "attention_mask": np.ones((2, 4), np.int64), "position_ids": places}
+    (got,) = session.run(None, {entry.name: feed[entry.name] for entry in session.get_inputs()})
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(exported / "model")(torch.from_numpy(ids)).logits
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
+
+
 def test_beside_the_graph_are_tokenizer_configuration_and_card(exported):
     names = {path.name for path in (exported / "graph").iterdir()}
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json", "README.md"} <= names

@@ -37,6 +37,7 @@ CONFIGURED = {
     "merge-lora": "tokenkit.commands.merge_lora:MergeLoraConfig",
     "analyze-model": "tokenkit.commands.analyze_model:AnalyzeModelConfig",
     "bits-per-byte": "tokenkit.commands.bits_per_byte:BitsPerByteConfig",
+    "eval": "tokenkit.commands.eval:EvalConfig",
     "eval-ensemble": "tokenkit.commands.eval_ensemble:EvalEnsembleConfig",
     "draft": "tokenkit.commands.draft:DraftConfig",
     "generate": "tokenkit.commands.generate:GenerateConfig",
