@@ -327,10 +327,8 @@ ELSEWHERE = {
     ),
     EvalConfig: {
         **dict.fromkeys(
-            (
-                "models", "output", "tasks", "limit", "num_fewshot", "task_data", "batch_size", "log_samples",
-                "max_new_tokens", "seed", "dtype",
-            ),
+            ("models", "output", "tasks", "limit", "num_fewshot", "task_data", "batch_size", "log_samples",
+             "max_new_tokens", "seed", "dtype"),
             "commands/test_eval.py::test_scores_are_those_of_the_stock_class",
         ),
         **dict.fromkeys(
@@ -350,14 +348,13 @@ ELSEWHERE = {
         ),
         "as_adapter": "commands/test_export.py"
         "::test_adapters_are_written_for_peft_with_the_embeddings_that_moved",
-        "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
         "trust_remote_code": "commands/test_export.py::test_code_of_a_models_own_must_be_trusted_here_too",
-        "verify": "commands/test_export.py"
-        "::test_sharded_adapters_of_four_ranks_are_read_in_one_process_and_verified_in_another",
+        "verify": "export/test_verification.py::test_a_difference_is_named",
         "gguf_type": "export/test_gguf.py::test_the_command_writes_a_folder_whose_file_is_read",
         "text": "export/test_quantised.py::test_the_folder_is_loaded_by_transformers_and_smaller",
         "use_cache": "export/test_onnx.py::test_a_graph_without_a_cache_reads_whole_texts",
         "dynamic_axes": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
+        "format": "commands/test_export.py::test_a_mistake_in_the_words_comes_before_torch",
     },
     BitsPerByteConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(BitsPerByteConfig)],

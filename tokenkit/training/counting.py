@@ -28,6 +28,7 @@ from tokenkit.models.new import new_model
 from tokenkit.models.reading import blank_model
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.build import set_trainable
+from tokenkit.training.memory import optimizer_bytes
 
 HEAD_PASSES = 4
 """Products of all hidden states with a head that a loss makes for a step: one forward, three backward."""
@@ -42,6 +43,7 @@ class Counted:
     trained: int
     """Numbers that are trained."""
     gradients: int
+    optimizer: int
     teacher: int
     """0: the student's body serves, or nothing reads one."""
     teacher_vocabulary: int
@@ -89,7 +91,8 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         tokens, teacher_tokens = documents * shape[1], documents * config.text.max_length_teacher
         layers = [_size(layer.parameters(), dtype) for layer in student.layers]
         every = list(student.parameters())
-        trained = [p for p in every if p.requires_grad]
+        moved = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        trained = [p for _, p in moved]
         outside = _size(every, dtype) - sum(layers)
         theirs = list(teacher.parameters()) if teacher is not None else []
         their_layers = _size((p for m in teacher.layers for p in m.parameters()), dtype) if teacher else 0
@@ -106,6 +109,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
             weights=_size(every),
             trained=sum(p.numel() for p in trained),
             gradients=4 * sum(p.numel() for p in trained),
+            optimizer=optimizer_bytes(moved, getattr(student.config, "peer_config", None)),
             teacher=_size(theirs),
             teacher_vocabulary=old_vocabulary if shares_body else 0,
             layer=max(layers),

@@ -55,11 +55,10 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
     """
     counted = count(config, ranks)
     share = 1 / ranks
-    adam = 2 * 4 * counted.trained
     parts = {
         "student": counted.weights * share,
         "teacher": (counted.teacher + counted.teacher_vocabulary) * share,
-        "optimizer": adam * share,
+        "optimizer": counted.optimizer * share,
         "gradients": counted.gradients * (share if counted.micro_batches == 1 else 1),
         "gathered": (2 * counted.layer + counted.vocabularies) if ranks > 1 else 0,
         "activations": counted.activations + counted.recomputed,
@@ -85,7 +84,7 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
         memory={name: float(size) for name, size in parts.items()},
         peak=float(peak),
         traffic=float(traffic),
-        checkpoint=float(3 * 4 * counted.trained),
+        checkpoint=float(4 * counted.trained + counted.optimizer),
         seconds=seconds,
         tokens_per_second=tokens,
         counted=counted,

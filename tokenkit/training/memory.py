@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from tokenkit.optim import ROWWISE, is_table
 
@@ -34,15 +36,21 @@ def memory(model: Any, experts: Mapping[str, Any] | None = None) -> Memory:
         model: any module, also on the meta device; shared parameters count once.
         experts: its `peer_config`, whose `optimizer` is that of the tables.
     """
+    named = list(model.named_parameters())
+    weights = sum(4 * parameter.numel() for _, parameter in named)
+    tables = sum(4 * parameter.numel() for name, parameter in named if is_table(name))
+    return Memory(weights, weights, optimizer_bytes(named, experts), tables)
+
+
+def optimizer_bytes(named: Iterable[tuple[str, nn.Parameter]], experts: Mapping[str, Any] | None) -> int:
+    """Return what AdamW keeps of parameters, float32: two moments; of tables of experts what was chosen."""
     how = (experts or {}).get("optimizer")
     moments = {"rowwise_adam": 1, "rowwise_adagrad": 0}.get(str(how), 2)
-    weights, optimizer, tables = 0, 0, 0
-    for name, parameter in model.named_parameters():
+    found = 0
+    for name, parameter in named:
         size, has_rows = 4 * parameter.numel(), is_table(name) and how in ROWWISE
-        weights += size
-        tables += size if is_table(name) else 0
-        optimizer += moments * size + 4 * len(parameter) if has_rows else 2 * size
-    return Memory(weights, weights, optimizer, tables)
+        found += moments * size + 4 * len(parameter) if has_rows else 2 * size
+    return found
 
 
 def table(found: Memory) -> str:
