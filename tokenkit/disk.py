@@ -137,6 +137,10 @@ def check_vacant(folder: Path, names: Iterable[str] | None = None, flag: str = "
         FileExistsError: `folder` is a file, holds one of the files, or is not empty.
         OSError: it cannot be made, or nothing can be written there.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(
+            f"{flag} {folder} is a link that leads nowhere: remove it, or give another name"
+        )
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{flag} {folder} must be a folder and is a file: give another name")
     if names is None and folder.is_dir() and any(folder.iterdir()):

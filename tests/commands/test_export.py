@@ -133,6 +133,9 @@ def spoiled(root, run, folder, how):
         name = root / "model"
     elif how == "occupied":
         more = ["--output", str(folder)]
+    elif how == "dangling":
+        (folder / "link").symlink_to(folder / "nowhere")
+        more = ["--output", str(folder / "link")]
     elif how == "other base":
         more = ["--base-model", str(tiny_folder(folder / "other", seed=5))]
     elif how == "other tokenizer":
@@ -148,6 +151,7 @@ def spoiled(root, run, folder, how):
         ("none saved", "holds no checkpoint"),
         ("a model", "is a model in Hugging Face layout already"),
         ("occupied", "is not empty"),
+        ("dangling", "is a link that leads nowhere"),
         ("other base", "was trained with another model than"),
         ("other tokenizer", "was trained with another target tokenizer than"),
     ],

@@ -72,6 +72,21 @@ def test_mistakes_name_what_is_near(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_is_missing_is_told_from_those_of_other_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mkdocs.yml", "mine.yaml"):
+        (tmp_path / name).touch()
+    assert main(["train", "--config", "yours.yaml"]) != 0
+    error = capsys.readouterr().err
+    assert "mine.yaml" in error
+    assert "mkdocs" not in error
+
+
+def test_a_flag_without_its_value_says_so(capsys):
+    assert main(["train", "--student"]) == ExitCode.CONFIG
+    assert "takes one value (text), got none" in capsys.readouterr().err
+
+
 def test_a_configuration_of_the_jax_program_is_converted(tmp_path, capsys):
     (tmp_path / "old.yaml").write_text(THEIRS, encoding="utf-8")
     words = ["configs", "convert", str(tmp_path / "old.yaml"), str(tmp_path / "new.yaml")]
@@ -107,6 +122,7 @@ def test_a_configuration_of_the_jax_program_is_converted(tmp_path, capsys):
         ("optimizer: {b3: 1}", "unknown field optimizer.b3"),
         ("steps: many", "steps: expected an integer"),
         ("data: {dataset_configs: [1]}", "each needs a path"),
+        ("# nothing", "holds no field"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(tmp_path, line, message, capsys):

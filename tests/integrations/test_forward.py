@@ -161,6 +161,13 @@ def test_what_is_no_language_model_is_refused():
         hidden_states(torch.nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.long))
 
 
+@pytest.mark.parametrize(("wrong", "words"), [(-100, "got -100"), (10**6, "got 1000000")])
+def test_ids_without_a_row_are_refused(wrong, words):
+    model = make("llama")
+    with pytest.raises(ValueError, match=f"from 0 to .* {words}"):
+        hidden_states(model, torch.tensor([[1, wrong]]))
+
+
 def _sharded_gradient(world, name, reshard):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

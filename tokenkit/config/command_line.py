@@ -149,7 +149,8 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
             return {key: value for key, _, value in pairs}
         return list(words)
     if len(words) != 1:
-        raise ConfigError(f"{flag} takes one value ({describe(hint)}), got {len(words)}: {' '.join(words)}")
+        got = f"got {len(words)}: {' '.join(words)}" if words else "got none"
+        raise ConfigError(f"{flag} takes one value ({describe(hint)}), {got}")
     return words[0]
 
 

@@ -84,7 +84,10 @@ def convert(old: Path, new: Path) -> list[str]:
         raise FileExistsError(f"{new} exists, and is not overwritten: name another file")
     notes: list[str] = []
     values: dict[str, Any] = {}
-    for name, value in _flat(read_yaml(old)).items():
+    read = _flat(read_yaml(old))
+    if not read:
+        raise ConfigError(f"{old} holds no field: name a configuration of the JAX program")
+    for name, value in read.items():
         ours = _our_name(name)
         if ours is None:
             notes.append(f"{name} has no effect here: {_why_not(name, old)}")

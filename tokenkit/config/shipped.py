@@ -84,11 +84,15 @@ def _names(entry: Any, path: Path) -> list[str]:
     raise ConfigError(f"defaults: expected a name, or `group: name`, got {entry!r} ({path})")
 
 
+OF_OTHERS = ("mkdocs.yml", "docker-compose.yml", ".pre-commit-config.yaml")
+"""YAML files that lie about in a project and configure no command here."""
+
+
 def missing(name: str | Path, folders: Sequence[Path] = ()) -> str:
     """What to say of a file that nowhere is: the nearest name, and those that exist."""
     path = Path(name)
     own = next((folder for folder in (path.parent, *folders) if folder.is_dir()), Path())
-    existing = sorted(str(file) for file in own.glob("*.y*ml"))
+    existing = sorted(str(file) for file in own.glob("*.y*ml") if file.name not in OF_OTHERS)
     listed = f"those in {own} are {', '.join(existing)}" if existing else f"there are none in {own}"
     shipped = shipped_names()
     inner = str(path.with_suffix("")).removeprefix("configs/")

@@ -84,6 +84,14 @@ def hidden_states(
             "input_ids must be an int64 tensor [B, T] or one side of a Batch (batch.student, batch.teacher): "
             f"got {what}"
         )
+    is_known = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_known and input_ids.numel():  # a GPU would have to be waited for
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"input_ids must be from 0 to {rows - 1}, the rows of the model's embedding: got "
+                f"{low if low < 0 else high}; they are of another tokenizer, or marked as labels are"
+            )
     return Wrapped(model, rows if vocab_size is None else vocab_size)(
         input_ids, None, frozenset(collect), **inputs
     )
