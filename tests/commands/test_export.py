@@ -89,7 +89,7 @@ def test_a_checkpoint_in_the_middle_is_written_with_its_own_figures(root, lora_r
     card = (tmp_path / "out" / "README.md").read_text()
     lines = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     bits = next(line["bits_per_byte/student"] for line in lines if line["step"] == 2 and len(line) < 6)
-    for words in ("2 of 4", f"student {bits:.4f}", "transformers", "clm"):
+    for words in ("2 of 4", f"student {bits:.4f}", "transformers", "clm", "- **command**: `"):
         assert words in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32

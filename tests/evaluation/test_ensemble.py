@@ -130,6 +130,9 @@ def test_a_mean_of_logits_is_one_head(members):
     assert pair._joined_head is not None
     torch.testing.assert_close(logp_N, wanted.logp_N, rtol=1e-4, atol=1e-4)
     assert is_top_N.tolist() == wanted.is_top_N.tolist()
+    fast = pair.likelihoods(ids_BT, at, target_N, asks_top=False)
+    torch.testing.assert_close(fast.logp_N, wanted.logp_N, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.members_KN, wanted.members_KN, rtol=1e-4, atol=1e-4)
     assert Ensemble(members, "mean_logits")._joined_head is None  # one has a softcap
 
 

@@ -29,6 +29,21 @@ def moved(tmp_path_factory):
     return folder
 
 
+def test_a_command_is_published_without_where_its_files_lie(tmp_path):
+    from tokenkit.training.exporting import _published
+
+    words = [
+        "--student",
+        str(tmp_path / "m"),
+        f"output_dir={tmp_path / 'o'}",
+        "--lr",
+        "1e-4",
+        "byte:target=Qwen2",
+    ]
+    said = [_published(word) for word in words]
+    assert said == ["--student", "m", "output_dir=o", "--lr", "1e-4", "byte:target=Qwen2"]
+
+
 def test_the_card_of_zett_says_that_nothing_was_trained(moved):
     card = ModelCard.load(moved / "moved" / "README.md")
     assert card.data.base_model == "base"

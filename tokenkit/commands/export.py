@@ -128,6 +128,7 @@ def export(config: ExportConfig) -> None:
     from tokenkit.export.adapter_folder import export_adapter
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
+    from tokenkit.run.facts import read_facts
     from tokenkit.run.metrics import METRICS_NAME, read_metrics
     from tokenkit.training.exporting import Places, restore, run_facts
     from tokenkit.training.reports import measurements
@@ -141,7 +142,8 @@ def export(config: ExportConfig) -> None:
     settings, folder, manifest = found.settings, found.folder, found.manifest
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     measured = {} if run is None else measurements(read_metrics(run / METRICS_NAME))
-    facts = run_facts(settings, manifest.step, measured.get(manifest.step))
+    command = None if run is None else read_facts(run).get("command")
+    facts = run_facts(settings, manifest.step, measured.get(manifest.step), command)
     dtype = DTYPES[config.dtype or settings.training.dtype]
     request = ExportRequest(folder=output, dtype=dtype, facts=facts, is_verified=config.verify)
     with blaming_disk(output):

@@ -107,14 +107,19 @@ class Ensemble:
         """Return log p of each target, and whether no other token is more likely: see `Scorer`."""
         if self.combination == "mean_logits" and (head := self._joined_head) is not None:
             with torch.no_grad():
-                states = [member.opened.causal(ids_BT) for member in self.members]
-                parts = zip(self.weights, states, strict=True)
-                hidden_ND = torch.cat([w * s.head.scale * s.hidden_BTD[at_N] for w, s in parts], -1)
-                joined = linear_logprob(hidden_ND, head, target_N)
+                found = (member.opened.causal(ids_BT) for member in self.members)
+                joined = linear_logprob(
+                    self._side_by_side([(s.hidden_BTD[at_N], s.head) for s in found]), head, target_N
+                )
             return joined.logp_N, joined.is_top1_N
-        found = self.likelihoods(ids_BT, at_N, target_N)
-        assert found.is_top_N is not None
-        return found.logp_N, found.is_top_N
+        said = self.likelihoods(ids_BT, at_N, target_N)
+        assert said.is_top_N is not None
+        return said.logp_N, said.is_top_N
+
+    def _side_by_side(self, states: Sequence[tuple[Tensor, Head]]) -> Tensor:
+        """Return the hidden states that `_joined_head` multiplies, [N, sum of the members' D]."""
+        weighed = zip(self.weights, states, strict=True)
+        return torch.cat([w * head.scale * hidden_ND for w, (hidden_ND, head) in weighed], -1)
 
     @cached_property
     def _joined_head(self) -> Head | None:
@@ -161,9 +166,14 @@ class Ensemble:
         for member in self.members:
             found = member.opened.causal(member.reads(ids_BT))
             states.append((found.hidden_BTD[at_N], found.head))
-        if self.combination == "mean_prob" and not asks_top and all(m.map_V is None for m in self.members):
+        joined = self._joined_head if self.combination == "mean_logits" and not asks_top else None
+        shares_ids = all(member.map_V is None for member in self.members)
+        if not asks_top and shares_ids and (self.combination == "mean_prob" or joined is not None):
             members_KN = torch.stack([linear_logprob(*pair, target_N).logp_N for pair in states])
-            return Likelihoods(self._mean_of(members_KN), members_KN, None)
+            if joined is None:
+                return Likelihoods(self._mean_of(members_KN), members_KN, None)
+            logp_N = linear_logprob(self._side_by_side(states), joined, target_N).logp_N
+            return Likelihoods(logp_N, members_KN, None)
         widest = max(member.opened.tokenizer.vocab_size for member in self.members)
         parts = []
         for rows in chunks(len(target_N), 3 * 4 * widest, self._workspace_bytes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from tokenkit.models.causal_lm import DTYPES, CausalLM
 from tokenkit.models.reading import model_fingerprint
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
+from tokenkit.run.facts import read_facts
 from tokenkit.run.safe_dcp import Manifest, read_manifest
 from tokenkit.run.trackers import UNNAMED
 from tokenkit.training.build import Parts, build_models
@@ -81,7 +83,8 @@ def hand_on(
     state = student_state(parts.run.model, parts.student)
     with world.together("export the student"):
         if world.is_main:
-            facts = run_facts(config, parts.run.step, measured)
+            command = read_facts(Path(config.run.output_dir)).get("command")
+            facts = run_facts(config, parts.run.step, measured, command)
             request = ExportRequest(folder=folder, dtype=DTYPES[config.training.dtype], facts=facts)
             with blaming_disk(folder):
                 export_huggingface(parts.student, state, parts.tokenizers.target, request)
@@ -120,8 +123,17 @@ def _written_rows(model: nn.Module, student: CausalLM) -> dict[str, Tensor]:
     }
 
 
-def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> CardFacts:
-    """Return what the card of a run's model says after `step` steps."""
+def run_facts(
+    config: TrainConfig, step: int, measured: BitsPerByte | None, command: object = None
+) -> CardFacts:
+    """Return what the card of a run's model says after `step` steps.
+
+    Args:
+        config: of the run.
+        step: its steps so far.
+        measured: the measurement of that step.
+        command: its words, as `facts.json` has them; paths are cut to names.
+    """
     lines = {
         "tokenizer": public_name(config.target.target_tokenizer_name or "unchanged"),
         "steps": str(step) if step == config.schedule.steps else f"{step} of {config.schedule.steps}",
@@ -129,6 +141,9 @@ def run_facts(config: TrainConfig, step: int, measured: BitsPerByte | None) -> C
         "versions": f"tokenkit {__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}",
     }
+    if isinstance(command, list) and command:
+        words = shlex.join(_published(str(word)) for word in command)
+        lines["command"] = f"`{words.replace('`', '')}`"
     if measured is not None:
         teacher = "" if measured.teacher is None else f", teacher {measured.teacher:.4f}"
         lines["bits per byte, held out"] = f"student {measured.student:.4f}{teacher}"
@@ -148,6 +163,12 @@ def _data_line(config: TrainConfig) -> dict[str, str]:
     names = [data.dataset_name, *(source.path or source.name for source in data.datasets)]
     said = ", ".join(public_name(name) for name in names if name)
     return {"data": said} if said else {}
+
+
+def _published(word: str) -> str:
+    """Return a word of a command without where its files lie."""
+    flag, equals, value = word.partition("=") if "=" in word else ("", "", word)
+    return flag + equals + public_name(value)
 
 
 def restore(name: str, places: Places, *, trust_remote_code: bool) -> Restored:
