@@ -351,12 +351,12 @@ def test_a_folder_of_which_nobody_knows_whether_it_is_in_use_is_named(tmp_path, 
 
 
 def test_the_card_of_a_resumed_run_says_the_bits_per_byte_that_were_measured(tmp_path):
-    assert measurements(tmp_path) == {}
+    assert measurements(read_metrics(tmp_path / "metrics.jsonl")) == {}
     lines = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "bits_per_byte/student": 2.5, "bits_per_byte/teacher": 2.25, "heldout_bytes": 100},
         {"step": 3, "loss": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = measurements(tmp_path)[2]
+    found = measurements(read_metrics(tmp_path / "metrics.jsonl"))[2]
     assert (found.student, found.teacher, found.num_bytes) == (2.5, 2.25, 100)

@@ -60,7 +60,7 @@ def test_only_training_counts_and_a_window_begins_anew(tmp_path):
         trackers = progress = None
 
         def __init__(self):
-            self.lines, self.notes, self.trackers, self.progress = [], [], self, self
+            self.lines, self.notes, self.trackers, self.progress, self.record = [], [], self, self, self
 
         def write(self, step, values):
             self.lines.append((step, values))

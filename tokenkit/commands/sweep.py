@@ -337,8 +337,8 @@ def print_table(folder: Path, metrics: str) -> list[dict[str, Any]]:
         }
         state = outcome.get("outcome", "not started")
         more = dict(about.get("facts", {}).get(name, {}))
-        if state == "done":
-            began, ended = (folder / "runs" / name / file for file in ("config.yaml", "outcome.json"))
+        began, ended = (folder / "runs" / name / file for file in ("config.yaml", "outcome.json"))
+        if state == "done" and began.exists():
             more["seconds"] = round(ended.stat().st_mtime - began.stat().st_mtime)
         rows.append({"run": name, **values, "state": state, "step": last.get("step", 0), **shown, **more})
     columns = list(dict.fromkeys(key for row in rows for key in row))
