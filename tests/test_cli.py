@@ -97,7 +97,7 @@ def test_print_config_prints_what_reads_back_the_same(tmp_path, capsys):
         (["--config"], "--config needs at least one file"),
         (["run.yaml"], "unexpected argument 'run.yaml': pass configuration files with --config"),
         (["5"], "unexpected argument '5': flags begin with --"),
-        (["--steps"], "--steps takes one value (an integer), got 0"),
+        (["--steps"], "--steps takes one value (an integer), got none"),
         (["--steps", "1", "2"], "--steps takes one value (an integer), got 2: 1 2"),
         (["--steps", "x"], "steps: expected an integer, got 'x'"),
         (["--no-steps"], "unknown field no_steps"),
