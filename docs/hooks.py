@@ -41,6 +41,16 @@ def public_names() -> dict[str, str]:
     raise ValueError("tokenkit/__init__.py has no table PLACES of its public names")
 
 
+def written_in(place: str, name: str) -> str:
+    """Return the module where a name is written, of a room that hands it on: of that the reader knows nothing."""
+    room = ROOT / place.replace(".", "/") / "__init__.py"
+    if room.is_file():
+        for node in ast.parse(room.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+                return str(node.module).removeprefix("tokenkit.")
+    return place
+
+
 def api_page() -> str:
     """Return the page that mkdocstrings fills from docstrings: every public name, by section."""
     places = public_names()
@@ -57,7 +67,11 @@ def api_page() -> str:
         for name, place in places.items():
             if SECTIONS[place.split(".")[0]] == heading:
                 # read from kernels/ itself: a folder without __init__.py within a package is not found
-                lines += [f"::: {place}.{name}" if heading == "Operations" else f"::: tokenkit.{name}", ""]
+                operation = heading == "Operations"
+                lines += [
+                    f"::: {written_in(place, name)}.{name}" if operation else f"::: tokenkit.{name}",
+                    "",
+                ]
     return "\n".join(lines)
 
 

@@ -51,6 +51,8 @@ def require(
     """
     if torch.compiler.is_compiling():  # a graph neither reads nor notes; operations look again inside
         return
+    if not fine_N.numel():  # of no row nothing can be wrong
+        return
     if waits(fine_N):
         if bool(fine_N.all()):
             return

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -188,6 +189,26 @@ def names_a_folder(name: str, value: str) -> None:
     """
     if not value.strip():
         raise ConfigError(f"{name} must name a folder, got {value!r}")
+
+
+def names_a_new_file(name: str, value: str | None) -> None:
+    """Refuse an output that exists or cannot be made, before the work whose result it holds.
+
+    Args:
+        name: of the option.
+        value: the path; None: nothing is written.
+
+    Raises:
+        FileExistsError: something is there.
+        FileNotFoundError: the folder of the file is not there.
+    """
+    if value is None:
+        return
+    path = Path(value).expanduser()
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{name} {value} exists: give another name, or move the file away")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name} {value}: the folder {path.parent} does not exist: make it first")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -83,7 +83,9 @@ class World:
             agree = self.world_size * squares == steps * steps
             message = f"step desync: rank {self.rank} is at step {step} and another rank is not"
             if packed.is_cuda:
-                deferred.require(agree, message, RuntimeError)
+                # the same words at every step: each message has a flag of its own
+                words = "step desync: the ranks were not at the same step; look for data that one skipped"
+                deferred.require(agree, words, RuntimeError)
             elif not agree:
                 raise RuntimeError(
                     f"{message} (the mean is {steps.item() / self.world_size:g}): "

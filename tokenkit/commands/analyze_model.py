@@ -16,7 +16,7 @@ from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
 from tokenkit.config.paths import check_model_folder
-from tokenkit.errors import ConfigError, blaming_data
+from tokenkit.errors import ConfigError, blaming_data, names_a_new_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class AnalyzeModelConfig:
         elif not path.is_file():
             raise FileNotFoundError(f"model: the file {self.model} does not exist")
         for name, value in (("output", self.output), ("plot", self.plot)):
-            if value is not None and Path(value).expanduser().exists():
-                raise FileExistsError(f"{name} {value} exists: give another name, or move the file away")
+            names_a_new_file(name, value)
         if self.output is not None and self.output.endswith(".png"):
             raise ConfigError(f"output is the JSON file, got {self.output}: name a picture with --plot")
 

@@ -18,7 +18,7 @@ from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
 from tokenkit.config.paths import check_model_folder
-from tokenkit.errors import ConfigError, at_least, blaming_data
+from tokenkit.errors import ConfigError, at_least, blaming_data, names_a_new_file
 from tokenkit.models.options import Dtype
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ class BitsPerByteConfig:
             if not _is_run(name):
                 check_model_folder("models", name)
         for flag in ("output", "plot"):
-            named = getattr(self, flag)
-            if named is not None and Path(named).expanduser().exists():
-                raise FileExistsError(f"{flag} {named} exists: give another name, or move the file away")
+            names_a_new_file(flag, getattr(self, flag))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

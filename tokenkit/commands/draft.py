@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
-from tokenkit.errors import ConfigError, ExitCode, at_least, blaming_data
+from tokenkit.errors import ConfigError, ExitCode, at_least, blaming_data, names_a_new_file
 from tokenkit.evaluation.sampling import Sampling
 from tokenkit.models.options import Dtype
 from tokenkit.options import flat
@@ -115,8 +115,7 @@ class DraftConfig:
         """Check what can be checked before anything is loaded."""
         if self.sampling.num_beams > 1 or self.sampling.stop:
             raise ConfigError("num_beams and stop are not for assisted generation: leave them out")
-        if self.scores is not None and Path(self.scores).expanduser().exists():
-            raise FileExistsError(f"scores {self.scores} exists: give another name, or move the file away")
+        names_a_new_file("scores", self.scores)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,12 +185,12 @@ def beginnings(config: DraftConfig, target: Opened, draft: Opened) -> list[Tenso
     """
     from tokenkit.commands.bits_per_byte import read_texts
 
-    wanted, new = config.prompts.prompt_tokens, config.sampling.max_new_tokens
+    wanted = config.prompts.prompt_tokens
     for opened in (target, draft):
-        if opened.positions is not None and wanted + new > opened.positions:
+        if opened.positions is not None and wanted >= opened.positions:
             raise ValueError(
-                f"prompt_tokens {wanted} and max_new_tokens {new} are more than the {opened.positions} "
-                f"positions of {opened.name}: lower one"
+                f"prompt_tokens {wanted} leaves none of the {opened.positions} positions of {opened.name} to "
+                "write: lower it"
             )
     texts = read_texts(config.text, config.prompts.limit)
     found = [

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenkit.cli import run
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
-from tokenkit.errors import ConfigError, at_least, nearest
+from tokenkit.errors import ConfigError, at_least, names_a_new_file, nearest
 
 USAGE = """usage: tokenkit estimate [--gpus N,N] [--gpu KIND] [--mfu SHARE] [--output FILE] [OPTIONS]
 
@@ -47,8 +47,7 @@ class EstimateOptions:
             at_least("gpus", ranks, 1, 2**20)
         if not 0 < self.mfu <= 1:
             raise ConfigError(f"mfu must be above 0 and at most 1: got {self.mfu}")
-        if self.output is not None and Path(self.output).expanduser().exists():
-            raise FileExistsError(f"output {self.output} exists: give another name, or move the file away")
+        names_a_new_file("output", self.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

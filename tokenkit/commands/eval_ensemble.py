@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, names = list(sys.argv[1:] if argv is None else argv), []
     while given and not re.match(r"-|\+{0,2}[A-Za-z_][\w.-]*=", given[0]):
         names.append(given.pop(0))
-    words = ([f"--models={json.dumps(names)}"] if names else []) + given
+    words = ([f"--models={json.dumps(names, ensure_ascii=False)}"] if names else []) + given
 
     def asked() -> None:
         ask(parse_command_line(EvalEnsembleConfig, words, program="tokenkit eval-ensemble", aliases=ALIASES))

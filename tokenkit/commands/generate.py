@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
-from tokenkit.errors import ConfigError, blaming_data
+from tokenkit.errors import ConfigError, blaming_data, names_a_new_file
 from tokenkit.evaluation.sampling import Sampling
 from tokenkit.models.options import Dtype
 from tokenkit.options import flat
@@ -82,8 +82,7 @@ class GenerateConfig:
             raise ConfigError("system is what a chat begins with: set chat too")
         if self.prompt_file is not None and not Path(self.prompt_file).expanduser().is_file():
             raise FileNotFoundError(f"prompt_file {self.prompt_file} does not exist")
-        if self.output is not None and Path(self.output).expanduser().exists():
-            raise FileExistsError(f"output {self.output} exists: give another name, or move the file away")
+        names_a_new_file("output", self.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +107,7 @@ def positions(words: list[str]) -> list[str]:
         if more not in (["true"], ["false"]):
             front, rest = front + more, [*rest[:place], "--chat=true", *behind]
     named = [f"--model={front[0]}"] if front else []
-    return named + ([f"--prompts={json.dumps(front[1:])}"] if front[1:] else []) + rest
+    return named + ([f"--prompts={json.dumps(front[1:], ensure_ascii=False)}"] if front[1:] else []) + rest
 
 
 def _loose(words: list[str]) -> tuple[list[str], list[str]]:

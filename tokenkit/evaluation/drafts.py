@@ -111,12 +111,14 @@ def assist(
     tokens = steps = proposed = 0
     texts, began = [], time.perf_counter()
     try:
+        limits = [model.positions for model in (target, draft) if model is not None and model.positions]
         for prompt_1T in prompts:
+            new = min([sampling.max_new_tokens, *(limit - prompt_1T.shape[1] for limit in limits)])
             with _Forwards(target.model) as forwards:
                 ids_1T = target.model.generate(
                     prompt_1T.to(target.device),
                     attention_mask=torch.ones_like(prompt_1T, device=target.device),
-                    generation_config=generation_config(target, sampling, sampling.max_new_tokens),
+                    generation_config=generation_config(target, sampling, new),
                     **helped,
                 )
             texts.append(ids_1T[0, prompt_1T.shape[1] :].tolist())

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tokenkit.errors import ExitCode, blaming_data
+from tokenkit.errors import ConfigError, ExitCode, blaming_data
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions, load_causal_lm
+from tokenkit.models.reading import read_configuration
 from tokenkit.run.ending import read_outcome
 from tokenkit.tokenization.files.sources import huggingface_tokenizer
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -100,6 +101,7 @@ def open_model(
         DataError: a model or tokenizer that cannot be read, or a tokenizer with more ids than the model has
             rows.
     """
+    placed = _usable(device)
     with tempfile.TemporaryDirectory(prefix="tokenkit-") as scratch:
         folder, trusts = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name, False
         if (run := finished_export(folder)) is not None:
@@ -109,11 +111,26 @@ def open_model(
         trust = trust_remote_code or trusts
         spec = tokenizer_name or folder
         with blaming_data():
+            if not Path(folder).is_dir():  # of a name that leads nowhere the model is missing first
+                read_configuration(folder, LoadOptions(trust_remote_code=trust))
             tokenizer = load_tokenizer(spec, trust_remote_code=trust)
             options = LoadOptions(dtype=dtype, trust_remote_code=trust, for_use=True)
             causal = load_causal_lm(folder, tokenizer.vocab_size, options)
-        causal.eval().requires_grad_(False).to(device)
+        causal.eval().requires_grad_(False).to(placed)
         yield Opened(name, folder, causal, tokenizer, spec, trust)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Return a device that is here; ConfigError for all others."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {found}, and this machine shows {torch.cuda.device_count()} GPUs: set cpu"
+        )
+    return found
 
 
 def finished_export(name: str) -> Path | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.deferred import raise_found
 from tokenkit.kernels.linear_logprob import linear_logprob
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ModelScorer:
         states = self._causal(ids_BT)
         head = replace(states.head, vocab_size=None)  # padding rows too, which the model's own logits have
         found = linear_logprob(states.hidden_BTD[at_N], head, target_N)
+        raise_found()
         return found.logp_N, found.is_top1_N
 
     @torch.inference_mode()

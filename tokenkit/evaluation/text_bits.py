@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenkit.evaluation.byte_shares import Floats, place, predicted
 from tokenkit.evaluation.scripts import FIRST, classes_of
+from tokenkit.kernels.deferred import raise_found
 from tokenkit.losses.score import token_nats
 from tokenkit.structs import HiddenStates, Side
 from tokenkit.tokenization.chat.documents import Document
@@ -57,6 +58,7 @@ def bits_of_bytes(
     (side,) = encode_flat(documents, (tokenizer,), mode="direct_encode")
     wanted_N = predicted(side, tokenizer)
     bits_N = _in_place(nats, side, wanted_N, _windows_of(side, window, stride), batch) / math.log(2)
+    raise_found()  # what a GPU noted of numbers that are not finite
     (placed,), start_B = place((side,), (tokenizer,))
     bits_A = placed.spread(bits_N, int(start_B[-1]))
     last_B = start_B[:-1] + [

@@ -37,7 +37,7 @@ def key_figures(run: Run) -> list[tuple[str, Child, str]]:
     """Return the few figures at the top: what they are, the figure, and a line under it."""
     found: list[tuple[str, Child, str]] = []
     bits = run.get("bits_per_byte")
-    if bits:
+    if bits and bits.get("after") is not None:
         before = [f"{bits['before']:.3f}", el("small", " → ")] if bits.get("before") else []
         teacher = f"teacher {bits['teacher']:.3f}" if bits.get("teacher") else "no teacher was measured"
         found.append(("Bits per byte", joined([*before, f"{bits['after']:.3f}"]), teacher))

@@ -60,7 +60,8 @@ def _fill_bits(run: dict[str, Any]) -> None:
         for name, one in models.items()
         for key, value in ((name, one["bits_per_byte"]), (f"{name}_from", words))
     }
-    run["bits_per_byte"].setdefault("after", bits.get("after"))
+    if bits.get("after") is not None:
+        run["bits_per_byte"].setdefault("after", bits["after"])
 
 
 def _name_apart(runs: Sequence[dict[str, Any]]) -> None:
