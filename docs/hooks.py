@@ -42,7 +42,7 @@ def public_names() -> dict[str, str]:
 
 
 def written_in(place: str, name: str) -> str:
-    """Return the module where a name is written, of a room that hands it on: of that the reader knows nothing."""
+    """Return the module where a name is written, in place of a room that hands it on."""
     room = ROOT / place.replace(".", "/") / "__init__.py"
     if room.is_file():
         for node in ast.parse(room.read_text(encoding="utf-8")).body:

@@ -82,7 +82,7 @@ def test_the_rows_are_those_of_the_target(root):
         (["--steps", "3"], "give it data, and output"),
         (["--data", "tests"], "steps is 0"),
         (["--num-beams", "2"], "not for assisted generation"),
-        (["--prompt-tokens", "100", "--max-new-tokens", "100"], "positions of"),
+        (["--prompt-tokens", "128"], "of the 128 positions of"),
         (["--prompt-tokens", "90", "--max-new-tokens", "5"], "has 90 tokens: lower prompt_tokens"),
         (["--scores", "tests"], "exists"),
     ],

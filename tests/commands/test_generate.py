@@ -134,6 +134,7 @@ def test_words_before_the_flags_are_model_and_prompts():
         "--chat=true",
         "--seed=1",
     ]
+    assert positions(["m", "Hi 🎉"]) == ["--model=m", '--prompts=["Hi 🎉"]']
     assert positions(["m", "--chat", "true"]) == ["--model=m", "--chat", "true"]
     assert positions(["model=m", "chat=true"]) == ["model=m", "chat=true"]
 
@@ -146,6 +147,9 @@ def test_words_before_the_flags_are_model_and_prompts():
         (["MODEL", "x", "--system", "s"], "set chat too"),
         (["MODEL", "x", "--prompt-file", "pyproject.toml"], "keep one of them"),
         (["MODEL", "x", "--output", "."], "exists"),
+        (["MODEL", "x", "--output", "nowhere/at/all.jsonl"], "the folder nowhere/at does not exist"),
+        (["MODEL", "x", "--device", "foo"], "device must be cpu, cuda or cuda:N"),
+        (["MODEL", "x", "--device", "cuda:99"], "this machine shows"),
         (["MODEL", "--prompt-file", "nowhere.txt"], "does not exist"),
         (["MODEL", "the " * 200], "positions: give a shorter one"),
     ],

@@ -12,6 +12,8 @@ from tokenkit.cli import main
 from tokenkit.errors import ExitCode
 from tokenkit.evaluation.report.charts import short, ticks
 from tokenkit.evaluation.report.page import page
+from tokenkit.evaluation.report.parts import key_figures
+from tokenkit.evaluation.report.writing import _fill_bits
 
 HOSTILE = "</style><script>alert(1)</script>\"'&\x00\u202e<img src=http://a.example/x.png>"
 VOID = {"meta", "link", "br", "circle", "line", "path"}
@@ -131,6 +133,20 @@ def test_a_run_with_nothing_but_a_torn_file_and_texts_that_mean_harm(tmp_path, c
     assert main(["report", str(folder), "--output", str(tmp_path / "more.html")]) == 0, "nothing to measure"
 
 
+def test_a_run_that_saved_nothing_has_a_page_of_what_it_began_with():
+    one = {"bits_per_byte": 2.0, "bits_per_byte_by_class": {"Latin": 2.0}, "bytes_per_token": 3.0}
+    run = {
+        "bits_per_byte": None,
+        "by_class": {"bytes": 9, "models": {"before": one}},
+        "size": {},
+        "timings": {},
+    }
+    _fill_bits(run)
+    assert run["bits_per_byte"]["before"] == 2.0
+    assert "after" not in run["bits_per_byte"]
+    assert key_figures(run) == []
+
+
 def test_a_scale_has_round_numbers():
     assert ticks(2.61, 2.78, 4) == [2.6, 2.65, 2.7, 2.75, 2.8]
     assert ticks(3.0, 3.0, 4) == [3.0]
@@ -146,6 +162,7 @@ def test_a_scale_has_round_numbers():
         (["EMPTY", "--output", "page.html"], "holds no run"),
         (["RUN", "--output", "there.html"], "exists: give another --output"),
         (["RUN", "--output", "page.html", "--documents", "0"], "documents must be at least 1"),
+        (["RUN", "--output", "page.html", "--text", "none.txt"], "text: none.txt does not exist"),
         (["RUN", "--output", "page.html", "--results", "none.json"], "results: none.json is no file"),
     ],
 )

@@ -136,6 +136,12 @@ def test_a_number_that_is_not_finite_is_raised_where_the_host_waits(nothing_wait
     deferred.raise_found()  # it was said
 
 
+def test_of_no_row_nothing_is_noted(nothing_waits):
+    result = linear_logprob(torch.randn(0, 8), Head(torch.randn(9, 8)), torch.zeros(0, dtype=torch.int64))
+    assert result.logp_N.shape == (0,)
+    deferred.raise_found()
+
+
 def test_an_id_out_of_range_is_looked_up_nowhere_and_raised_later(nothing_waits):
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     target = torch.tensor([1, 2, 3, 9_000_000])

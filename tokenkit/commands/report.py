@@ -76,6 +76,9 @@ class ReportConfig:
             for place in places:
                 if place is not None and not Path(place).expanduser().is_dir():
                     raise FileNotFoundError(f"{name}: {place} is no folder")
+        text = None if self.text is None else Path(self.text).expanduser()
+        if text is not None and text.suffix and not text.exists():  # names on the hub have none
+            raise FileNotFoundError(f"text: {self.text} does not exist")
         for place in self.results:
             if not Path(place).expanduser().is_file():
                 raise FileNotFoundError(f"results: {place} is no file")

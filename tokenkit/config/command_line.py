@@ -146,6 +146,8 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
         pairs = [word.partition("=") for word in words]
         takes_mapping = any("Mapping" in str(option) for option in wanted)
         if takes_mapping and words and all(equals for _, equals, _ in pairs):
+            if any("Any" in str(option) for option in wanted):
+                return {key: load_yaml(value, flag) for key, _, value in pairs}
             return {key: value for key, _, value in pairs}
         return list(words)
     if len(words) != 1:

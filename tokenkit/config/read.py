@@ -246,7 +246,11 @@ def unknown_field(schema: type, name: str, source: str = "") -> str:
     where = f" ({source})" if source else ""
     valid = [leaf.name for leaf in leaves(schema)]
     last = name.rsplit(".", 1)[-1]
-    reason = None if name.partition(".")[0] + "." in group_prefixes(schema) else foreign(name)
+    group, _, setting = name.partition(".")
+    if group in valid and setting:
+        flag = group.replace("_", "-")
+        return f"unknown field {name}{where}: {group} is one field, written --{flag} {setting}=VALUE ..."
+    reason = None if group + "." in group_prefixes(schema) else foreign(name)
     if looks_secret(last) and reason is None:
         return (
             f"{name} looks like a secret{where}, and configurations are saved with checkpoints: remove it "
