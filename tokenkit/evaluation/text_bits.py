@@ -184,7 +184,9 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"{'model':<{width}}  bits/byte  bytes/token"]
     for name, one in models.items():
         lines.append(f"{name:<{width}}  {one['bits_per_byte']:9.4f}  {one['bytes_per_token']:11.2f}")
-    heads = [name.rstrip("/")[-16:] for name in models]
+    heads = [name.rstrip("/").rpartition("/")[2] for name in models]
+    if len(set(heads)) < len(heads):  # folders of one name
+        heads = [name.rstrip("/")[-16:] for name in models]
     lines += ["", f"{'bits/byte of class':<{width}}  {'bytes':>7}  " + "  ".join(f"{h:>9}" for h in heads)]
     for kind, share in shares.items():
         figures = (
