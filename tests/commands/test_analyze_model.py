@@ -76,6 +76,8 @@ def test_other_models_are_counted_too(tmp_path, capsys):
         ),
         (["--output", "x.png"], "{}", "name a picture with --plot"),
         (["--plot", "there.png"], "{}", "there.png exists"),
+        ([], "{}", "has no model_config"),
+        ([], "student: {pretrained_model_name_or_path: m}", "has no model_config"),
     ],
 )
 def test_bad_input_is_one_line(words, text, message, tmp_path, monkeypatch, capsys):

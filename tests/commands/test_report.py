@@ -11,6 +11,7 @@ from tests.commands.test_export import lora_run, root  # noqa: F401
 from tokenkit.cli import main
 from tokenkit.errors import ExitCode
 from tokenkit.evaluation.report.charts import short, ticks
+from tokenkit.evaluation.report.folder import _without_secrets
 from tokenkit.evaluation.report.page import page
 from tokenkit.evaluation.report.parts import key_figures
 from tokenkit.evaluation.report.writing import _fill_bits
@@ -145,6 +146,13 @@ def test_a_run_that_saved_nothing_has_a_page_of_what_it_began_with():
     assert run["bits_per_byte"]["before"] == 2.0
     assert "after" not in run["bits_per_byte"]
     assert key_figures(run) == []
+
+
+def test_settings_are_shown_and_secrets_are_not():
+    found = _without_secrets(
+        {"baseline.gold.uld_token_merge_strategy": "observed", "my_token": "abcdefgh1234"}
+    )
+    assert list(found.values()) == ["observed", "[redacted]"]
 
 
 def test_a_scale_has_round_numbers():

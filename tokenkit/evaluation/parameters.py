@@ -19,6 +19,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenkit.errors import ConfigError
+
 PARTS = ("embedding", "attention", "mlp", "router", "experts", "norm", "head", "other")
 
 
@@ -44,6 +46,8 @@ def read_shape(name: str, *, trust_remote_code: bool = False) -> Any:
     given = read_yaml(path)
     if "model_config" in given:
         given = given["model_config"] or {}
+    elif not given or "student" in given:
+        raise ConfigError(f"{path} has no model_config: give a file of `tokenkit pretrain`, or a folder")
     config = PeerMlaConfig(**model_settings(given))
     with torch.device("meta"):
         return PeerMlaForCausalLM(config)

@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tokenkit.config import TrainConfig
+from tokenkit.config.schema import leaves
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.errors import ConfigError
 from tokenkit.export.card import public_name
@@ -24,6 +26,12 @@ from tokenkit.run.redaction import redact_config
 MOST_POINTS = 400
 """Of a curve in the report; metrics.jsonl keeps all."""
 _LARGEST = 64 * 2**20  # bytes of a file of results
+
+
+def _without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without keys; fields of our own hold none, whatever words their names have."""
+    own = {leaf.name for leaf in leaves(TrainConfig)}
+    return {name: redact_config(value, "" if name in own else name) for name, value in config.items()}
 
 
 def read_run(folder: Path, results: Sequence[Path] = ()) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def read_run(folder: Path, results: Sequence[Path] = ()) -> dict[str, Any]:
         "timings": _timings(facts, outcome, lines),
         "size": {k: v for k in ("parameters", "trained", "ranks") if (v := _number(facts.get(k))) is not None}
         | {k: facts[k] for k in ("device",) if isinstance(facts.get(k), str)},
-        "config": {name: shown(value) for name, value in redact_config(config).items()},
+        "config": {name: shown(value) for name, value in _without_secrets(config).items()},
         "notes": notes,
     }
 
