@@ -85,7 +85,8 @@ def hidden_states(
             f"got {what}"
         )
     is_known = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_known and input_ids.numel():  # a GPU would have to be waited for
+    fits = vocab_size is None or vocab_size <= rows  # else it is said below which tokenizer is meant
+    if is_known and fits and input_ids.numel():  # a GPU would have to be waited for
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= rows:
             raise ValueError(
