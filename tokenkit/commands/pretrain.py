@@ -60,12 +60,12 @@ def pretrain(config: PretrainConfig) -> int:
 def dry_run(config: PretrainConfig) -> str:
     """Return in words how large the model is, and what its training takes; nothing is allocated."""
     from tokenkit.models.new import new_model_on_meta
-    from tokenkit.training.memory import memory, table
+    from tokenkit.training.counting import held, said
 
     train, data = config.train_config, config.dataset_config
     known = bool(train.length.max_steps or train.length.steps_per_epoch)
     made = train_config(dataclasses.replace(config, eval_config=EvalSection()), None if known else 1)
-    model = new_model_on_meta({"model_type": OWN, **config.model_config})
+    model = new_model_on_meta({"model_type": OWN, **config.model_config}).float()  # as it is trained
     steps = made.schedule.steps
     tokens = train.portions.rows * data.max_seq_length
     length = f"{steps:,} steps, {steps * tokens:,} tokens" if known else "as many steps as the data has"
@@ -73,7 +73,7 @@ def dry_run(config: PretrainConfig) -> str:
         f"{config.kind}: {sum(p.numel() for p in model.parameters()):,} parameters",
         f"a step: {train.portions.rows} rows of {data.max_seq_length:,} tokens, {tokens:,} tokens; {length}; "
         f"{made.schedule.warmup_steps:,} of them warm up",
-        table(memory(model, getattr(model.config, "peer_config", None))),
+        said(held(model, getattr(model.config, "peer_config", None))),
         f"dry run: nothing was loaded, and nothing written to {Path(made.run.output_dir)}",
     ]
     if config.eval_config.evals:

@@ -28,7 +28,7 @@ from tokenkit.models.check import settle
 from tokenkit.structs import Batch, LossTerm
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import Pair
-from tokenkit.training.requests import Settle, StudentHalf, TeacherHalf, ask
+from tokenkit.training.requests import Reduce, StudentHalf, ask, step_counts, teacher_halves
 
 Counts = dict[str, Tensor]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,18 +107,7 @@ class Distiller:
             reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
         """
         with self.student.through(model):
-            prepared = [ask(self.step, TeacherHalf(batch)) for batch in batches]
-            names = self.step.measuring()
-            if not names:
-                return prepared
-            local = {name: torch.stack([one[name].sum_K for one in prepared]).sum(0) for name in names}
-            summed = (reduce or _sum_over_ranks)(torch.cat(list(local.values())))
-            sums = dict(zip(names, summed.split([len(x) for x in local.values()]), strict=True))
-            for batch, one in zip(batches, prepared, strict=True):
-                measured = {name: (one[name], sums[name]) for name in names}
-                settled = ask(self.step, Settle(batch, measured))
-                one |= settled
-        return prepared
+            return teacher_halves(self.step, batches, in_one_call(reduce))
 
     def counts(
         self, prepared: Sequence[Mapping[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None
@@ -129,7 +118,7 @@ class Distiller:
             prepared: of every micro-batch of this process.
             reduce: sums a tensor over processes; None: over all of torch.distributed, where it runs.
         """
-        return sum_counts(prepared, list(self.weights), reduce)
+        return step_counts(prepared, list(self.weights), in_one_call(reduce))
 
     def loss(self, model: nn.Module, batch: Batch, prepared: Mapping[str, Any], counts: Counts) -> Weighted:
         """Return one micro-batch's part of the step's loss; those of all micro-batches add up to it."""
@@ -280,19 +269,15 @@ def active_losses(
     return active
 
 
-def sum_counts(
-    prepared: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Counts:
-    """Return, by loss, the count over micro-batches and ranks; see `Distiller.counts`."""
-    local = {
-        name: torch.stack([torch.as_tensor(one[name].count).double() for one in prepared]).sum(0)
-        for name in names
-    }
-    packed = (reduce or _sum_over_ranks)(torch.cat([count.reshape(-1) for count in local.values()]))
-    summed = packed.split([count.numel() for count in local.values()])
-    return {name: part.reshape(local[name].shape) for name, part in zip(local, summed, strict=True)}
+def in_one_call(reduce: Callable[[Tensor], Tensor] | None) -> Reduce:
+    """Return what reduces tensors by name in one call of `reduce`; None: over all of torch.distributed."""
+
+    def summed(local: dict[str, Tensor]) -> dict[str, Tensor]:
+        packed = (reduce or _sum_over_ranks)(torch.cat([one.reshape(-1) for one in local.values()]))
+        parts = packed.split([one.numel() for one in local.values()])
+        return {name: part.reshape(local[name].shape) for name, part in zip(local, parts, strict=True)}
+
+    return summed
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

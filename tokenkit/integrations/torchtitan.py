@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.data.collate import AlignedCollator
-from tokenkit.integrations.distiller import active_losses, checked_weights, load_teacher, sum_counts
+from tokenkit.integrations.distiller import active_losses, checked_weights, in_one_call, load_teacher
 from tokenkit.integrations.forward import whole
 from tokenkit.losses import Measured
 from tokenkit.structs import NO_LABEL, Batch, Context, Head, HiddenStates
+from tokenkit.training.requests import step_counts
 
 
 class TitanLoss:
@@ -81,7 +82,9 @@ class TitanLoss:
             context = Context(teacher_head=states.head, student_head=self._head())
             half = {name: loss.prepare(states, moved, context) for name, loss in self.active.items()}
             self._waiting.append((moved, half))
-        self.counts = sum_counts([half for _, half in self._waiting], list(self.weights), reduce)
+        self.counts = step_counts(
+            [half for _, half in self._waiting], list(self.weights), in_one_call(reduce)
+        )
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **_: Any

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,66 @@ from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_model
 from tokenkit.models.reading import blank_model
+from tokenkit.optim import ROWWISE, is_table
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.build import set_trainable
-from tokenkit.training.memory import optimizer_bytes
 
 HEAD_PASSES = 4
 """Products of all hidden states with a head that a loss makes for a step: one forward, three backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes that one process holds of a whole model from step to step, beside activations."""
+
+    weights: int
+    """As they are kept."""
+    gradients: int
+    """float32, of what is trained."""
+    optimizer: int
+    tables: int
+    """Of `weights`, those of experts."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def held(model: nn.Module, experts: Mapping[str, Any] | None = None) -> Held:
+    """Return what the training of a model holds, by AdamW; a model on the meta device is enough.
+
+    Args:
+        model: shared parameters count once.
+        experts: its `peer_config`, whose `optimizer` is that of the tables.
+    """
+    named = list(model.named_parameters())
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    how = (experts or {}).get("optimizer")
+    return Held(
+        weights=_size(parameter for _, parameter in named),
+        gradients=sum(4 * parameter.numel() for _, parameter in trained),
+        optimizer=sum(_moments(name, parameter, how) for name, parameter in trained),
+        tables=_size(parameter for name, parameter in named if is_table(name)),
+    )
+
+
+def _moments(name: str, parameter: Tensor, how: str | None) -> int:
+    """Return what the optimizer keeps, float32: two moments; of tables of experts what was chosen."""
+    size = 4 * parameter.numel()
+    if how not in ROWWISE or not is_table(name):
+        return 2 * size
+    return (size if how == "rowwise_adam" else 0) + 4 * len(parameter)
+
+
+def said(found: Held) -> str:
+    """Return it in words, GB of 10^9 bytes."""
+    parts = {name: getattr(found, name) for name in ("weights", "gradients", "optimizer")}
+    parts["together"] = found.total
+    sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
+    return f"memory of one process, without activations: {sizes}; of the weights, tables of experts: " + (
+        f"{found.tables / 1e9:,.1f} GB"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +145,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         tokens, teacher_tokens = documents * shape[1], documents * config.text.max_length_teacher
         layers = [_size(layer.parameters(), dtype) for layer in student.layers]
         every = list(student.parameters())
-        moved = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        trained = [p for _, p in moved]
+        kept_whole = held(student, getattr(student.config, "peer_config", None))
         outside = _size(every, dtype) - sum(layers)
         theirs = list(teacher.parameters()) if teacher is not None else []
         their_layers = _size((p for m in teacher.layers for p in m.parameters()), dtype) if teacher else 0
@@ -106,10 +159,10 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         kept, recomputed = _activations(student, config, shape, dtype, is_sharded=ranks > 1)
         bodies, heads = _flops(active, tokens, teacher_tokens, head, theirs_head, config)
         return Counted(
-            weights=_size(every),
-            trained=sum(p.numel() for p in trained),
-            gradients=4 * sum(p.numel() for p in trained),
-            optimizer=optimizer_bytes(moved, getattr(student.config, "peer_config", None)),
+            weights=kept_whole.weights,
+            trained=kept_whole.gradients // 4,
+            gradients=kept_whole.gradients,
+            optimizer=kept_whole.optimizer,
             teacher=_size(theirs),
             teacher_vocabulary=old_vocabulary if shares_body else 0,
             layer=max(layers),

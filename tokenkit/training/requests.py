@@ -3,15 +3,17 @@
     prepared = ask(model, TeacherHalf(batch))        # no gradient: what is counted, before the first backward
     terms = ask(model, StudentHalf(batch, prepared))
 
-`is_prefix` asks for the stage that runs the first layers alone, whose only loss is PREFIX.
+`is_prefix` asks for the stage that runs the first layers alone, whose only loss is PREFIX. `teacher_halves`
+and `step_counts` are what a whole optimizer step asks for before its first backward, in whatever loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenkit.structs import Batch, LossTerm
@@ -20,6 +22,8 @@ PREFIX = "prefix"
 """The loss of a prefix stage, and its phase in metrics.jsonl."""
 
 Answer = TypeVar("Answer")
+Reduce = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Adds tensors up over processes, by name."""
 
 
 class Request(Generic[Answer]):
@@ -84,3 +88,39 @@ class WrittenRows(Request["list[Tensor] | None"]):
 def ask(model: nn.Module, request: Request[Answer]) -> Answer:
     """Call the module, through whatever hooks it has, and return what the request promises."""
     return cast(Answer, model(request))
+
+
+def teacher_halves(
+    model: nn.Module, batches: Sequence[Batch], reduce: Reduce, *, is_prefix: bool = False
+) -> list[dict[str, Any]]:
+    """Run the teacher's half of every micro-batch; where a loss measures a scale, all of them first.
+
+    Args:
+        model: a `Distillation`.
+        batches: this process's micro-batches of an optimizer step.
+        reduce: over all processes of the step.
+        is_prefix: of the prefix stage.
+
+    Returns:
+        of each micro-batch, by loss, what `StudentHalf` takes, with its `.count`.
+    """
+    prepared = [ask(model, TeacherHalf(batch, is_prefix)) for batch in batches]
+    names = cast(Any, model).measuring(is_prefix=is_prefix)
+    if not names:
+        return prepared
+    sums = reduce({name: torch.stack([one[name].sum_K for one in prepared]).sum(0) for name in names})
+    measured = [{name: (one[name], sums[name]) for name in names} for one in prepared]
+    settled = [ask(model, Settle(batch, m, is_prefix)) for batch, m in zip(batches, measured, strict=True)]
+    return [before | after for before, after in zip(prepared, settled, strict=True)]
+
+
+def step_counts(
+    prepared: Sequence[Mapping[str, Any]], names: Sequence[str], reduce: Reduce
+) -> dict[str, Tensor]:
+    """Return, by loss, the count of the whole optimizer step, float64: all micro-batches, all processes."""
+    return reduce(
+        {
+            name: torch.stack([torch.as_tensor(one[name].count).double() for one in prepared]).sum(0)
+            for name in names
+        }
+    )

@@ -20,7 +20,7 @@ from tokenkit.optim import LearningRate, set_learning_rate
 from tokenkit.parallel import World, clip_grad_norm
 from tokenkit.structs import Batch
 from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
-from tokenkit.training.requests import Settle, TeacherHalf, ask
+from tokenkit.training.requests import step_counts, teacher_halves
 
 SMALLEST_SCALE = 2.0**-10  # twenty-five overflows in a row: it is the model that overflows, not the scale
 
@@ -135,6 +135,10 @@ class Run:
         """That of the main stage, of all that is trained."""
         return self.main.optimizer
 
+    def add_up(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return sums over all ranks of the step that is next, by name."""
+        return self.world.all_reduce(local, self.step)
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -234,27 +238,13 @@ def _raise_noted(run: Run, flags: Sequence[float]) -> bool:
 
 
 def prepare(run: Run, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """Run the teacher's half of every micro-batch; where a loss measures a scale, all of them first."""
-    model: Any = run.model
-    is_prefix = run.stage.is_prefix
-    prepared = [ask(model, TeacherHalf(batch, is_prefix)) for batch in batches]
-    names = model.measuring(is_prefix=is_prefix)
-    if not names:
-        return prepared
-    local = {name: torch.stack([p[name].sum_K for p in prepared]).sum(0) for name in names}
-    sums = run.world.all_reduce(local, run.step)
-    measured = [{name: (p[name], sums[name]) for name in names} for p in prepared]
-    settled = [ask(model, Settle(batch, m, is_prefix)) for batch, m in zip(batches, measured, strict=True)]
-    return [before | after for before, after in zip(prepared, settled, strict=True)]
+    """Run the teacher's half of every micro-batch of the step that is next."""
+    return teacher_halves(run.model, batches, run.add_up, is_prefix=run.stage.is_prefix)
 
 
 def global_counts(prepared: Sequence[dict[str, Any]], run: Run) -> dict[str, Tensor]:
     """Return, by loss, the count of the whole optimizer step: all micro-batches, all ranks."""
-    local = {
-        name: torch.stack([torch.as_tensor(p[name].count).double() for p in prepared]).sum(0)
-        for name in run.stage.objective.names
-    }
-    return run.world.all_reduce(local, run.step)
+    return step_counts(prepared, run.stage.objective.names, run.add_up)
 
 
 def _unscale(params: Sequence[Tensor], scale: LossScale) -> None:
@@ -296,7 +286,7 @@ def _report(
     stage, names = run.stage, run.stage.objective.names
     J, step = len(names), run.step - stage.first_step
     local = {name: sums.mean_J[j].double() for j, name in enumerate(names)}
-    added = run.world.all_reduce({**local, **about}, run.step)
+    added = run.add_up({**local, **about})
     device = run.world.device
     count_J = torch.stack([counts[name].double().mean() for name in names])
     loss_J = torch.stack([added[name] for name in names])
