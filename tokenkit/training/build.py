@@ -39,6 +39,7 @@ from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.float8 import use_float8
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_causal_lm
+from tokenkit.models.precision import compute_in
 from tokenkit.models.reading import model_fingerprint
 from tokenkit.objective.weights import Objective
 from tokenkit.optim import LearningRate, build_optimizer
@@ -124,9 +125,8 @@ def build(config: TrainConfig, world: World) -> Parts:
     if config.text.pack:
         share = config.schedule.batch_size // world.world_size
         check_packing(student, share // config.schedule.gradient_accumulation_steps)
-    dtype = DTYPES[config.training.dtype] if world.mesh is None else None  # FSDP2 casts by itself
     prefix = prefix_options(config, student, teacher) if config.training.prefix.n_prefix_layers else None
-    model = Distillation(student, teacher, losses, dtype, prefix)
+    model = Distillation(student, teacher, losses, prefix=prefix)
     _place(model, world, config)
     run = Run(
         model=model,
@@ -337,13 +337,15 @@ def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | V
 
 
 def _place(model: Distillation, world: World, config: TrainConfig) -> None:
-    """Move the module to its device, in pieces where it is sharded."""
+    """Move the module to its device, in pieces where it is sharded; let it compute in the run's type."""
     model.train()
-    if world.mesh is None:
-        model.to(world.device)
-        return
     compute = DTYPES[config.training.dtype]
     layers = list(model.student.layers)
     if isinstance(model.teacher, CausalLM):
         layers += model.teacher.layers
-    shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute)
+    if world.mesh is not None:
+        shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute)
+        return
+    model.to(world.device)
+    if compute is not torch.float32:
+        compute_in(model, layers, compute)

@@ -25,6 +25,7 @@ from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_model
+from tokenkit.models.precision import compute_in
 from tokenkit.models.reading import blank_model
 from tokenkit.optim import ROWWISE, is_table
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -258,16 +259,16 @@ def _activations(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     student.train()
-    if is_sharded and dtype is not torch.float32:
-        student.to(dtype)  # FSDP2 computes with what it gathers
-        autocast: Any = contextlib.nullcontext()
-    else:
-        autocast = torch.autocast("cpu", dtype) if dtype is not torch.float32 else contextlib.nullcontext()
+    if dtype is not torch.float32:
+        if is_sharded:
+            student.to(dtype)  # FSDP2 computes with what it gathers
+        else:
+            compute_in(student, student.layers, dtype)
     body = student.causal_lm
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def kept() -> int:
-        with torch.device("cpu"), mode, autocast, saved(student.parameters()) as sizes:
+        with torch.device("cpu"), mode, saved(student.parameters()) as sizes:
             student(torch.zeros(shape, dtype=torch.int64))
         return sum(sizes.values())
 

@@ -66,7 +66,7 @@ class Distillation(nn.Module):
         teacher: another model, or the old vocabulary of the student, whose body then serves both; None where
             no loss has one.
         losses: by name, in the order in which they are reported.
-        compute_dtype: autocast to this type (one process); None: as the parameters are.
+        compute_dtype: autocast to this type, for trainers that do so; None: as the parameters are.
         prefix: of a run whose first stage runs the first layers alone.
     """
 
