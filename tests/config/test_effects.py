@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.option_cases import ACTS, ELSEWHERE, HERE, IDLE, NEEDED, NEVER, ROWS, SAME_ROWS
+from tests.option_cases import ACTS, HERE, IDLE, NEEDED, NEVER, ROWS, SAME_ROWS
+from tests.option_tests import ELSEWHERE
 from tests.tiny import TEXT, sentencepiece_bpe, tiny_folder
 from tokenkit.commands import zett
 from tokenkit.commands.pair_stats import main as pair_stats
