@@ -38,6 +38,8 @@ ELSEWHERE = {
         "student.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "teacher.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "save_interval": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
+        "async_save": "faults/test_async_saves.py::test_the_next_steps_are_taken_meanwhile",
+        "keep_checkpoints": "faults/test_async_saves.py::test_as_many_are_kept_as_were_asked_for",
         "logging_interval": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",
         "eval_interval": "training/test_loop.py::test_a_run_lowers_its_losses_and_exports_a_model_that_loads",
         "eval_at_step_zero": "training/test_resume.py::test_a_resume_from_step_zero_evaluates_it_once",

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None
     """One dimension, "data"; None: a single process that shards nothing and talks to nobody."""
+    group: dist.ProcessGroup | None = None
+    """Over which JSON travels. None: that of all, which one thread alone may use."""
 
     @property
     def is_main(self) -> bool:
@@ -108,10 +110,11 @@ class World:
             return [json.loads(json.dumps(value))]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([payload.numel()]))
+        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self.group)
         longest = int(max(sizes))
         buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(buffers, nn.functional.pad(payload, (0, longest - payload.numel())))
+        padded = nn.functional.pad(payload, (0, longest - payload.numel()))
+        dist.all_gather(buffers, padded, group=self.group)
         return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(buffers, sizes, strict=True)]
 
     @contextmanager
@@ -223,6 +226,21 @@ def _device(backend: Backend | None) -> torch.device:
             f"{torch.cuda.device_count()}, start at most so many processes on it"
         )
     return torch.device("cuda", local_rank)
+
+
+def apart(world: World, timeout: float) -> World:
+    """Return the same processes as another thread speaks to them, over a group of its own.
+
+    Every rank calls it. Its `gather`, and what is made of that, may be used beside those of `world`;
+    its `all_reduce` may not.
+
+    Args:
+        world: the processes.
+        timeout: seconds that the thread of another rank may keep this one's waiting.
+    """
+    if world.mesh is None:
+        return world
+    return replace(world, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
 
 def stop(world: World) -> None:

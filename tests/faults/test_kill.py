@@ -20,13 +20,17 @@ ALONE = parallel.World(0, 1, torch.device("cpu"), None)
 KILLS = int(os.environ.get("TOKENKIT_KILLS", "10"))
 
 
+def run_with_writes_behind(world, folder):
+    return tiny_run.run(world, folder, in_background=True)
+
+
 def run_with_kills(folder, world_size, kills, seconds, rng):
     """Start the run again and again, kill one rank or all of them at a random moment, then let it finish."""
     landed = 0
     for _ in range(2 * kills):  # on a machine whose load changes, some kills come too late
         if landed == kills:
             break
-        ranks = start_ranks(tiny_run.run, world_size, str(folder))
+        ranks = start_ranks(rng.choice([tiny_run.run, run_with_writes_behind]), world_size, str(folder))
         time.sleep(rng.uniform(0.1, seconds))
         for pid in ranks.pids if rng.random() < 0.5 else [rng.choice(ranks.pids)]:
             with suppress(ProcessLookupError):

@@ -18,6 +18,7 @@ from tokenkit.optim import LearningRate, build_optimizer, set_learning_rate
 from tokenkit.optim_options import OptimizerOptions, ParamGroup
 from tokenkit.run import checkpoint
 from tokenkit.run.metrics import read_metrics, truncate_metrics
+from tokenkit.run.saving import Background
 from tokenkit.run.state import tensors_to_save
 
 VOCAB, WIDTH, STEPS, SAVE_EVERY = 31, 12, 12, 3
@@ -106,9 +107,9 @@ def digest(state):
     return sha.hexdigest()
 
 
-def run(world, folder: str, steps=STEPS):
+def run(world, folder: str, steps=STEPS, *, in_background=False):
     """Train to the end, from the newest intact checkpoint if there is one; return the curve."""
-    root = Path(folder)
+    root, background = Path(folder), Background(world, 60.0) if in_background else None
     state, rate = build(world)
     checkpoint.restore(root / "checkpoints", state, identity(), world, may_differ=("logging_interval",))
     log = root / "metrics.jsonl"
@@ -121,7 +122,12 @@ def run(world, folder: str, steps=STEPS):
             with log.open("a") as file:
                 file.write(json.dumps({"step": state.step, "loss": loss, "grad_norm": norm}) + "\n")
         if state.step % SAVE_EVERY == 0 or state.step == steps:
-            checkpoint.save(root / "checkpoints", state, identity(), world)
+            if background is None:
+                checkpoint.save(root / "checkpoints", state, identity(), world)
+            else:
+                background.begin(root / "checkpoints", state, identity(), 2)
+    if background is not None:
+        background.finish()
     final = digest(state)
     if world.is_main:
         (root / "final").write_text(final)

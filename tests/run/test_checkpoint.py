@@ -14,7 +14,7 @@ from tests.faults import tiny_run
 from tests.ranks import run_ranks
 from tokenkit import parallel
 from tokenkit.errors import CheckpointError
-from tokenkit.run import checkpoint, safe_dcp
+from tokenkit.run import checkpoint, safe_dcp, saving
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.state import saved_tensors
 
@@ -257,7 +257,7 @@ def test_a_full_disk_stops_every_rank_and_the_old_checkpoint_survives(tmp_path):
 
 def test_too_little_room_is_said_in_bytes_before_anything_is_written(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(saving, "free_bytes", lambda folder: 1000)
     with pytest.raises(CheckpointError, match=r"needs \d+ bytes and .* has 1000 free"):
         save_steps(tmp_path, 2)
     assert os.listdir(tmp_path) == ["step_00000001"]

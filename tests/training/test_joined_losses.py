@@ -1,6 +1,5 @@
 """Runs with weights that move and gradients that are joined: what they log, and resumes."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 from tests.training.test_gradients import WAYS
+from tests.training.test_resume import curve
 from tokenkit import parallel
 from tokenkit.errors import ExitCode
 from tokenkit.parallel import World
@@ -32,11 +32,6 @@ def config_of(make_config):
         return make_config(**{**settings, **WAYS[way], **changes})
 
     return make
-
-
-def curve(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
 class BrokenError(Exception):

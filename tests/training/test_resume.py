@@ -34,9 +34,12 @@ def run_in_rank(world, config, die_at):
     return int(loop.train(config))
 
 
+TIMES = ("tokens_per_second", "save_seconds")
+
+
 def curve(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize(

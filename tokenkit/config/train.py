@@ -28,6 +28,7 @@ ALIASES = {
     "max_student_length": "max_length_new",
     "model_lora_r": "model_lora_rank",
     "optimizer.type": "optimizer.name",
+    "save_total_limit": "keep_checkpoints",
 }
 """Other names of fields and groups. Each is accepted, and reported once."""
 
@@ -111,6 +112,13 @@ class Schedule:
     save_interval: int = 1000
     """Steps between two checkpoints."""
 
+    async_save: bool = False
+    """Write checkpoints while the next steps are taken, from a copy of what is trained and its moments in the
+    machine's memory. What cannot be written ends the run before its next step."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, at least 2; older ones are deleted."""
+
     logging_interval: int = 10
     """Steps between two lines of metrics.jsonl."""
 
@@ -125,6 +133,7 @@ class Schedule:
         at_least("warmup_steps", self.warmup_steps, 0)
         for name in ("batch_size", "gradient_accumulation_steps", "save_interval"):
             at_least(name, getattr(self, name), 1, MOST_STEPS if name == "save_interval" else MOST_DOCUMENTS)
+        at_least("keep_checkpoints", self.keep_checkpoints, 2, MOST_STEPS)
         at_least("logging_interval", self.logging_interval, 1)
         at_least("sync_interval", self.sync_interval, 1)
         if self.warmup_steps > self.steps:

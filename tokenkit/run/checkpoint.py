@@ -14,208 +14,33 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from tokenkit.disk import free_bytes, fsync_folder, is_disk_trouble, trouble_of_disk, write_durably
-from tokenkit.errors import CheckpointError, DiskError, OtherRankError
+from tokenkit.errors import CheckpointError
 from tokenkit.parallel import World
-from tokenkit.run.safe_dcp import (
-    FORMAT,
-    MANIFEST,
-    METADATA,
-    Manifest,
-    damage,
-    read_manifest,
-    read_metadata,
-    reader_and_planner,
-    sha256_of,
+from tokenkit.run.safe_dcp import Manifest, damage, read_manifest, read_metadata, reader_and_planner
+from tokenkit.run.saving import (
+    LEFTOVER,
+    Identity,
+    as_checkpoint_error,
+    committed,
+    expect_one_process,
+    plain,
+    rank_file,
+    save,
 )
-from tokenkit.run.state import (
-    State,
-    fill_optimizer,
-    local_bytes,
-    random_state,
-    set_random_state,
-    tensors_to_load,
-    tensors_to_save,
-)
+from tokenkit.run.state import State, fill_optimizer, set_random_state, tensors_to_load
 
 __all__ = ["CheckpointError", "Identity", "State", "find_latest", "load", "restore", "save"]
 
-_STEP = re.compile(r"step_(\d{8})")
-_LEFTOVER = re.compile(r"\.(tmp|purge)-step_\d{8}-[0-9a-f]{16}")
-_SPARE_BYTES = 16 << 20  # manifests, plans, headers
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What makes two runs the same run."""
-
-    config: Mapping[str, Any]
-    """The resolved configuration; plain JSON values."""
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Digests of tokenizers, models and data, by name."""
-
-
-def save(root: Path, state: State, identity: Identity, world: World, *, keep_last: int = 2) -> Path:
-    """Commit a checkpoint as `root/step_N`; return its folder. Every rank calls it.
-
-    Then all but the newest `keep_last` checkpoints are deleted.
-
-    Raises:
-        FileExistsError: the step is there already; nothing is ever overwritten.
-        CheckpointError: a rank could not write, or the disk has too little room. What was there stays.
-    """
-    if keep_last < 2:
-        raise ValueError(f"keep_last must be at least 2, got {keep_last}: one may turn out damaged")
-    final = root / f"step_{state.step:08d}"
-    if world.broadcast(final.exists() or final.is_symlink()):
-        raise FileExistsError(f"{final} is there already: checkpoints are never overwritten, move it away")
-    tensors = tensors_to_save(state)
-    temporary = root / f".tmp-{final.name}-{world.broadcast(secrets.token_hex(8))}"
-    try:
-        with _as_checkpoint_error("save", final, world):
-            needed = sum(world.gather(local_bytes(tensors))) + _SPARE_BYTES
-            with world.together("make room for a checkpoint"):
-                if world.is_main:
-                    _make_room(root, temporary, needed)
-            _write(temporary, tensors, world)
-            with world.together("write its own state"):
-                _write_rank_state(temporary, state, world)
-            with world.together("hash its shards"):
-                mine = _hashes(temporary, world)
-            files = {name: entry for part in world.gather(mine) for name, entry in sorted(part.items())}
-            with world.together("commit the checkpoint"):
-                if world.is_main:
-                    _commit(temporary, final, _manifest(state, identity, world, files))
-    except BaseException:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if world.is_main:
-        _purge(root, keep_last)
-    return final
-
-
-@contextmanager
-def _as_checkpoint_error(what: str, folder: Path, world: World) -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, OtherRankError):
-        raise
-    except OSError as error:
-        raise _failed(what, folder, world.rank, error) from error
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise _failed(what, folder, rank, cause) from error
-
-
-def _failed(what: str, folder: Path, rank: int, cause: BaseException) -> CheckpointError:
-    """Return the error of `rank`, with the exit code of a disk where that is at fault."""
-    is_disk = is_disk_trouble(cause)
-    words = trouble_of_disk(folder, cause) if is_disk else f"{type(cause).__name__}: {cause}"
-    error = CheckpointError(f"rank {rank} could not {what} {folder}: {words}")
-    error.exit_code = DiskError.exit_code if is_disk else CheckpointError.exit_code
-    return error
-
-
-def _make_room(root: Path, temporary: Path, needed: int) -> None:
-    root.mkdir(mode=0o750, parents=True, exist_ok=True)
-    fsync_folder(root.parent)
-    free = free_bytes(root)
-    if free < needed:
-        raise DiskError(
-            f"a checkpoint needs {needed} bytes and {root} has {free} free: make room and go on with "
-            "--resume, or choose another output_dir"
-        )
-    temporary.mkdir(mode=0o750)
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _knowing_that_it_is_alone(world):
-        dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=world.mesh is None)
-
-
-def _write_rank_state(folder: Path, state: State, world: World) -> None:
-    text = json.dumps({"extra": state.extra, "rng": random_state(world.device)}, allow_nan=False)
-    write_durably(folder / _rank_file(world.rank), text)
-
-
-@contextmanager
-def _knowing_that_it_is_alone(world: World) -> Iterator[None]:
-    """Keep DCP from warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        if world.mesh is None:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.json"
-
-
-def _hashes(folder: Path, world: World) -> dict[str, tuple[int, str]]:
-    """Return size and digest of every file that this rank wrote."""
-    names = [path.name for path in folder.glob(f"__{world.rank}_*")] + [_rank_file(world.rank)]
-    names += [METADATA] * world.is_main
-    return {name: ((folder / name).stat().st_size, sha256_of(folder / name)) for name in names}
-
-
-def _manifest(state: State, identity: Identity, world: World, files: dict[str, tuple[int, str]]) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        step=state.step,
-        world_size=world.world_size,
-        torch=torch.__version__,
-        config=_plain(identity.config),
-        fingerprints=_plain(identity.fingerprints),
-        files=files,
-    )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, allow_nan=False))
-
-
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    write_durably(temporary / MANIFEST, manifest.to_json())
-    os.rename(temporary, final)  # fails on a folder that holds something: never overwrites
-    fsync_folder(final.parent)
-
-
-def _purge(root: Path, keep_last: int) -> None:
-    """Delete old checkpoints: first out of sight by one rename, then file by file."""
-    for folder in _committed(root)[:-keep_last]:
-        aside = root / f".purge-{folder.name}-{secrets.token_hex(8)}"
-        # the new checkpoint is safe: a disk that will not delete is no reason to stop
-        with suppress(OSError):
-            os.rename(folder, aside)
-            shutil.rmtree(aside)
-
-
-def _committed(root: Path) -> list[Path]:
-    """Return the checkpoint folders, oldest first; links are left alone."""
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
 def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | None:
@@ -230,7 +55,7 @@ def find_latest(root: Path, world: World, *, repair: bool = False) -> Path | Non
     Raises:
         CheckpointError: there are checkpoints and none is intact. Nothing is moved or deleted then.
     """
-    names = world.broadcast([folder.name for folder in reversed(_committed(root))])
+    names = world.broadcast([folder.name for folder in reversed(committed(root))])
     bad: dict[str, str] = {}
     for name in names:
         reason = _examine(root / name, world)
@@ -272,7 +97,7 @@ def _repair(root: Path, bad: Mapping[str, str] | None, world: World) -> None:
             os.rename(root / name, aside)
             logger.warning("checkpoint %s is damaged (%s): moved to %s", name, reason, aside.name)
         for path in sorted(root.iterdir()):
-            if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
 
 
@@ -312,8 +137,7 @@ def restore(
 def differences(saved: Identity, now: Identity, may_differ: Collection[str] = ()) -> list[str]:
     """Return one line per field that is not what it was when `saved` was written."""
     old, new = (
-        _flat("", _plain(x.config)) | _flat("", {"fingerprints": _plain(x.fingerprints)})
-        for x in (saved, now)
+        _flat("", plain(x.config)) | _flat("", {"fingerprints": plain(x.fingerprints)}) for x in (saved, now)
     )
     return [
         f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
@@ -368,15 +192,15 @@ def load_tensors(
     """
     metadata = read_metadata(folder, manifest)
     targets = tensors_to_load(state, metadata, within)
-    with _as_checkpoint_error("load", folder, world):
-        with _knowing_that_it_is_alone(world):
-            dcp.load(targets, no_dist=world.mesh is None, **reader_and_planner(folder, metadata))
+    with as_checkpoint_error("load", folder, world):
+        expect_one_process(world)
+        dcp.load(targets, no_dist=world.mesh is None, **reader_and_planner(folder, metadata))
         fill_optimizer(state, targets)
 
 
 def _load(folder: Path, manifest: Manifest, state: State, world: World) -> None:
     load_tensors(folder, manifest, state, world)
-    with _as_checkpoint_error("load", folder, world), world.together("read the state of each rank"):
+    with as_checkpoint_error("load", folder, world), world.together("read the state of each rank"):
         _load_rank_state(folder, manifest, state, world)
     state.step = manifest.step
 
@@ -385,7 +209,7 @@ def _load_rank_state(folder: Path, manifest: Manifest, state: State, world: Worl
     same_ranks = manifest.world_size == world.world_size
     wanted = [world.rank] if same_ranks else range(manifest.world_size)
     try:
-        ranks = [json.loads((folder / _rank_file(rank)).read_text(encoding="utf-8")) for rank in wanted]
+        ranks = [json.loads((folder / rank_file(rank)).read_text(encoding="utf-8")) for rank in wanted]
         state.extra = ranks[0]["extra"]
         if same_ranks:
             set_random_state(ranks[0]["rng"], world.device)

@@ -12,6 +12,7 @@ for are the strings "nan", "inf" and "-inf".
     bits_per_byte/<model>         on held-out text
     task_score/<task>/<metric>    of benchmarks, from 0 to 1; task_cost: perplexities and bits
     grad_norm, learning_rate, tokens_per_second
+    save_seconds                  that training stood still for checkpoints since the line before
     expert_usage/..., experts/... of PEER layers, a window of log_freq steps (`models.expert_usage`)
     rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
 """

@@ -31,12 +31,12 @@ from tokenkit.training.exporting import hand_on
 from tokenkit.training.notes import describe, facts
 from tokenkit.training.prefix_stage import take_over
 from tokenkit.training.reports import Reports
-from tokenkit.training.session import Session, StopRequest, check_same, processes, taken
+from tokenkit.training.session import Saving, Session, StopRequest, check_same, processes, taken
 from tokenkit.training.step import train_step
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
-    "logging_interval", "save_interval", "sync_interval", "eval_interval",
+    "logging_interval", "save_interval", "async_save", "keep_checkpoints", "sync_interval", "eval_interval",
     "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
     "eval_batch_size", "wandb.project", "wandb.entity", "wandb.log_model",
     *(f"eval.{option.name}" for option in fields(LmEval)),
@@ -141,6 +141,7 @@ def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequ
         resume=config.run.resume,
         hang_timeout=config.parallel.hang_timeout,
         export=_export_folder(config),
+        saving=Saving(config.schedule.keep_checkpoints, config.schedule.async_save),
     )
     with begun as session:
         benchmarks = _benchmarks(config, world)
@@ -302,11 +303,17 @@ def _save(training: Training) -> None:
             "loss_scale": (run.loss_scale.value, run.loss_scale.good_steps),
             "objective": run.objective.state_dict(),
             "untrained_steps": run.untrained_steps,
-        }
+        },
+        then=partial(_after_checkpoint, training, run.step),
     )
+    training.reports.save_seconds += session.save_seconds
+    session.save_seconds = 0.0
+
+
+def _after_checkpoint(training: Training, step: int) -> None:
     if training.experts is not None:
-        training.experts.after_checkpoint(run.step, session.world)
-    training.reports.record.upload(session.folder / "checkpoints" / f"step_{run.step:08d}")
+        training.experts.after_checkpoint(step, training.session.world)
+    training.reports.record.upload(training.session.folder / "checkpoints" / f"step_{step:08d}")
 
 
 def _left_out(training: Training) -> LeftOut:

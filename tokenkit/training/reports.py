@@ -87,6 +87,8 @@ class Reports(AbstractContextManager["Reports"]):
     """Student tokens of this rank since `since`."""
     seconds: float = 0.0
     """Spent in training steps since the last line."""
+    save_seconds: float = 0.0
+    """That training stood still for checkpoints since the last line."""
     since: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -123,8 +125,10 @@ class Reports(AbstractContextManager["Reports"]):
             values |= {"learning_rate": report.learning_rate, "tokens_per_second": round(rate, 1)}
             if report.phase is not None:
                 values["phase"] = report.phase
+            if self.save_seconds:
+                values["save_seconds"] = round(self.save_seconds, 4)
             self.record.write(step, values)
-            self.tokens, self.seconds = 0, 0.0
+            self.tokens, self.seconds, self.save_seconds = 0, 0.0, 0.0
         self.since = time.perf_counter()
 
     def evaluation(self, step: int, measured: BitsPerByte) -> None:

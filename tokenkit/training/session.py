@@ -36,10 +36,21 @@ from tokenkit.run import checkpoint
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.ending import Ending, begin_outcome, ending
 from tokenkit.run.folder import RunLock, owned
+from tokenkit.run.saving import FEWEST, Background
 
 _NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has two
 SAME_SECONDS = 1.0  # a terminal and torchrun both pass one Ctrl-C on: what comes so soon is the same
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """How a run writes its checkpoints."""
+
+    keep_last: int = FEWEST
+    """Checkpoints that are kept; see `saving.write`."""
+    is_async: bool = False
+    """They are written while the next steps are taken."""
 
 
 class StopRequest:
@@ -124,9 +135,15 @@ class Session:
     """That of the folder, which rank 0 holds."""
     ending: Ending
     """Its `step` counts the steps that are done."""
+    saving: Saving = Saving()
+    background: Background | None = None
+    """Where checkpoints are written while the next steps are taken."""
     is_resumed: bool = False
     """It goes on from a checkpoint."""
+    save_seconds: float = 0.0
+    """That training has stood still for checkpoints since somebody set this to 0."""
     _is_saved: bool = field(default=False, init=False)
+    _then: Callable[[], None] | None = field(default=None, init=False)
     state: State = field(init=False)
     identity: Identity = field(init=False)
 
@@ -155,27 +172,65 @@ class Session:
         Args:
             total: the number of the last one.
             is_ready: waits for the data of the next step; False: a signal came meanwhile.
+
+        Raises:
+            CheckpointError: one that was written meanwhile could not be, on some rank.
         """
         while (step := self.ending.step + 1) <= total:
             self.at(f"waiting for the data of step {step}")
             came = not is_ready() or self.stop.asked is not None
             self.at(f"step {step}")
-            if self.any_rank(came):
+            if self._agree(came):
                 return
             yield step
+
+    def _agree(self, came: bool) -> bool:
+        """Tell the ranks how things stand between two steps; return whether a signal came to some rank."""
+        if (background := self.background) is None or not background.is_busy:
+            return self.any_rank(came)
+        flags = {"stop": came, "failed": background.has_failed, "written": background.is_written}
+        if self.world.mesh is None:
+            added = {name: float(flag) for name, flag in flags.items()}
+        else:
+            tensors = {name: torch.tensor(float(flag)) for name, flag in flags.items()}
+            added = {k: float(v) for k, v in self.world.all_reduce(tensors, self.ending.step).items()}
+        if added["failed"] or added["written"] == self.world.world_size:
+            self.settle()
+        return added["stop"] > 0
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is committed; every rank calls it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.background is not None and self.background.is_busy:
+            self.at("saving")
+            began = time.monotonic()
+            try:
+                self.background.finish()
+            finally:
+                self.save_seconds += time.monotonic() - began
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
     @contextmanager
     def taking_steps(self, after: str) -> Iterator[None]:
         """Let signals wait for the end of a step in the block; say behind it what no rank looked at.
+
+        Behind the block the last checkpoint is committed.
 
         Args:
             after: what a signal that comes behind the block breaks off, for its message.
 
         Raises:
             StoppedError: a signal came while the ranks asked each other, and `stopped` was not called.
+            CheckpointError: see `settle`.
         """
         with self.stop.waiting_for_step(after):
             yield
+            self.settle()
         if not self._is_saved:
             self.stop.raise_if_asked()
 
@@ -188,7 +243,12 @@ class Session:
         return self.any_rank(self.stop.asked is not None)
 
     def stopped(self) -> tuple[ExitCode, str]:
-        """Say that all is saved, and return how the run ends."""
+        """Say that all is saved, once it is, and return how the run ends.
+
+        Raises:
+            CheckpointError: see `settle`.
+        """
+        self.settle()
         self._is_saved = True
         name = self.stop.asked or "a signal to another rank"
         words = f"stopped by {name} after step {self.ending.step}: go on with --resume"
@@ -202,26 +262,34 @@ class Session:
         flags = {"flag": torch.tensor(float(flag))}
         return float(self.world.all_reduce(flags, self.ending.step)["flag"]) > 0
 
-    def save(self, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint, unless that of this step is there.
+    def save(self, extra: Mapping[str, Any], then: Callable[[], None] = lambda: None) -> None:
+        """Write a checkpoint, unless that of this step is there; or begin to, where `saving` says so.
 
         Args:
             extra: JSON, what the run goes on from beside its tensors.
+            then: called once it is committed, on every rank.
 
         Raises:
             DiskError: the folder is gone, or of another run.
-            CheckpointError: it could not be written.
+            CheckpointError: it could not be written, or the one before, meanwhile.
         """
+        self.settle()
         self.at("saving")
-        state, root = self.state, self.folder / "checkpoints"
+        state, root, began = self.state, self.folder / "checkpoints", time.monotonic()
         if self.lock is not None and not self.lock.is_held():
             raise DiskError(
                 f"{self.lock.path} is gone or of another run: the folder was removed or taken while the run "
                 "went on, and nothing was written there; choose another output folder, or start again"
             )
-        state.step, state.extra = self.ending.step, extra
+        state.step, state.extra, self._then = self.ending.step, extra, then
         if not (root / f"step_{state.step:08d}").exists():
-            checkpoint.save(root, state, self.identity, self.world)
+            if self.background is not None:
+                self.background.begin(root, state, self.identity, self.saving.keep_last)
+            else:
+                checkpoint.save(root, state, self.identity, self.world, keep_last=self.saving.keep_last)
+        self.save_seconds += time.monotonic() - began
+        if self.background is None:
+            self.settle()
 
 
 @contextmanager
@@ -234,6 +302,7 @@ def taken(
     resume: bool,
     hang_timeout: float,
     export: Path | None = None,
+    saving: Saving = Saving(),
 ) -> Iterator[Session]:
     """Take the output folder; say in outcome.json how the block ends. Every rank enters it.
 
@@ -245,6 +314,7 @@ def taken(
         resume: the run may go on from what is there.
         hang_timeout: seconds; a rank that is silent for longer is taken for dead.
         export: a second folder, written at the end: looked at now.
+        saving: how checkpoints are written.
 
     Raises:
         FileExistsError: a folder holds something else, or a run that goes on.
@@ -257,9 +327,19 @@ def taken(
                 if export is not None:
                     _refuse_old_export(export)
                 begin_outcome(folder)
-        end = stack.enter_context(ending(folder, world, hang_timeout))
+        background = Background(world, hang_timeout) if saving.is_async else None
+        if background is not None:
+            stack.callback(background.leave)  # behind what outcome.json says: another rank may wait for that
         yield Session(
-            folder=folder, config=config, resume=resume, world=world, stop=stop, lock=lock, ending=end
+            folder=folder,
+            config=config,
+            resume=resume,
+            world=world,
+            stop=stop,
+            lock=lock,
+            ending=stack.enter_context(ending(folder, world, hang_timeout)),
+            saving=saving,
+            background=background,
         )
 
 
