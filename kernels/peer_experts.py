@@ -18,6 +18,7 @@ Dimensions: N tokens, P experts of a token (heads and picks together), E experts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -155,6 +156,35 @@ def _neurons(expert_NP: Tensor, M: int) -> Tensor:
     return (expert_NP[..., None] * M + neuron_M).flatten(1)
 
 
+def sums_by_rows(
+    hidden: Tensor, down: Tensor, up: Tensor, expert: Tensor, gate: Tensor, activation: str,
+    complete: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y [N, D] and s [N, P, M], table after table.
+
+    `complete` makes whole sums of those over a part of the columns, where the tables are a part.
+    """
+    row_NR, M = _neurons(expert, down.shape[1]), down.shape[1]
+    s = row_dots(hidden, down.flatten(0, 1), row_NR).unflatten(1, (-1, M))
+    s = s if complete is None else complete(s)
+    weight_NR = (_activate(s, activation)[0] * gate[..., None]).flatten(1)
+    return weighted_rows(up.flatten(0, 1), row_NR, weight_NR).to(hidden.dtype), s
+
+
+def gradients_by_rows(
+    dout: Tensor, down: Tensor, up: Tensor, expert: Tensor, gate: Tensor, s: Tensor, activation: str,
+    *, complete: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of hidden, of the gates for each neuron, of s, and g·f; see `sums_by_rows`."""
+    row_NR, M = _neurons(expert, down.shape[1]), down.shape[1]
+    c = row_dots(dout, up.flatten(0, 1), row_NR).unflatten(1, (-1, M))
+    c = c if complete is None else complete(c)
+    f, slope = _activate(s, activation)
+    ds = c * slope * gate[..., None]
+    dhidden = weighted_rows(down.flatten(0, 1), row_NR, ds.flatten(1))
+    return dhidden, c * f, ds, f * gate[..., None]
+
+
 @torch.library.custom_op("tokenkit::peer_experts", mutates_args=())
 def _experts(
     hidden: Tensor, down: Tensor, up: Tensor, expert: Tensor, gate: Tensor, activation: str
@@ -170,10 +200,7 @@ def _experts(
                 M=M, ACTIVATION=activation, **_sizes(D),
             )  # fmt: skip
         return out, s
-    row_NR = _neurons(expert, M)
-    s = row_dots(hidden, down.flatten(0, 1), row_NR).unflatten(1, (-1, M))
-    weight_NR = (_activate(s, activation)[0] * gate[..., None]).flatten(1)
-    return weighted_rows(up.flatten(0, 1), row_NR, weight_NR).to(hidden.dtype), s
+    return sums_by_rows(hidden, down, up, expert, gate, activation)
 
 
 @_experts.register_fake
@@ -200,20 +227,17 @@ def _experts_backward(
                 M=M, ACTIVATION=activation, **_sizes(D),
             )  # fmt: skip
     else:
-        row_NR = _neurons(expert, M)
-        c = row_dots(dout, up.flatten(0, 1), row_NR).unflatten(1, (-1, M))
-        f, slope = _activate(s, activation)
-        dgate, ds, factor = c * f, c * slope * gate[..., None], f * gate[..., None]
-        dhidden = weighted_rows(down.flatten(0, 1), row_NR, ds.flatten(1)).to(hidden.dtype)
+        dhidden, dgate, ds, factor = gradients_by_rows(dout, down, up, expert, gate, s, activation)
+        dhidden = dhidden.to(hidden.dtype)
     dgate = dgate.sum(-1)
     if not needs_tables:
         return dhidden, dgate, down.new_empty(0), up.new_empty(0)
     pairs = ordered(expert, E)
-    ddown, dup = _table_gradient(hidden, ds, pairs, down), _table_gradient(dout, factor, pairs, up)
+    ddown, dup = table_gradient(hidden, ds, pairs, down), table_gradient(dout, factor, pairs, up)
     return dhidden, dgate, ddown, dup
 
 
-def _table_gradient(hidden_ND: Tensor, factor_NPM: Tensor, pairs: Pairs, table_EMD: Tensor) -> Tensor:
+def table_gradient(hidden_ND: Tensor, factor_NPM: Tensor, pairs: Pairs, table_EMD: Tensor) -> Tensor:
     """Return Σ factor · hidden over the pairs of each expert and neuron, [E, M, D]."""
     factors = factor_NPM.unbind(-1)
     if len(factors) == 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from tokenkit.optim_options import SCHEDULES, OptimizerOptions, ParamGroup
@@ -92,7 +93,7 @@ class RowwiseAdamW(AdamW):
 
 def _update_rows(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     inner = tuple(range(1, grad.ndim))
-    square = grad.float().square().mean(inner, keepdim=True)
+    square = _whole_rows(grad.float().square().mean(inner, keepdim=True))
     keeps_first = group["rowwise"] == "rowwise_adam"
     if not state:
         state["step"] = torch.zeros(())
@@ -110,6 +111,13 @@ def _update_rows(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], grou
     state["row_sq"].lerp_(square, 1 - beta2)
     scale = (state["row_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
     parameter -= group["lr"] / (1 - beta1**step) * state["exp_avg"] / scale
+
+
+def _whole_rows(mean: Tensor) -> Tensor:
+    """Return the means of rows that are cut over ranks as every rank needs them: of all columns."""
+    if not isinstance(mean, DTensor):
+        return mean
+    return mean.redistribute(placements=[Replicate() if p.is_partial() else p for p in mean.placements])
 
 
 def is_table(name: str) -> bool:

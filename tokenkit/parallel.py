@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -274,6 +274,7 @@ def shard(
     param_dtype: torch.dtype | None = torch.bfloat16,
     reduce_dtype: torch.dtype | None = torch.float32,
     reshard_after_forward: bool = True,
+    kept: Collection[nn.Parameter] = (),
 ) -> nn.Module:
     """Shard `module` in place with FSDP2, each of `layers` gathered on its own; return it.
 
@@ -288,6 +289,7 @@ def shard(
         param_dtype: dtype of compute and of the gathered weights; None: the parameters' own.
         reduce_dtype: dtype in which gradients are added over ranks; None: `param_dtype`.
         reshard_after_forward: free a layer's gathered weights between forward and backward.
+        kept: parameters that stay as they are, because they are cut over ranks in another way.
     """
     if world.mesh is None:
         return module
@@ -296,9 +298,10 @@ def shard(
     root_policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
+    how = {"mesh": world.mesh, "ignored_params": set(kept)}
     for layer in layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(module, mesh=world.mesh, mp_policy=root_policy)
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard_after_forward, **how)
+    fully_shard(module, mp_policy=root_policy, **how)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)

@@ -36,6 +36,7 @@ from tokenkit.models.causal_lm import (
 )
 from tokenkit.models.check import check_packing
 from tokenkit.models.expansion import InputExpansion
+from tokenkit.models.expert_tables import cut_tables
 from tokenkit.models.float8 import use_float8
 from tokenkit.models.lora import add_lora
 from tokenkit.models.new import new_causal_lm
@@ -344,7 +345,8 @@ def _place(model: Distillation, world: World, config: TrainConfig) -> None:
     if isinstance(model.teacher, CausalLM):
         layers += model.teacher.layers
     if world.mesh is not None:
-        shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute)
+        tables = cut_tables(model, world.mesh)
+        shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute, kept=tables)
         return
     model.to(world.device)
     if compute is not torch.float32:

@@ -6,6 +6,7 @@ a time, which is enough to run a model and slow to train one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ PLAIN_TOKENS = 128
 
 class ExpertTables(nn.Module):
     """What the neurons of all experts read and write with."""
+
+    spread: Callable[..., Tensor] | None = None
+    """Adds up experts where the tables are cut over processes; None: they are whole."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -77,8 +81,11 @@ class ExpertLayer(nn.Module):
         tables = shared or self.experts
         assert tables is not None
         down, up = tables()
+        chosen = expert.flatten(1), gate.flatten(1), self.activation
+        if tables.spread is not None:
+            return tables.spread(flat, down, up, *chosen).view(x.shape)
         add = peer_experts if HAS_KERNELS else plain_experts
-        out = add(flat.to(down.dtype), down, up, expert.flatten(1), gate.flatten(1), self.activation)
+        out = add(flat.to(down.dtype), down, up, *chosen)
         return out.to(x.dtype).view(x.shape)
 
 

@@ -50,6 +50,7 @@ PEER: dict[str, Any] = {
     "usage_threshold": 5.0,
     "optimizer": "adamw",
     "expert_lr": None,
+    "sharding": "auto",
 }
 MLA: dict[str, Any] = {
     "q_lora_rank": 1536,
@@ -69,6 +70,7 @@ CHOICES = {
     "peer_config.gate": ("softmax", "relu", "sigmoid"),
     "peer_config.activation": ("gelu", "relu", "silu"),
     "peer_config.optimizer": ("adamw", "rowwise_adam", "rowwise_adagrad"),
+    "peer_config.sharding": ("auto", "columns", "gathered"),
     "mla_config.latent_norm": ("rms", "layer"),
 }
 OPTIONAL = ("peer_layers", "peer_config.query_norm", "peer_config.expert_lr", "mla_config.q_lora_rank")
