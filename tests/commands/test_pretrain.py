@@ -139,6 +139,15 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(changes, words):
         train_config(read(**changes))
 
 
+def test_processes_that_do_not_divide_the_columns_are_named_at_once(monkeypatch):
+    columns = {**PEER, "peer_config": {**PEER["peer_config"], "sharding": "columns"}}
+    read(model_config=columns)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    read(model_config=PEER)
+    with pytest.raises(ConfigError, match="divide hidden_size, got 3 and 32"):
+        read(model_config=columns)
+
+
 def test_a_small_run_counts_its_epochs_and_goes_on_from_its_checkpoint(tmp_path, capsys):
     byte_level_bpe(tmp_path / "tokenizer")
     rows = [{"q": f"{number}", "a": text} for number, text in enumerate(TEXT * 6)]

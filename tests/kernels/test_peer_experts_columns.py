@@ -42,9 +42,14 @@ def part(world, activation, dtype):
 
 @pytest.mark.parametrize(
     ("ranks", "activation", "dtype"),
-    [(1, "gelu", torch.float32), (2, "relu", torch.float32), (3, "silu", torch.float32), (2, "gelu", torch.bfloat16)],
+    [
+        (1, "gelu", torch.float32),
+        (2, "relu", torch.float32),
+        (3, "silu", torch.float32),
+        (2, "gelu", torch.bfloat16),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_columns_over_ranks_give_what_whole_tables_give(ranks, activation, dtype):
     inputs, upstream = whole(dtype)
     truth = value_and_gradients(peer_experts, inputs, activation, upstream)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenkit.config.later import feature_of
-from tokenkit.config.pretrain_train import TrainSection
+from tokenkit.config.pretrain_train import TrainSection, processes
 from tokenkit.config.read import from_dict
 from tokenkit.config.train import TrainConfig
 from tokenkit.config.values import plain
 from tokenkit.data.options import SourceOptions
 from tokenkit.errors import ConfigError, at_least
-from tokenkit.models.peer_mla.settings import model_settings
+from tokenkit.models.peer_mla.settings import MODEL, model_settings
 from tokenkit.options import MOST_TOKENS, flat
 
 OWN = "peer_mla"
@@ -128,6 +128,7 @@ class PretrainConfig:
                 model_settings({n: value for n, value in self.model_config.items() if n != "model_type"})
             except ValueError as error:
                 raise ConfigError(f"model_config: {error}") from error
+            self._check_sharding()
         train, data = self.train_config, self.dataset_config
         if (
             train.length.num_train_epochs is not None
@@ -148,6 +149,15 @@ class PretrainConfig:
             raise ConfigError(
                 f"dataset_config.max_seq_length is {data.max_seq_length}, and the model has {positions} "
                 "positions (model_config.max_position_embeddings): lower the one or raise the other"
+            )
+
+    def _check_sharding(self) -> None:
+        peer: Any = self.model_config.get("peer_config") or {}
+        width, ranks = self.model_config.get("hidden_size", MODEL["hidden_size"]), processes()
+        if peer.get("sharding") == "columns" and width % ranks:
+            raise ConfigError(
+                "model_config.peer_config.sharding columns needs processes that divide hidden_size, got "
+                f"{ranks} and {width}: take another number of processes, or sharding gathered"
             )
 
     @property

@@ -11,6 +11,11 @@ from tokenkit.optim_options import LearningRateSchedule
 from tokenkit.options import MOST_DOCUMENTS, MOST_STEPS, flat
 
 
+def processes() -> int:
+    """Return how many processes this start has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Portions:
     """How many rows are taken at once."""
@@ -32,8 +37,7 @@ class Portions:
     @property
     def rows(self) -> int:
         """Rows of an optimizer step, over all processes of this start."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes()
 
 
 @dataclass(frozen=True, kw_only=True)
