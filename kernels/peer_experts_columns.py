@@ -152,7 +152,5 @@ def peer_experts_columns(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-    out_ND: Tensor = _Columns.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, down_EMC, up_EMC, expert_NP, gate_NP, activation, group
-    )
+    out_ND: Tensor = _Columns.apply(hidden_ND, down_EMC, up_EMC, expert_NP, gate_NP, activation, group)
     return out_ND

@@ -298,7 +298,7 @@ def shard(
     root_policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    how = {"mesh": world.mesh, "ignored_params": set(kept)}
+    how: dict[str, Any] = {"mesh": world.mesh, "ignored_params": set(kept)}
     for layer in layers:
         fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard_after_forward, **how)
     fully_shard(module, mp_policy=root_policy, **how)

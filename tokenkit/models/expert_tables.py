@@ -32,7 +32,7 @@ def cut_tables(root: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
         ConfigError: "columns", and ranks that do not divide the hidden size.
     """
     found: list[nn.Parameter] = []
-    sharding: dict[nn.Module, str] = {}
+    sharding: dict[Any, str] = {}
     for model in root.modules():
         peer: Any = getattr(getattr(model, "config", None), "peer_config", None)
         if isinstance(peer, dict):
@@ -42,7 +42,7 @@ def cut_tables(root: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
             for name in ("down", "up"):
                 found.append(_cut(tables.get_parameter(name), mesh))
                 setattr(tables, name, found[-1])
-            tables.spread = partial(_spread, mesh=mesh)  # type: ignore[assignment]
+            tables.spread = partial(_spread, mesh=mesh)
     return found
 
 
