@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from tokenkit.kernels.language import HAS_TRITON
+
+T = TypeVar("T")
 
 INTERPRET = False
 """Run Triton kernels on CPU tensors: tests set it, where TRITON_INTERPRET=1 at the first import of triton."""
@@ -51,3 +54,18 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which Triton launches on the device of `tensor`, whichever is current."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def upload(value: T, device: torch.device) -> T:
+    """Return a tensor, or a NamedTuple of them, on `device`; the host does not wait for what it computes.
+
+    A copy out of pageable memory would wait until the device has nothing left to do.
+    """
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        if device.type == "cuda" and not value.is_cuda:
+            return cast("T", value.pin_memory().to(device, non_blocking=True))
+        return cast("T", value.to(device))
+    parts = cast("Any", value)
+    return cast("T", parts._make(upload(part, device) for part in parts))

@@ -8,7 +8,7 @@ Dimensions: B documents, T student positions, S teacher positions, V vocabulary,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -112,6 +112,8 @@ class Batch:
     teacher: Side
     chunks: dict[str, Chunks]
     """By `ChunkKind`."""
+    host: Batch | None = field(default=None, init=False, compare=False)
+    """Of a batch that `to` put on a device: what it was made of, whose numbers are read without a wait."""
 
     def __repr__(self) -> str:
         (B, T), S = self.student.ids_BT.shape, self.teacher.ids_BT.shape[1]
@@ -125,7 +127,15 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Return the same batch with its tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if self.student.ids_BT.device.type == "cpu":
+            object.__setattr__(moved, "host", self)
+        return moved
+
+    @property
+    def on_host(self) -> Batch:
+        """The same batch on the CPU, where it came from there: what sizes are counted on. Else this one."""
+        return self if self.host is None else self.host
 
     def pin_memory(self) -> Batch:
         """Return the same batch in memory that a GPU can fetch by itself; a `DataLoader` calls this."""
@@ -245,6 +255,15 @@ class Widths:
     """Of queries, keys and values; None: this architecture's are not known."""
 
 
+class Scores(NamedTuple):
+    """What a head says, in its place; 0 where it was not asked."""
+
+    logp_BT: Tensor
+    """log p of each token that was named."""
+    mass_BT: Tensor | None
+    """log P(the next token is in the subset) at each position."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a loss may use beside hidden states and a batch, read anew in each half of a step.
@@ -261,6 +280,8 @@ class Context:
     """The student's input embeddings, in the teacher's half, where a loss asked for "embedded"."""
     modules: nn.Module | None = None
     """The loss's own trained parts."""
+    scores: Scores | None = None
+    """What this half's head says of what the loss requested; None: the loss asks the head itself."""
 
 
 NO_CONTEXT = Context()

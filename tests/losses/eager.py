@@ -11,7 +11,7 @@ from tokenkit.kernels.reference import linear_divergence as divergence
 from tokenkit.kernels.reference import linear_logprob as logprob
 from tokenkit.kernels.reference import projected_divergence as projected
 from tokenkit.kernels.reference import sorted_distance as distance
-from tokenkit.losses import alm, dskd, gold, gold_js, mined, score, uld, xtoken
+from tokenkit.losses import alm, dskd, gold, gold_js, score, uld, xtoken
 
 
 def linear_logprob(hidden_ND, head, target_N, *, subset_V=None, temperature=1.0, workspace_bytes=0):
@@ -49,7 +49,7 @@ def chunk_likelihood(logp_BL, spans, append_BC=None):
 
 def use(monkeypatch) -> None:
     """Replace the kernels in every loss."""
-    for module in (score, mined, dskd, gold, gold_js):
+    for module in (score, dskd, gold, gold_js):
         monkeypatch.setattr(module, "linear_logprob", linear_logprob)
     for module in (uld, gold_js):
         monkeypatch.setattr(module, "sorted_distance", sorted_distance)

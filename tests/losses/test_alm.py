@@ -16,7 +16,7 @@ from tokenkit.kernels.reference import chunk_likelihood as reference
 from tokenkit.kernels.reference.alm_difference import alm_difference
 from tokenkit.kernels.reference.linear_logprob import logits
 from tokenkit.losses import alm as module
-from tokenkit.losses import alm_loss
+from tokenkit.losses import alm_loss, logprobs
 from tokenkit.losses.options import AlmOptions
 from tokenkit.structs import Chunks, Head, HiddenStates
 
@@ -180,9 +180,9 @@ def test_more_padding_and_another_row_order_change_nothing():
 
 def test_only_needed_rows_reach_the_head(monkeypatch):
     rows = []
-    original = module.score
+    original = logprobs.score
     monkeypatch.setattr(
-        module,
+        logprobs,
         "score",
         lambda states, r, *rest: (rows.append(len(r.row_N)), original(states, r, *rest))[1],
     )

@@ -16,6 +16,7 @@ Dimensions: B documents, T student positions, S teacher positions, C chunk slots
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from torch import Tensor
 from tokenkit.kernels.alm_difference import alm_difference
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, chunk_likelihood, group, join
 from tokenkit.kernels.kinds import Difference
+from tokenkit.kernels.launch import upload
 from tokenkit.kernels.linear_logprob import Subset, split_vocabulary
 from tokenkit.losses.base import Loss, without_gradient
+from tokenkit.losses.logprobs import LogprobRequest, ask
 from tokenkit.losses.options import WORKSPACE_BYTES, AlmOptions, Denominator, Numerator
-from tokenkit.losses.score import Rows, Scores, need_teacher, score, select_rows, valid_chunks
-from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
+from tokenkit.losses.score import need_teacher, valid_chunks
+from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Scores, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class AlmPrepared:
     count: Tensor
     """Z, int64: a scalar, or [K] where there are several sizes."""
     sizes: tuple[SizedChunks, ...]
-    rows: Rows
-    subset: Subset | None
+    request: LogprobRequest
+    """Of the student."""
     floor: Tensor
     """The total of a student that equals the teacher, of the shape of `count`: only `binary_ce` has one."""
     used: Tensor
@@ -76,6 +79,26 @@ def alm(teacher: Tensor, student: Tensor, weight: Tensor, options: AlmOptions | 
 class Alm(Loss[AlmOptions]):
     """Likelihoods of chunks, the student's against the teacher's."""
 
+    def __init__(self, options: AlmOptions):
+        super().__init__(options)
+        self._subsets: dict[tuple[str, torch.device], tuple[Tensor, Subset]] = {}
+        """By side and device: a tokenizer's mask is the same in every batch, and splitting it waits."""
+
+    def teacher_request(self, batch: Batch) -> LogprobRequest:
+        """Return the request for tokens of valid chunks, and whitespace behind them where a mode asks."""
+        layout = valid_chunks(batch.on_host, self.options.chunks)
+        return self._teacher_request(batch, layout)
+
+    def _teacher_request(self, batch: Batch, layout: Layout) -> LogprobRequest:
+        needs_mass = bool({"merge_by_space_prob", "append_space"} & set(self.options.modes))
+        return LogprobRequest(
+            batch.on_host.teacher,
+            _in_valid(layout.teacher, layout.valid_BC),
+            _at_ends(layout.teacher, layout.valid_BC) if needs_mass else None,
+            self._subset("teacher", batch) if needs_mass else None,
+            workspace_bytes=self.options.workspace_bytes,
+        )
+
     @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
@@ -86,19 +109,14 @@ class Alm(Loss[AlmOptions]):
             ValueError: if there is no teacher, or the batch lacks the chunks or masks that the options need.
         """
         options, teacher = self.options, need_teacher(teacher, "ALM")
-        layout = valid_chunks(batch, options.chunks)
+        on_host = valid_chunks(batch.on_host, options.chunks)
+        layout = upload(on_host, batch.student.ids_BT.device)
         num_chunks = layout.valid_BC.sum()
         merges, appends = "merge_by_space_prob" in options.modes, "append_space" in options.modes
 
-        subset = None
-        ends_BS = None
         if merges or appends:
             _check_space(batch.teacher, options, teacher.head)
-            subset = _subset(batch.teacher, options, teacher.head.weight_VD.device)
-            ends_BS = _at_ends(layout.teacher, layout.valid_BC)
-        token_BS = _in_valid(layout.teacher, layout.valid_BC)
-        rows = select_rows(batch.teacher, token_BS, ends_BS)
-        scores = score(teacher, rows, subset, options.workspace_bytes)
+        scores = context.scores or ask(teacher, self._teacher_request(batch, on_host))
         if merges:
             assert scores.mass_BT is not None
             layout = join(
@@ -112,16 +130,19 @@ class Alm(Loss[AlmOptions]):
             (sized.teacher_tokens_BC if options.denominator == "token_count" else sized.valid_BC).sum()
             for sized in layouts
         ]
-        student_ends_BT = None
-        if appends:
-            student_ends_BT = torch.stack([_at_ends(x.student, x.valid_BC) for x in layouts]).any(0)
-        rows = select_rows(batch.student, _in_valid(layout.student, layout.valid_BC), student_ends_BT)
         floors = [alm(sized.teacher_BC, sized.teacher_BC, sized.weight_BC, options) for sized in sizes]
         return AlmPrepared(
             count=counts[0] if len(counts) == 1 else torch.stack(counts),
             sizes=sizes,
-            rows=rows,
-            subset=_subset(batch.student, options, rows.row_N.device) if appends else None,
+            request=LogprobRequest(
+                batch.on_host.student,
+                _in_valid(on_host.student, on_host.valid_BC),
+                # before any join: the teacher's probabilities are not known here, and what a join leaves as
+                # ends are ends of these chunks
+                _at_ends(on_host.student, on_host.valid_BC) if appends else None,
+                self._subset("student", batch) if appends else None,
+                workspace_bytes=options.workspace_bytes,
+            ),
             floor=floors[0] if len(floors) == 1 else torch.stack(floors),
             used=torch.stack([sizes[0].valid_BC.sum(), num_chunks]),
         )
@@ -130,16 +151,31 @@ class Alm(Loss[AlmOptions]):
         self, student: HiddenStates, prepared: AlmPrepared, batch: Batch, context: Context = NO_CONTEXT
     ) -> LossTerm:
         """Return Σ w d(t, s) and Z (before the sum over ranks), one of each per chunk size if several."""
-        options = self.options
-        if prepared.subset is not None:
+        options, appends = self.options, prepared.request.subset is not None
+        if appends:
             _check_space(batch.student, options, student.head)
-        scores = score(student, prepared.rows, prepared.subset, options.workspace_bytes)
+        scores = context.scores or ask(student, prepared.request)
         totals = []
         for sized in prepared.sizes:
-            student_BC = _likelihood(sized.student, sized.valid_BC, scores, prepared.subset is not None)
+            student_BC = _likelihood(sized.student, sized.valid_BC, scores, appends)
             teacher_BC = sized.teacher_BC.to(student_BC.dtype)
             totals.append(alm(teacher_BC, student_BC, sized.weight_BC.to(student_BC.dtype), options))
         return LossTerm(totals[0] if len(totals) == 1 else torch.stack(totals), prepared.count)
+
+    def student_request(self, prepared: AlmPrepared) -> LogprobRequest:
+        """Return the request for tokens of valid chunks, and whitespace behind them with append_space."""
+        return prepared.request
+
+    def _subset(self, whose: Literal["student", "teacher"], batch: Batch) -> Subset:
+        """Return the ids whose mass is `a`, found once for a mask."""
+        side = getattr(batch.on_host, whose)
+        device, mask_V = batch.student.ids_BT.device, _mask(side, self.options)
+        if torch.compiler.is_compiling():
+            return _split(mask_V, device, self.options.mode)
+        known = self._subsets.get((whose, device))
+        if known is None or not torch.equal(known[0], mask_V):
+            self._subsets[whose, device] = known = mask_V, _split(mask_V, device, self.options.mode)
+        return known[1]
 
 
 def alm_loss(
@@ -196,24 +232,25 @@ def alm_loss(
     return Alm(options)(student, teacher, batch)
 
 
-def _subset(side: Side, options: AlmOptions, device: torch.device) -> Subset:
-    """Return the ids whose mass is `a`: those that begin with whitespace, or EOS alone."""
+def _mask(side: Side, options: AlmOptions) -> Tensor:
+    """Return bool [V], the ids whose mass is `a`: those that begin with whitespace, or EOS alone."""
     if "eos_as_space" in options.modes:
         if side.eos_id is None:
             raise ValueError("mode eos_as_space needs Side.eos_id: this tokenizer has no EOS token")
-        mask_V = torch.zeros(side.eos_id + 1, dtype=torch.bool, device=device)
-        mask_V[-1] = True
-    elif side.space_V is None:
+        return torch.arange(side.eos_id + 1) == side.eos_id
+    if side.space_V is None:
         raise ValueError(f"mode {options.mode} needs Side.space_V: build the batch with a space mask")
-    else:
-        mask_V = side.space_V.to(device)
+    return side.space_V
+
+
+def _split(mask_V: Tensor, device: torch.device, mode: str) -> Subset:
     try:
-        return split_vocabulary(mask_V)
+        return split_vocabulary(mask_V.to(device))
     except ValueError as error:
         if "holds no id" not in str(error):
             raise
         raise ValueError(
-            f"alm_mode {options.mode} asks for the mass of whitespace, and Side.space_V names no token: this "
+            f"alm_mode {mode} asks for the mass of whitespace, and Side.space_V names no token: this "
             "tokenizer has none that begins with it; widen space_mask_mode, or use eos_as_space or none"
         ) from error
 

@@ -83,7 +83,7 @@ def without_last(answer_BL: Tensor) -> Tensor:
 def by_position(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
     """Return the tokens that face each other: token i of answer k of a document, on both sides.
 
-    Waits for the device.
+    Waits for the device that the masks are on.
 
     Args:
         student_BT: bool, the student's answers.
@@ -130,7 +130,8 @@ def extended_groups(
     """Return the groups at whose ends both answers have read the same text, and one of what is behind them.
 
     What is behind the last common end, on both sides, is a group too, as published. With "bayesian" a group
-    is left out of which a token is the first of its document: no row predicts it. Waits for the device.
+    is left out of which a token is the first of its document: no row predicts it. Waits for the
+    device that all is on.
 
     Args:
         batch: with chunks of that kind, the smallest that are to be groups.

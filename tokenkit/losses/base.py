@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenkit.kernels.projected_divergence import Projection
+from tokenkit.losses.logprobs import LogprobRequest
 from tokenkit.losses.options import find
 from tokenkit.losses.score import check_states, scored_tokens
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, HiddenStates, LossTerm, StateKind, Widths
@@ -113,6 +114,17 @@ class Loss(Generic[O]):
     ) -> LossTerm:
         """Return the sum over what was counted, differentiable in the student."""
         raise NotImplementedError
+
+    def teacher_request(self, batch: Batch) -> LogprobRequest | None:
+        """Return what `prepare` must know of the teacher's head: it finds the answer in its context.
+
+        A step asks the head once for all losses; without an answer there the loss asks by itself.
+        """
+        return None
+
+    def student_request(self, prepared: Any) -> LogprobRequest | None:
+        """Return what `loss` must know of the student's head, likewise."""
+        return None
 
     def to(self, device: torch.device) -> Loss[O]:
         """Return the same loss with its tensors on `device`."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenkit.kernels.linear_logprob import IGNORE
+from tokenkit.kernels.launch import upload
 from tokenkit.losses.base import Loss
+from tokenkit.losses.logprobs import LogprobRequest, ask
 from tokenkit.losses.options import WORKSPACE_BYTES, ClmOptions
-from tokenkit.losses.score import Rows, score, select_rows
 from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 
@@ -24,7 +24,7 @@ class ClmPrepared:
 
     count: Tensor
     """int64 scalar: scored tokens."""
-    rows: Rows
+    request: LogprobRequest
 
 
 class Clm(Loss[ClmOptions]):
@@ -36,14 +36,18 @@ class Clm(Loss[ClmOptions]):
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT
     ) -> ClmPrepared:
         """Find the scored student tokens; the teacher is not used."""
-        rows = select_rows(batch.student)
-        return ClmPrepared((rows.target_N != IGNORE).sum(), rows)
+        request = LogprobRequest.of_scored(batch.on_host.student, self.options.workspace_bytes)
+        return ClmPrepared(upload(request.token_BT.sum(), batch.student.ids_BT.device), request)
+
+    def student_request(self, prepared: ClmPrepared) -> LogprobRequest:
+        """Return the request for all scored tokens."""
+        return prepared.request
 
     def loss(
         self, student: HiddenStates, prepared: ClmPrepared, batch: Batch, context: Context = NO_CONTEXT
     ) -> LossTerm:
         """Return the summed cross entropy, nats, and the number of tokens."""
-        scores = score(student, prepared.rows, workspace_bytes=self.options.workspace_bytes)
+        scores = context.scores or ask(student, prepared.request)
         return LossTerm(-scores.logp_BT.sum(), prepared.count)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.hybrid_distance import FLOOR, Measure, Pairs, hybrid_distance, split_columns
+from tokenkit.kernels.launch import upload
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.losses.answers import (
     Groups,
@@ -41,18 +42,9 @@ from tokenkit.losses.answers import (
     without_last,
 )
 from tokenkit.losses.base import Loss, Pair, without_gradient
+from tokenkit.losses.logprobs import LogprobRequest, ask
 from tokenkit.losses.options import WORKSPACE_BYTES, GoldOptions, Strategy
-from tokenkit.losses.score import (
-    Rows,
-    check_pairs,
-    in_dtype,
-    need_head,
-    need_teacher,
-    score,
-    scored_tokens,
-    select_rows,
-    take,
-)
+from tokenkit.losses.score import check_pairs, in_dtype, need_head, need_teacher, scored_tokens, take
 from tokenkit.structs import NO_CONTEXT, Batch, ChunkKind, Context, Head, HiddenStates, LossTerm, Side
 
 
@@ -69,7 +61,7 @@ class GoldPrepared:
     teacher_log_scale_N: Tensor
     """log d."""
     pairs: Pairs | None
-    tokens: Rows | None
+    tokens: LogprobRequest | None
     """Of the cross entropy."""
 
 
@@ -135,20 +127,21 @@ class Gold(Loss[GoldOptions]):
         options = self.options
         teacher = need_teacher(teacher, "baseline_gold")
         need_whole("baseline_gold", context.student_head, teacher.head)
-        student_BT, teacher_BS = answer_tokens(batch, options.chunks)
-        has_answer_B = scored_tokens(batch.student).any(1) | scored_tokens(batch.teacher).any(1)
+        on_host, device = batch.on_host, batch.student.ids_BT.device
+        student_BT, teacher_BS = answer_tokens(on_host, options.chunks)
+        has_answer_B = scored_tokens(on_host.student).any(1) | scored_tokens(on_host.teacher).any(1)
         if options.uld_skip_student_eos:
             student_BT = without_last(student_BT)
         if options.uld_skip_teacher_eos:
             teacher_BS = without_last(teacher_BS)
         strategy = options.uld_token_merge_strategy
         if options.use_extended_uld:
-            groups = extended_groups(batch, options.chunks, student_BT, teacher_BS, strategy)
+            groups = extended_groups(on_host, options.chunks, student_BT, teacher_BS, strategy)
         else:
             groups = positional_groups(student_BT, teacher_BS, strategy)
-        weight_N = (
-            groups.document_N.bincount(minlength=len(student_BT)).double().reciprocal()[groups.document_N]
-        )
+        groups_B = groups.document_N.bincount(minlength=len(student_BT))
+        weight_N = upload(groups_B.double().reciprocal()[groups.document_N], device)
+        groups = upload(groups, device)
         teacher_NE = take(teacher.hidden_BTD, batch.teacher, groups.rows.teacher_N)
         temperature, workspace_bytes = options.uld_teacher_temperature, options.workspace_bytes
         log_scale_N = log_scales(
@@ -161,9 +154,13 @@ class Gold(Loss[GoldOptions]):
             pairs = self._columns(context.student_head, teacher.head)
         count, tokens = has_answer_B.sum(), None
         if options.uld_crossentropy_weight:
-            tokens = select_rows(batch.student, scored_tokens(batch.student))
-            count = torch.stack([count, torch.full_like(count, len(tokens.row_N))])
-        return GoldPrepared(count, groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
+            tokens = LogprobRequest.of_scored(on_host.student, workspace_bytes)
+            count = torch.stack([count, tokens.token_BT.sum()])
+        return GoldPrepared(upload(count, device), groups, weight_N, teacher_NE, log_scale_N, pairs, tokens)
+
+    def student_request(self, prepared: GoldPrepared) -> LogprobRequest | None:
+        """Return the request of the cross entropy; the tokens that multiply a group are asked apart."""
+        return prepared.tokens
 
     def _columns(self, student_head: Head, teacher_head: Head) -> Pairs:
         heads = student_head, teacher_head
@@ -211,7 +208,7 @@ class Gold(Loss[GoldOptions]):
         )
         total = options.uld_distillation_weight * compared
         if prepared.tokens is not None:
-            said = score(student, prepared.tokens, workspace_bytes=options.workspace_bytes)
+            said = context.scores or ask(student, prepared.tokens)
             entropy = -options.uld_crossentropy_weight * said.logp_BT.sum()
             total = 2 * torch.stack([total, entropy.to(total.dtype)])
         return LossTerm(total, prepared.count)

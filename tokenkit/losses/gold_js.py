@@ -127,7 +127,7 @@ class GoldJs(Loss[GoldJsOptions]):
             )
             assert said.subset_logp_N is not None
             unmatched_N = said.subset_logp_N.exp()
-        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        count = torch.full((), len(rows.student_N), device=rows.student_N.device)
         outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=True)
         return GoldJsPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
 

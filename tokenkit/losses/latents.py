@@ -179,7 +179,7 @@ class Latents(Measured[LatentsOptions]):
         latents = [take(x, batch.teacher, rows.teacher_N) for x in _latents(teacher, options, "teacher")]
         for teacher_NE in latents:
             check_hidden("the teacher's latents at the ends of chunks", teacher_NE)
-        sizes = [torch.tensor([len(rows.student_N)], dtype=torch.float64, device=rows.student_N.device)]
+        sizes = [torch.full((1,), len(rows.student_N), dtype=torch.float64, device=rows.student_N.device)]
         for teacher_NE in latents:
             size_NE = (
                 teacher_NE.to(torch.promote_types(teacher_NE.dtype, torch.float32)).abs().pow(_power(options))

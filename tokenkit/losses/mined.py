@@ -28,19 +28,18 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.kinds import Divergence
-from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.kernels.launch import upload
 from tokenkit.losses.base import Loss, Pair, without_gradient
+from tokenkit.losses.logprobs import LogprobRequest, ask
 from tokenkit.losses.options import WORKSPACE_BYTES, MinedOptions
 from tokenkit.losses.score import (
     RowPairs,
-    Rows,
     aligned_chunks,
     chunk_starts,
     in_dtype,
     need_head,
     need_teacher,
     scored_tokens,
-    select_rows,
     summed_divergence,
     take,
 )
@@ -55,7 +54,9 @@ class MinedPrepared:
     """int64 scalar: student tokens of both kinds."""
     pairs: RowPairs
     teacher_NE: Tensor
-    others: Rows
+    others: LogprobRequest
+    other_N: Tensor
+    """int64 places of its tokens in [B·T]."""
 
 
 def _from_one_hot(logp_N: Tensor, kind: str, skew: float) -> Tensor:
@@ -104,14 +105,30 @@ class Mined(Loss[MinedOptions]):
         """Find the tokens of both kinds, and keep the teacher's states where they are needed."""
         options = self.options
         teacher = need_teacher(teacher, "baseline_mined")
-        pairs = chunk_starts(batch, options.chunks, one_to_one=True)
-        aligned = aligned_chunks(batch, options.chunks)
+        on_host, device = batch.on_host, batch.student.ids_BT.device
+        pairs = chunk_starts(on_host, options.chunks, one_to_one=True)
+        aligned = aligned_chunks(on_host, options.chunks)
         is_aligned_BT = torch.nn.functional.pad(aligned.valid_BC, (0, 1)).gather(1, aligned.student.slot_BL)
-        other_BT = scored_tokens(batch.student) & is_aligned_BT
+        other_BT = scored_tokens(on_host.student) & is_aligned_BT
         other_BT.view(-1)[pairs.student_N + 1] = False
-        others = select_rows(batch.student, other_BT)
-        count = torch.tensor(len(pairs.student_N) + len(others.row_N), device=other_BT.device)
-        return MinedPrepared(count, pairs, take(teacher.hidden_BTD, batch.teacher, pairs.teacher_N), others)
+        other_N = other_BT.flatten().nonzero()[:, 0]
+        pairs, other_N = upload(pairs, device), upload(other_N, device)
+        return MinedPrepared(
+            torch.full((), len(pairs.student_N) + len(other_N), device=device),
+            pairs,
+            take(teacher.hidden_BTD, batch.teacher, pairs.teacher_N),
+            LogprobRequest(
+                on_host.student,
+                other_BT,
+                temperature=options.temperature,
+                workspace_bytes=options.workspace_bytes,
+            ),
+            other_N,
+        )
+
+    def student_request(self, prepared: MinedPrepared) -> LogprobRequest:
+        """Return the request for the tokens that no token of the teacher's faces."""
+        return prepared.others
 
     def loss(
         self, student: HiddenStates, prepared: MinedPrepared, batch: Batch, context: Context = NO_CONTEXT
@@ -133,15 +150,9 @@ class Mined(Loss[MinedOptions]):
             teacher_temperature=options.teacher_temperature,
             workspace_bytes=options.workspace_bytes,
         )
-        other_ND = take(student.hidden_BTD, batch.student, prepared.others.row_N)
-        scores = linear_logprob(
-            other_ND,
-            head,
-            prepared.others.target_N,
-            temperature=options.temperature,
-            workspace_bytes=options.workspace_bytes,
-        )
-        others_N = _from_one_hot(scores.logp_N, options.divergence, options.skew)
+        scores = context.scores or ask(student, prepared.others)
+        logp_N = scores.logp_BT.flatten().index_select(0, prepared.other_N)
+        others_N = _from_one_hot(logp_N, options.divergence, options.skew)
         return LossTerm(divergence + others_N.sum(), prepared.count)
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from tokenkit.kernels import deferred
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
+from tokenkit.kernels.launch import upload
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, Subset, linear_logprob
 from tokenkit.losses.shared_options import WORKSPACE_BYTES
-from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Side
+from tokenkit.structs import Batch, ChunkKind, Chunks, Context, Head, HiddenStates, Scores, Side
 
 
 class Rows(NamedTuple):
@@ -36,15 +37,6 @@ class Rows(NamedTuple):
     """int64 id of the next token, or IGNORE where only the mass is needed."""
     shape: tuple[int, int]
     """B, T."""
-
-
-class Scores(NamedTuple):
-    """What the head says, back in its place; 0 where it was not asked."""
-
-    logp_BT: Tensor
-    """log p of each token that was named."""
-    mass_BT: Tensor | None
-    """log P(the next token is in the subset) at each position."""
 
 
 def scored_tokens(side: Side) -> Tensor:
@@ -92,7 +84,7 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
 def select_rows(side: Side, token_BT: Tensor | None = None, mass_BT: Tensor | None = None) -> Rows:
     """Return the rows that predict the named tokens, and those at the named positions.
 
-    Waits for the device once: the number of rows is the size of every GEMM that follows.
+    Waits for the device that the tokens are on: the number of rows is the size of every GEMM that follows.
 
     Args:
         side: the tokens.
@@ -113,11 +105,12 @@ def score(
     rows: Rows,
     subset: Tensor | Subset | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    temperature: float = 1.0,
 ) -> Scores:
     """Run the head on the rows. Differentiable in the hidden states and the head.
 
     Under autocast the hidden states are of 16 bits and the head's parameters of 32: the head is cast, as
-    autocast would. `workspace_bytes` is `linear_logprob`'s.
+    autocast would. `workspace_bytes` and `temperature` are `linear_logprob`'s.
 
     Raises:
         ValueError: if the hidden states are not those of the batch.
@@ -135,7 +128,14 @@ def score(
             f"{tuple(states.hidden_BTD.shape)}; are these logits?"
         )
     hidden_ND = states.hidden_BTD.flatten(0, 1).index_select(0, rows.row_N)
-    result = linear_logprob(hidden_ND, head, rows.target_N, subset_V=subset, workspace_bytes=workspace_bytes)
+    result = linear_logprob(
+        hidden_ND,
+        head,
+        rows.target_N,
+        subset_V=subset,
+        temperature=temperature,
+        workspace_bytes=workspace_bytes,
+    )
 
     place = result.logp_N.new_zeros(B * T + 1)
     # token row + 1; a row that serves its mass alone writes 0 to a token that nobody named
@@ -190,14 +190,14 @@ def aligned_chunks(batch: Batch, kind: ChunkKind) -> Layout:
 def chunk_ends(batch: Batch, kind: ChunkKind) -> RowPairs:
     """Return the last tokens of aligned chunks whose last tokens the loss mask keeps, one row per chunk.
 
-    A leading BOS is a chunk like any other. Waits for the device once: the number of rows is the size of
-    every GEMM that follows.
+    A leading BOS is a chunk like any other.
     """
+    device, batch = batch.student.ids_BT.device, batch.on_host
     layout = aligned_chunks(batch, kind)
     kept_BC = layout.valid_BC
     for spans, side in ((layout.student, batch.student), (layout.teacher, batch.teacher)):
         kept_BC = kept_BC & side.trained_BT.gather(1, spans.last_BC.where(layout.valid_BC, 0))
-    return _pairs(layout, kept_BC, layout.student.last_BC, layout.teacher.last_BC)
+    return upload(_pairs(layout, kept_BC, layout.student.last_BC, layout.teacher.last_BC), device)
 
 
 def chunk_starts(batch: Batch, kind: ChunkKind, *, one_to_one: bool = False) -> RowPairs:
@@ -208,12 +208,13 @@ def chunk_starts(batch: Batch, kind: ChunkKind, *, one_to_one: bool = False) -> 
         kind: which of its chunks.
         one_to_one: leave out chunks with more than one token on either side.
     """
+    device, batch = batch.student.ids_BT.device, batch.on_host
     layout = valid_chunks(batch, kind)
     kept_BC = layout.valid_BC
     if one_to_one:
         kept_BC = kept_BC & (layout.teacher_tokens_BC == 1) & (_tokens(layout.student) == 1)
     first_BC, first_teacher_BC = _first(layout.student), _first(layout.teacher)
-    return _pairs(layout, kept_BC, first_BC - 1, first_teacher_BC - 1)
+    return upload(_pairs(layout, kept_BC, first_BC - 1, first_teacher_BC - 1), device)
 
 
 def _pairs(layout: Layout, kept_BC: Tensor, student_BC: Tensor, teacher_BC: Tensor) -> RowPairs:

@@ -96,7 +96,7 @@ class SidePath(Loss[SidePathOptions]):
         options = self.options
         teacher = need_teacher(teacher, "alm_side_path")
         rows = chunk_ends(batch, options.chunks)
-        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        count = torch.full((), len(rows.student_N), device=rows.student_N.device)
         is_whole = not options.distance_fn.endswith("_subset")
         outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=is_whole)
         return SidePathPrepared(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.hybrid_distance import Measure, hybrid_distance
+from tokenkit.kernels.launch import upload
 from tokenkit.kernels.sorted_distance import sorted_distance
 from tokenkit.losses.answers import Groups, answer_tokens, by_position, extended_groups
 from tokenkit.losses.base import Loss, without_gradient
@@ -70,11 +71,12 @@ class Uld(Loss[UldOptions]):
         """Find the positions that both answers have, and keep the teacher's states there."""
         options = self.options
         teacher = need_teacher(teacher, "baseline_uld")
-        answers = answer_tokens(batch, options.chunks)
+        device = batch.student.ids_BT.device
+        answers = answer_tokens(batch.on_host, options.chunks)
         groups = log_scale_N = None
         if options.extended:
             need_whole("baseline_uld with extended", context.student_head, teacher.head)
-            groups = extended_groups(batch, options.chunks, *answers, "bayesian")
+            groups = upload(extended_groups(batch.on_host, options.chunks, *answers, "bayesian"), device)
             rows = groups.rows
             log_scale_N = log_scales(
                 teacher,
@@ -85,8 +87,8 @@ class Uld(Loss[UldOptions]):
                 options.workspace_bytes,
             )
         else:
-            rows = _predicting(*answers)
-        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+            rows = upload(_predicting(*answers), device)
+        count = torch.full((), len(rows.student_N), device=rows.student_N.device)
         teacher_NE = take(teacher.hidden_BTD, batch.teacher, rows.teacher_N)
         return UldPrepared(count, rows, teacher_NE, groups, log_scale_N)
 

@@ -66,7 +66,7 @@ class XToken(Loss[XTokenOptions]):
         """Find the starts of chunks, and keep the teacher's states there."""
         teacher = need_teacher(teacher, "baseline_xtoken")
         rows = chunk_starts(batch, self.options.chunks)
-        count = torch.tensor(len(rows.student_N), device=rows.student_N.device)
+        count = torch.full((), len(rows.student_N), device=rows.student_N.device)
         return XTokenPrepared(count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N))
 
     def loss(

@@ -9,7 +9,7 @@ Where a loss divides by a scale of the whole step, a call between the two counts
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
+from tokenkit.losses.logprobs import answer
 from tokenkit.losses.score import in_dtype, token_nats
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, Vocabulary
 from tokenkit.models.lora import as_teacher
@@ -31,6 +32,7 @@ from tokenkit.structs import (
     Head,
     HiddenStates,
     LossTerm,
+    Scores,
     Side,
     StateKind,
 )
@@ -143,10 +145,13 @@ class Distillation(nn.Module):
         states = self._teacher_states(batch, self.collect) if needed else None
         at_once = [loss for loss in self.losses.values() if not isinstance(loss, Measured)]
         context = self._teacher_context(batch, states, at_once)
+        asked = {name: loss.teacher_request(batch) for name, loss in self.losses.items()}
+        said = {} if states is None else answer(states, asked)
         prepared = {}
         for name, loss in self.losses.items():
             first = loss.measure if isinstance(loss, Measured) else loss.prepare
-            prepared[name] = first(states, batch, self._with_parts(context, name))
+            around = replace(self._with_parts(context, name), scores=said.get(name))
+            prepared[name] = first(states, batch, around)
         return prepared | {TEACHER: None if states is None else states.spoiled}
 
     @torch.no_grad()
@@ -186,12 +191,21 @@ class Distillation(nn.Module):
         if not is_prefix and self.teacher is not None:
             # read here: what the teacher's half read is freed under FSDP2
             context = Context(teacher_head=self._head(self.teacher.head(), states))
+        asked = {name: loss.student_request(prepared[name]) for name, loss in losses.items()}
+        said: dict[str, Scores] | None = None
+        with suppress(
+            NotFiniteError
+        ):  # the other ranks take part in the backward, and hear of it behind that
+            said = answer(states, asked)
         terms = {}
         for name, loss in losses.items():
             ready, around = prepared[name], self._with_parts(context, name)
             try:
+                if said is None and asked[name] is not None:
+                    raise NotFiniteError
+                around = replace(around, scores=(said or {}).get(name))
                 term = loss.loss(states, ready, batch, around)
-            except NotFiniteError:  # the other ranks take part in the backward, and hear of it behind that
+            except NotFiniteError:
                 term = _nan_term(states.hidden_BTD, ready.count)
             terms[name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
         inside = {name for name, loss in losses.items() if loss.states}
