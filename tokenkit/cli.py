@@ -29,6 +29,10 @@ DOORS = {
         "tokenkit.commands.estimate:main",
         "say what memory, communication and time a training will take",
     ),
+    "doctor": (
+        "tokenkit.commands.doctor:main",
+        "list all that would stop or spoil a training, and what to change",
+    ),
     "align": ("tokenkit.commands.align:main", "show where two tokenizers cut the same text alike"),
     "pair-stats": (
         "tokenkit.commands.pair_stats:main",

@@ -166,4 +166,4 @@ def test_other_shells_have_a_script_too(capsys):
         assert main(["completion", shell]) == 0
         assert text in capsys.readouterr().out
     assert main(["completion", "csh"]) == ExitCode.CONFIG
-    assert set(CONFIGURED) | {"sweep", "estimate", "configs", "completion"} == set(DOORS)
+    assert set(CONFIGURED) | {"sweep", "estimate", "doctor", "configs", "completion"} == set(DOORS)

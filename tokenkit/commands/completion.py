@@ -51,10 +51,12 @@ WORDS = {
     "completion": ("bash", "zsh", "fish"),
     "sweep": (),
     "estimate": (),
+    "doctor": (),
 }
 OWN = {
     "sweep": ("--jobs", "--launch", "--slurm", "--slurm-options", "--metrics", "--list", "--table"),
     "estimate": ("--gpus", "--gpu", "--mfu", "--output"),
+    "doctor": ("--documents", "--no-weights", "--json"),
 }
 """Of commands that take the fields of training, what they take beside."""
 

@@ -1,6 +1,6 @@
 """`tokenkit estimate`: memory, communication and time of a training, before it is started.
 
-tokenkit estimate CONFIG --gpus 8 --gpu H100
+tokenkit estimate --config FILE --gpus 8 --gpu H100
 tokenkit estimate --student PATH --target byte:target=Qwen2 --data FILE --losses alm_unconstrained
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenkit.cli import run
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
+from tokenkit.config.command_line import take_own
 from tokenkit.errors import ConfigError, at_least, names_a_new_file, nearest
 
 USAGE = """usage: tokenkit estimate [--gpus N,N] [--gpu KIND] [--mfu SHARE] [--output FILE] [OPTIONS]
@@ -94,22 +95,7 @@ def take_options(arguments: Sequence[str]) -> tuple[EstimateOptions, list[str]]:
         ConfigError: an option without its value, or a value that is none.
     """
     readers: dict[str, Any] = {"gpus": _counts, "gpu": str, "mfu": float, "output": str}
-    values: dict[str, Any] = {}
-    rest, left = [], list(arguments)
-    while left:
-        word = left.pop(0)
-        flag, equals, value = word.partition("=")
-        name = flag[2:] if flag.startswith("--") else ""
-        if name not in readers:
-            rest.append(word)
-            continue
-        if not equals and not left:
-            raise ConfigError(f"{flag} needs a value; tokenkit estimate --help lists the options")
-        value = value if equals else left.pop(0)
-        try:
-            values[name] = readers[name](value)
-        except ValueError as error:
-            raise ConfigError(f"{flag}: {value!r} is no number") from error
+    values, rest = take_own(arguments, readers, "tokenkit estimate")
     return EstimateOptions(**values), rest
 
 

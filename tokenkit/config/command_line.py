@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from functools import cache, reduce
 from typing import Annotated, Any, TypeVar
@@ -36,10 +36,12 @@ def parse_command_line(
     *,
     program: str,
     aliases: Mapping[str, str] | None = None,
+    finds_paths: bool = True,
 ) -> T:
     """Read `--config FILE [FILE ...]`, flags and `name=value` into a configuration; files give way.
 
-    `--help` and `--print-config` print and end the process with 0.
+    `--help` and `--print-config` print and end the process with 0. `finds_paths`: each path must lead
+    somewhere.
 
     Raises:
         ConfigError: one line that says what is wrong.
@@ -58,8 +60,47 @@ def parse_command_line(
     if words.prints:
         print(to_yaml(config), end="")
         raise SystemExit(0)
-    check_paths(config)
+    if finds_paths:
+        check_paths(config)
     return config
+
+
+def take_own(
+    arguments: Sequence[str], readers: Mapping[str, Callable[[str], Any] | None], program: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Split the options of a command itself from those of the configuration that it takes beside.
+
+    Args:
+        arguments: the command line.
+        readers: by flag without dashes, what makes its value of a word; None: the flag stands alone.
+        program: for errors.
+
+    Returns:
+        Values by name, underscores in place of dashes, and the words that are left.
+
+    Raises:
+        ConfigError: an option without its value, or a value that is none.
+    """
+    values: dict[str, Any] = {}
+    rest, left = [], list(arguments)
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
+        if name not in readers:
+            rest.append(word)
+            continue
+        reader = readers[name]
+        if reader is None and equals:
+            raise ConfigError(f"{flag} takes no value: got {value!r}")
+        if reader is not None and not equals and not left:
+            raise ConfigError(f"{flag} needs a value; {program} --help lists the options")
+        try:
+            value = value if equals or reader is None else left.pop(0)
+            values[name.replace("-", "_")] = True if reader is None else reader(value)
+        except ValueError as error:
+            raise ConfigError(f"{flag}: {value!r} is no number") from error
+    return values, rest
 
 
 def output_aliases(schema: type) -> dict[str, str]:

@@ -27,16 +27,29 @@ def check_paths(config: Any) -> None:
         FileNotFoundError: with the option's name, and what to do.
     """
     for name, value in flatten(config).items():
-        if not isinstance(value, str):
-            continue
-        if name.rpartition(".")[2] in MODELS:
-            check_model_folder(name, value)
-        elif name in FILES and not Path(value).expanduser().exists():
-            raise FileNotFoundError(f"{name}: {value} does not exist: {FILES[name]}")
-        elif name in TEXTS and _is_path(value) and not Path(value).expanduser().exists():
-            raise FileNotFoundError(
-                f"{name}: {value} does not exist: name a file, a folder or a hub data set"
-            )
+        _check_path(name, value)
+
+
+def lost_paths(config: Any) -> list[str]:
+    """Return what `check_paths` says of each path that leads nowhere, not of the first alone."""
+    said = []
+    for name, value in flatten(config).items():
+        try:
+            _check_path(name, value)
+        except FileNotFoundError as error:
+            said.append(str(error))
+    return said
+
+
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    if name.rpartition(".")[2] in MODELS:
+        check_model_folder(name, value)
+    elif name in FILES and not Path(value).expanduser().exists():
+        raise FileNotFoundError(f"{name}: {value} does not exist: {FILES[name]}")
+    elif name in TEXTS and _is_path(value) and not Path(value).expanduser().exists():
+        raise FileNotFoundError(f"{name}: {value} does not exist: name a file, a folder or a hub data set")
 
 
 def check_model_folder(name: str, value: str) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,17 @@ def stored_dtype(name_or_path: str, options: LoadOptions) -> torch.dtype:
         name_or_path, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def stops(name_or_path: str, config: Any, options: LoadOptions) -> list[int]:
+    """Return the ids at which a model stops to write: those of its generation_config.json, or of `config`."""
+    from transformers import GenerationConfig
+
+    said: Any = None
+    with suppress(OSError, ValueError):  # many models have no such file
+        said = GenerationConfig.from_pretrained(name_or_path, revision=options.revision).eos_token_id
+    said = getattr(config, "eos_token_id", None) if said is None else said
+    return sorted({*said} if isinstance(said, list) else {said} - {None})
 
 
 def has_own_code(model: Any) -> bool:

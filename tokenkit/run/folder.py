@@ -42,20 +42,39 @@ WRITTEN = frozenset(  # what runs write at the top of their folder; others are r
 
 
 def prepare_output(folder: Path, *, resume: bool) -> None:
-    """Make the folder of a run, or refuse one that holds something.
+    """Make the folder of a run and its parents, or refuse one that holds something; see `check_output`.
+
+    Raises:
+        PermissionError: nothing can be written there.
+    """
+    check_output(folder, resume=resume)
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    probe = folder / f"{LOCK_NAME}-probe-{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir {folder} cannot be written ({error.strerror}): choose another folder, "
+            "or make this one writable"
+        ) from error
+    probe.unlink()
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds something else than the run that goes on there; nothing is made.
 
     Args:
-        folder: `output_dir`; its parents are made too.
+        folder: `output_dir`.
         resume: go on with what is there; an empty folder then starts a new run.
 
     Raises:
-        FileExistsError: the folder is not empty and `resume` is off.
+        FileExistsError: the folder is not empty and `resume` is off, or holds a link.
         NotADirectoryError: the path is a file.
-        PermissionError: nothing can be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir must be a folder: {folder} is a file, choose another path")
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    if not folder.exists():
+        return
     _refuse_links(folder)
     content = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(LOCK_NAME))
     if content == [
@@ -67,15 +86,6 @@ def prepare_output(folder: Path, *, resume: bool) -> None:
             f"output_dir {folder} must be empty for a new run, and it holds {', '.join(content[:3])}: "
             "pass --resume to go on with that run, or choose another folder"
         )
-    probe = folder / f"{LOCK_NAME}-probe-{secrets.token_hex(4)}"
-    try:
-        probe.touch()
-    except OSError as error:
-        raise PermissionError(
-            f"output_dir {folder} cannot be written ({error.strerror}): choose another folder, "
-            "or make this one writable"
-        ) from error
-    probe.unlink()
 
 
 def _refuse_links(folder: Path) -> None:

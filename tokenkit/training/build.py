@@ -119,9 +119,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     heldout = heldout_batches(documents, collator, config.evaluation.eval_batch_size) if documents else []
 
-    needs_teacher = prefix_steps > 0 or any(loss.needs_teacher for loss in losses.values())
-    if config.teacher is not None and heldout:
-        needs_teacher = True  # bits per byte are measured of it
+    needs_teacher = reads_teacher(config, losses, measures=bool(heldout))
     student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
     if config.text.pack:
         share = config.schedule.batch_size // world.world_size
@@ -139,6 +137,13 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     fingerprints = tokenizers.fingerprints | _model_fingerprints(config, student, teacher)
     return Parts(run, student, tokenizers, batches, collator, heldout, fingerprints, transfer, was_tied)
+
+
+def reads_teacher(config: TrainConfig, losses: Mapping[str, Loss[Any]], *, measures: bool) -> bool:
+    """Whether anything reads a teacher; `measures`: bits per byte are, of a named one too."""
+    if config.training.prefix.prefix_steps > 0 or any(loss.needs_teacher for loss in losses.values()):
+        return True
+    return config.teacher is not None and measures
 
 
 def _model_fingerprints(
@@ -330,11 +335,25 @@ def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | V
         body = student if isinstance(teacher, Vocabulary) else teacher
         asked["max_length_teacher"] = (config.text.max_length_teacher, body)
     for name, (length, model) in asked.items():
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{name} is {length}, but the model has {limit} positions: set {name} to at most {limit}"
-            )
+        check_length(name, length, model.config)
+
+
+def check_length(name: str, length: int, model_config: Any) -> None:
+    """Refuse documents that a model has no positions for.
+
+    Args:
+        name: of the field that says how long they are.
+        length: what it says, tokens.
+        model_config: of transformers.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{name} is {length}, but the model has {limit} positions: set {name} to at most {limit}"
+        )
 
 
 def _place(model: Distillation, world: World, config: TrainConfig) -> None:

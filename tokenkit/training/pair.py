@@ -42,31 +42,39 @@ def load_tokenizers(config: TrainConfig, *, needs_teacher: bool = True) -> Token
 
     Without a teacher, the student's old one stands for its tokenizer.
     """
-    remote = config.run.trust_remote_code
-
-    def load(spec: str, **options: Any) -> Tokenizer:
-        parsed = parse_spec(spec)  # a mistake in it is one of the configuration, all others are of the files
-        with blaming_data():
-            return load_tokenizer(parsed, trust_remote_code=remote, **options)
-
-    def of(source: ModelSource) -> Tokenizer:
-        spec = source.tokenizer_name or source.pretrained_model_name_or_path
-        tokenizer = load(spec, revision=source.revision)
-        if source.new_model is None:
-            check_is_the_models_own(tokenizer, source)
-        return tokenizer
-
-    old = of(config.student)
-    name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
-    revision = None
-    if name is None and to_add:
-        name = config.student.tokenizer_name or config.student.pretrained_model_name_or_path
-        revision = config.student.revision
-    target = old if name is None else load(name, tokens_to_add=to_add, revision=revision)
-    teacher = old if config.teacher is None or not needs_teacher else of(config.teacher)
+    old = tokenizer_of(config.student, config)
+    target = target_of(config) or old
+    teacher = old if config.teacher is None or not needs_teacher else tokenizer_of(config.teacher, config)
     digests = {one: one.fingerprint() for one in {old, target, teacher}}
     named = {"old": digests[old], "target": digests[target], "teacher": digests[teacher]}
     return Tokenizers(old, target, teacher, named)
+
+
+def tokenizer_of(source: ModelSource, config: TrainConfig) -> Tokenizer:
+    """Load the tokenizer that a model has; see `check_is_the_models_own`."""
+    spec = source.tokenizer_name or source.pretrained_model_name_or_path
+    tokenizer = _load(spec, config, revision=source.revision)
+    if source.new_model is None:
+        check_is_the_models_own(tokenizer, source)
+    return tokenizer
+
+
+def target_of(config: TrainConfig) -> Tokenizer | None:
+    """Load the tokenizer that the student ends with; None: that which it has."""
+    name, to_add = config.target.target_tokenizer_name, config.target.tokens_to_add
+    if name is not None:
+        return _load(name, config, tokens_to_add=to_add)
+    if not to_add:
+        return None
+    student = config.student
+    spec = student.tokenizer_name or student.pretrained_model_name_or_path
+    return _load(spec, config, tokens_to_add=to_add, revision=student.revision)
+
+
+def _load(spec: str, config: TrainConfig, **options: Any) -> Tokenizer:
+    parsed = parse_spec(spec)  # a mistake in it is one of the configuration, all others are of the files
+    with blaming_data():
+        return load_tokenizer(parsed, trust_remote_code=config.run.trust_remote_code, **options)
 
 
 def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
