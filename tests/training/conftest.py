@@ -17,9 +17,8 @@ from tokenkit.pairing.mining import mine_mapping
 from tokenkit.tokenization.tokenizer import load_tokenizer
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("transfer")
+def write_workspace(folder: Path) -> Path:
+    """Write the model, the target's tokenizer and the data into an existing folder."""
     tiny_folder(folder / "model")
     sentencepiece_bpe(folder / "target")
     generator = random.Random(0)
@@ -31,34 +30,41 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def config_in(workspace: Path, output: Path, **changes: object) -> TrainConfig:
+    """Return the configuration of the transfer; `__` in a name stands for a dot."""
+    settings: dict[str, object] = {
+        "student.pretrained_model_name_or_path": workspace / "model",
+        "target_tokenizer_name": workspace / "target",
+        "data.dataset_name": workspace / "data.jsonl",
+        "data.heldout.fraction": 0.1,
+        "data.num_workers": 0,
+        "losses": ["clm", "alm_unconstrained"],
+        "max_length_new": 48,
+        "max_length_teacher": 64,
+        "batch_size": 4,
+        "steps": 4,
+        "save_interval": 2,
+        "eval_interval": 4,
+        "logging_interval": 1,
+        "model_lora_rank": 4,
+        "optimizer.learning_rate": 0.01,
+        "output_dir": output,
+    }
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return parse_command_line(TrainConfig, flags, program="test", aliases=ALIASES)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_workspace(tmp_path_factory.mktemp("transfer"))
+
+
 @pytest.fixture
 def make_config(workspace: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    def make(**changes: object) -> TrainConfig:
-        settings: dict[str, object] = {
-            "student.pretrained_model_name_or_path": workspace / "model",
-            "target_tokenizer_name": workspace / "target",
-            "data.dataset_name": workspace / "data.jsonl",
-            "data.heldout.fraction": 0.1,
-            "data.num_workers": 0,
-            "losses": ["clm", "alm_unconstrained"],
-            "max_length_new": 48,
-            "max_length_teacher": 64,
-            "batch_size": 4,
-            "steps": 4,
-            "save_interval": 2,
-            "eval_interval": 4,
-            "logging_interval": 1,
-            "model_lora_rank": 4,
-            "optimizer.learning_rate": 0.01,
-            "output_dir": tmp_path / "run",
-        }
-        settings |= {name.replace("__", "."): value for name, value in changes.items()}
-        flags = []
-        for name, value in settings.items():
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return parse_command_line(TrainConfig, flags, program="test", aliases=ALIASES)
-
-    return make
+    return partial(config_in, workspace, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
