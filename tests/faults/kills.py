@@ -1,8 +1,8 @@
 """`python -m tests.faults.kills`: SIGKILL a training at random moments; its curve must be the unbroken one's.
 
-The whole way of `tokenkit train`, on the tests' small transfer: forked gloo ranks (torch is imported once), one
-of them or all killed at a random moment of each life, loading and export included, and started again with
-`--resume`. A run that came to its end before all kills were spent is compared, and begins anew.
+The whole way of `tokenkit train`, on the tests' small transfer: forked gloo ranks (torch is imported once),
+one of them or all killed at a random moment of each life, loading and export included, and started again
+with `--resume`. A run that came to its end before all kills were spent is compared, and begins anew.
 """
 
 import argparse

@@ -1,0 +1,143 @@
+"""`python -m tokenkit.launch OUTPUT [--restarts N] -- COMMAND ...`: a run's own exit code, and new starts.
+
+torchrun ends with 1 whatever ended its workers. This door runs COMMAND (torchrun, `tokenkit train`), passes
+signals on to it, and exits with the code that OUTPUT/outcome.json names, so that a scheduler can tell a stop
+that goes on (75) from a configuration that never will (64). With `--restarts` it starts COMMAND again where
+that may help, and no more once three starts in a row have come no checkpoint further. On several nodes leave
+it at 0: all nodes must start again together, which is the scheduler's to do.
+
+It loads no torch, and needs nothing but the standard library beside tokenkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from tokenkit.errors import ExitCode
+from tokenkit.run.ending import read_outcome
+from tokenkit.run.folder import OUTCOME_NAME
+
+AGAIN = (ExitCode.FAULT, ExitCode.OTHER_RANK)
+"""Codes after which another start may help by itself: a crash, a rank that is gone; docs/distributed.md."""
+MOST_STANDSTILLS = 3  # starts in a row without a new checkpoint: it fails at the same step each time
+_PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+_WAIT_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, again where that may help; return the code of its last end."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, command = (
+        (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenkit.launch",
+        usage="%(prog)s OUTPUT [--restarts N] -- COMMAND ...",
+        description="Run a training, and exit with the code that OUTPUT/outcome.json names.",
+    )
+    parser.add_argument("output", type=Path, help="output_dir of the run")
+    parser.add_argument("--restarts", type=int, default=0, help="new starts after a crash (default: 0)")
+    options = parser.parse_args(own)
+    if not command:
+        return _refuse("write the command behind --: python -m tokenkit.launch OUTPUT -- torchrun ...")
+    if options.restarts < 0:
+        return _refuse(f"--restarts must be at least 0, got {options.restarts}")
+    if options.restarts and "--resume" not in command:
+        return _refuse(
+            "--restarts needs --resume in the command: a new start goes on from the last checkpoint"
+        )
+    return Launch(options.output, command).run(options.restarts)
+
+
+def _refuse(words: str) -> int:
+    print(f"tokenkit: {words}", file=sys.stderr)
+    return int(ExitCode.CONFIG)
+
+
+class Launch:
+    """One command, started once or several times.
+
+    Args:
+        output: `output_dir` of the run.
+        command: what is started.
+    """
+
+    def __init__(self, output: Path, command: Sequence[str]):
+        self.output, self.command = output, list(command)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_asked = False
+
+    def run(self, restarts: int) -> int:
+        """Start the command, and again up to `restarts` times; return the exit code of the last end."""
+        before = {name: signal.signal(name, self._pass_on) for name in _signals()}
+        try:
+            standstills = 0
+            for left in range(restarts, -1, -1):
+                reached = newest_step(self.output)
+                code = self._start()
+                standstills = 0 if newest_step(self.output) > reached else standstills + 1
+                if code not in AGAIN or not left or self._is_asked:
+                    return code
+                if standstills == MOST_STANDSTILLS:
+                    print(
+                        f"tokenkit: {standstills} starts in a row came no further than the checkpoint of "
+                        f"step {max(reached, 0)}: no progress; look at {self.output / OUTCOME_NAME}",
+                        file=sys.stderr,
+                    )
+                    return int(ExitCode.NUMERICS)
+                print(f"tokenkit: ended with {code}, starting again ({left} times left)", file=sys.stderr)
+                time.sleep(min(_WAIT_SECONDS, standstills))
+            return code
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _start(self) -> int:
+        """Run the command to its end; return the code that is the run's own."""
+        stamp = _stamp(self.output)
+        try:
+            self._child = subprocess.Popen(self.command)
+        except OSError as error:
+            return _refuse(f"{self.command[0]} could not be started: {error.strerror}")
+        code = self._child.wait()
+        if code == 0:
+            return 0
+        # of this start only: an earlier run's words say nothing of one that did not come so far
+        said = read_outcome(self.output) if _stamp(self.output) != stamp else {}
+        own = said.get("code")
+        return own if isinstance(own, int) and own else code if code > 0 else int(ExitCode.FAULT)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._is_asked = True
+        if self._child is not None:
+            self._child.send_signal(number)
+
+
+def newest_step(output: Path) -> int:
+    """Return the step of the newest checkpoint, -1 where there is none; what is in it is not read."""
+    steps = [path.name.removeprefix("step_") for path in (output / "checkpoints").glob("step_*")]
+    return max((int(step) for step in steps if step.isdigit()), default=-1)
+
+
+def _stamp(output: Path) -> tuple[int, int] | None:
+    try:
+        about = (output / OUTCOME_NAME).stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_ino
+
+
+def _signals() -> list[signal.Signals]:
+    found = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
