@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.commands.test_pretrain import PEER
 from tests.tiny import TEXT, byte_level_bpe, tiny_model
 from tokenkit.cli import main
 from tokenkit.config import TrainConfig, read_config
@@ -71,6 +72,32 @@ def test_activations_are_those_that_a_real_forward_keeps(root):
         configured(root, train_model_mode="full", losses=["clm"], gradient_checkpointing=True), 1
     )
     assert again.memory["activations"] < 0.6 * found.memory["activations"]
+
+
+def test_tables_of_experts_are_cut_and_never_gathered(root):
+    """64 experts of 32 columns in one layer; 2 rows of 32 tokens on each of 2 processes, 4 picks a token."""
+
+    def of(ranks, **peer):
+        model = {"model_type": "peer_mla", **PEER, "peer_config": {**PEER["peer_config"], **peer}}
+        own = {
+            "student.pretrained_model_name_or_path": "new",
+            "student.from_config": model,
+            "losses": ["clm"],
+        }
+        own |= {"student.tokenizer_name": str(root / "target"), "target_tokenizer_name": None}
+        return estimate(configured(root, train_model_mode="full", **own), ranks)
+
+    tables, tokens, picks = 2 * 64 * 32, 2 * 32, 4
+    one, two, gathered = of(1), of(2), of(2, sharding="gathered")
+    assert two.counted.tables == 4 * tables
+    assert one.counted.tables == gathered.counted.tables == 0
+    assert gathered.counted.layers - two.counted.layers == 4 * tables
+    assert two.memory["student"] == one.memory["student"] / 2
+    columns = 4 * tokens * 32 * 4 / 2
+    assert two.counted.exchanged == columns + tokens * picks * (8 + 4 * 4)
+    saved_travel = (2 * 4 * tables + 4 * tables) / 2
+    assert gathered.traffic - two.traffic == saved_travel - two.counted.exchanged
+    assert two.counted.activations - gathered.counted.activations == tokens * picks * 12
 
 
 def test_shares_of_several_processes(root):

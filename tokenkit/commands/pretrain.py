@@ -13,10 +13,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.pretrain import OWN, EvalSection, PretrainConfig, train_config
+from tokenkit.config.pretrain_train import processes
+
+RANKS = (1, 2, 4, 8, 16)
+"""Numbers of processes whose memory a dry run compares, beside those of this start."""
 
 ALIASES = {"output_dir": "train_config.output_dir", "max_steps": "train_config.max_steps"}
 
@@ -60,12 +65,14 @@ def pretrain(config: PretrainConfig) -> int:
 def dry_run(config: PretrainConfig) -> str:
     """Return in words how large the model is, and what its training takes; nothing is allocated."""
     from tokenkit.models.new import new_model_on_meta
-    from tokenkit.training.counting import held, said
+    from tokenkit.training.shares import share, table
 
     train, data = config.train_config, config.dataset_config
     known = bool(train.length.max_steps or train.length.steps_per_epoch)
     made = train_config(dataclasses.replace(config, eval_config=EvalSection()), None if known else 1)
     model = new_model_on_meta({"model_type": OWN, **config.model_config}).float()  # as it is trained
+    how: dict[str, Any] = {"itemsize": 4 if made.training.dtype == "float32" else 2}
+    how["adds_up"] = train.portions.gradient_accumulation_steps > 1
     steps = made.schedule.steps
     tokens = train.portions.rows * data.max_seq_length
     length = f"{steps:,} steps, {steps * tokens:,} tokens" if known else "as many steps as the data has"
@@ -73,7 +80,7 @@ def dry_run(config: PretrainConfig) -> str:
         f"{config.kind}: {sum(p.numel() for p in model.parameters()):,} parameters",
         f"a step: {train.portions.rows} rows of {data.max_seq_length:,} tokens, {tokens:,} tokens; {length}; "
         f"{made.schedule.warmup_steps:,} of them warm up",
-        said(held(model, getattr(model.config, "peer_config", None))),
+        table({ranks: share(model, ranks, **how) for ranks in sorted({*RANKS, processes()})}),
         f"dry run: nothing was loaded, and nothing written to {Path(made.run.output_dir)}",
     ]
     if config.eval_config.evals:

@@ -38,7 +38,7 @@ def cut_tables(root: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
         if isinstance(peer, dict):
             sharding |= {m: peer.get("sharding", "auto") for m in model.modules() if hasattr(m, "spread")}
     for tables, how in sharding.items():
-        if _is_cut(how, tables.down.shape[2], mesh.size()):
+        if is_cut(how, tables.down.shape[2], mesh.size()):
             for name in ("down", "up"):
                 found.append(_cut(tables.get_parameter(name), mesh))
                 setattr(tables, name, found[-1])
@@ -46,7 +46,8 @@ def cut_tables(root: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     return found
 
 
-def _is_cut(how: str, width: int, ranks: int) -> bool:
+def is_cut(how: str, width: int, ranks: int) -> bool:
+    """Return whether tables of so many columns are cut over ranks; see `cut_tables`."""
     if how == "columns" and width % ranks:
         raise ConfigError(
             f"peer_config.sharding columns cuts the {width} columns of the experts' tables over {ranks} "

@@ -30,6 +30,7 @@ from tokenkit.models.reading import blank_model
 from tokenkit.optim import ROWWISE, is_table
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.build import set_trainable
+from tokenkit.training.expert_costs import cut_tables_of
 
 HEAD_PASSES = 4
 """Products of all hidden states with a head that a loss makes for a step: one forward, three backward."""
@@ -79,16 +80,6 @@ def _moments(name: str, parameter: Tensor, how: str | None) -> int:
     return (size if how == "rowwise_adam" else 0) + 4 * len(parameter)
 
 
-def said(found: Held) -> str:
-    """Return it in words, GB of 10^9 bytes."""
-    parts = {name: getattr(found, name) for name in ("weights", "gradients", "optimizer")}
-    parts["together"] = found.total
-    sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
-    return f"memory of one process, without activations: {sizes}; of the weights, tables of experts: " + (
-        f"{found.tables / 1e9:,.1f} GB"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Counted:
     """A training as its configuration says, of one rank that shares nothing. Bytes, unless said otherwise."""
@@ -98,6 +89,8 @@ class Counted:
     trained: int
     """Numbers that are trained."""
     gradients: int
+    tables: int
+    """Of `gradients`, those of tables of experts that are cut over ranks, which are never whole."""
     optimizer: int
     teacher: int
     """0: the student's body serves, or nothing reads one."""
@@ -123,6 +116,8 @@ class Counted:
     """Of one micro-batch, at most."""
     micro_batches: int
     """Of one rank, a step."""
+    exchanged: float
+    """What one rank receives for its experts in a micro-batch, where their tables are cut."""
 
 
 def count(config: TrainConfig, ranks: int) -> Counted:
@@ -144,10 +139,10 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         width = student.embedding.weight.shape[1]
         shape = documents, config.text.max_length_new
         tokens, teacher_tokens = documents * shape[1], documents * config.text.max_length_teacher
-        layers = [_size(layer.parameters(), dtype) for layer in student.layers]
-        every = list(student.parameters())
-        kept_whole = held(student, getattr(student.config, "peer_config", None))
-        outside = _size(every, dtype) - sum(layers)
+        peer = getattr(student.config, "peer_config", None)
+        kept_whole, cut = held(student, peer), cut_tables_of(student, peer, ranks, tokens, dtype.itemsize)
+        layers = [_size(_gathered(layer, is_cut=cut.numbers > 0), dtype) for layer in student.layers]
+        outside = _size(_gathered(student, is_cut=cut.numbers > 0), dtype) - sum(layers)
         theirs = list(teacher.parameters()) if teacher is not None else []
         their_layers = _size((p for m in teacher.layers for p in m.parameters()), dtype) if teacher else 0
         shares_body = config.teacher is None and not _is_full(config) and config.objective.needs_teacher
@@ -163,6 +158,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
             weights=kept_whole.weights,
             trained=kept_whole.gradients // 4,
             gradients=kept_whole.gradients,
+            tables=4 * cut.numbers,
             optimizer=kept_whole.optimizer,
             teacher=_size(theirs),
             teacher_vocabulary=old_vocabulary if shares_body else 0,
@@ -173,7 +169,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
             + _size(theirs, dtype)
             - their_layers
             + (old_vocabulary if shares_body else 0),
-            activations=kept,
+            activations=kept + cut.kept,
             recomputed=recomputed,
             losses=losses,
             embedding_gradient=4 * head if trains_head else 0,
@@ -181,7 +177,15 @@ def count(config: TrainConfig, ranks: int) -> Counted:
             head_flops=heads,
             student_tokens=tokens,
             micro_batches=schedule.gradient_accumulation_steps,
+            exchanged=cut.received,
         )
+
+
+def _gathered(module: nn.Module, *, is_cut: bool) -> Iterator[nn.Parameter]:
+    """Yield the parameters that FSDP2 gathers: all but tables that are cut by columns."""
+    for name, parameter in module.named_parameters(prefix="module"):
+        if not (is_cut and is_table(name)):
+            yield parameter
 
 
 def _is_full(config: TrainConfig) -> bool:

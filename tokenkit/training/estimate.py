@@ -3,6 +3,7 @@
     memory = weights + gradients + optimizer / ranks, + what is gathered + activations + what the losses hold
     bytes  = 2 gathers of a student layer, 1 of a teacher layer, 2 of the vocabularies, a micro-batch;
              1 reduction of the gradients a step; each times (ranks - 1) / ranks
+             tables of experts that are cut by columns stay where they are: tokens travel (`expert_costs.py`)
 
 Time is calculated for a share of the GPU's peak, which is assumed; nothing here was measured on a GPU.
 """
@@ -59,7 +60,8 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
         "student": counted.weights * share,
         "teacher": (counted.teacher + counted.teacher_vocabulary) * share,
         "optimizer": counted.optimizer * share,
-        "gradients": counted.gradients * (share if counted.micro_batches == 1 else 1),
+        "gradients": counted.tables * share
+        + (counted.gradients - counted.tables) * (share if counted.micro_batches == 1 else 1),
         "gathered": (2 * counted.layer + counted.vocabularies) if ranks > 1 else 0,
         "activations": counted.activations + counted.recomputed,
         "losses": counted.losses,
@@ -71,7 +73,8 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
     peak = kept + max(begin, parts["gradients"] + counted.embedding_gradient)
     of_others = (ranks - 1) / ranks
     gathers = 2 * counted.layers + counted.teacher_layers + 2 * counted.vocabularies
-    traffic = of_others * (counted.micro_batches * gathers + counted.gradients)
+    traffic = of_others * (counted.micro_batches * gathers + counted.gradients - counted.tables)
+    traffic += counted.micro_batches * counted.exchanged
     seconds = tokens = None
     if gpu is not None:
         flops = counted.micro_batches * (counted.body_flops + counted.head_flops)
