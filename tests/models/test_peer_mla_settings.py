@@ -56,6 +56,11 @@ def test_the_guides_values_are_taken_as_they_are_written():
         ({"peer_layers": [12]}, r"layers from 0 to 11, got \[12\]"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps must be a positive number, got 'small'"),
         ({"hidden_size": True}, "hidden_size must be a whole number from 1 to .*, got True"),
+        ({"dropout": 0.1}, "dropout is no setting of this model: this model has no dropout"),
+        ({"peer_config": {"exact_topk": True}}, "exact_topk .*: the best experts are always found exactly"),
+        ({"peer_config": {"backend": "auto"}}, "backend .*: the device decides"),
+        ({"peer_config": {"query_norm": "batch"}}, "none, layer, rms, got 'batch': .* take layer"),
+        ({"peer_config": {"sharding": "rows"}}, "one of auto, columns, gathered, got 'rows'"),
         ({"use_peer": "yes"}, "use_peer must be true or false, got 'yes'"),
     ],
 )

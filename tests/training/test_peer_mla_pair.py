@@ -11,12 +11,12 @@ from tokenkit.training.step import train_step
 SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
-def losses(config):
+def reports(config):
     torch.manual_seed(0)
-    run_and_batches, found = build(config, SINGLE), []
+    parts, found = build(config, SINGLE), []
     for _ in range(6):
-        found.append(float(train_step(run_and_batches.run, next(run_and_batches.batches)).loss))
-        run_and_batches.run.step += 1
+        found.append(train_step(parts.run, next(parts.batches)))
+        parts.run.step += 1
     return found
 
 
@@ -31,6 +31,11 @@ def test_it_learns_from_a_teacher_of_another_tokenizer_and_teaches_one(make_conf
             student__pretrained_model_name_or_path=student,
             teacher__pretrained_model_name_or_path=teacher,
             target_tokenizer_name=student,
+            loss_schedules=["constant", "step(0,1,3)"],
         )
-        found = losses(config)
-        assert found[-1] < found[0]
+        found = reports(config)
+        assert found[2].loss < found[0].loss
+        assert found[-1].loss < found[3].loss
+        alone, together = found[2], found[3]
+        assert alone.loss == alone.losses["clm"], "the teacher comes after the third step"
+        assert together.loss == sum(together.losses.values())

@@ -27,7 +27,7 @@ class Objective:
 
     loss_schedules: tuple[str, ...] | Mapping[str, str] | None = None
     """Multiplies the weight: constant, linear, cosine, reverse_cosine over the run, or constant(v),
-    linear(a,b,steps), cosine(a,b,steps); one per loss or a mapping."""
+    linear(a,b,steps), cosine(a,b,steps), step(a,b,steps); one per loss or a mapping."""
 
     weighing: ObjectiveOptions = flat(ObjectiveOptions)
 

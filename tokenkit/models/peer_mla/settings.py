@@ -73,6 +73,24 @@ CHOICES = {
     "peer_config.sharding": ("auto", "columns", "gathered"),
     "mla_config.latent_norm": ("rms", "layer"),
 }
+NO_DROPOUT = "this model has no dropout: leave it out"
+REFUSED = {
+    "dropout": NO_DROPOUT,
+    "hidden_dropout": NO_DROPOUT,
+    "attention_dropout": NO_DROPOUT,
+    "peer_config.dropout": NO_DROPOUT,
+    "peer_config.expert_dropout": NO_DROPOUT,
+    "mla_config.attention_dropout": NO_DROPOUT,
+    "peer_config.exact_topk": "the best experts are always found exactly: leave it out",
+    "peer_config.backend": "the device decides which kernels run: leave it out",
+    "peer_config.norm_query": "say it as query_norm: none, layer or rms",
+    "peer_config.norm_keys": "keys are not normed, since scores need their scale: leave it out",
+    "peer_config.query_norm=batch": (
+        "statistics of a batch would differ between processes, micro-batches and decoding: take layer, which "
+        "is what batch_norm_query means"
+    ),
+}
+"""What other implementations have and this one does not, a field or a value, and why."""
 OPTIONAL = ("peer_layers", "peer_config.query_norm", "peer_config.expert_lr", "mla_config.q_lora_rank")
 """Fields that may be null."""
 LARGEST = 2**31 - 1
@@ -154,6 +172,8 @@ def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) 
     if not isinstance(given, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or 'model_config'} must hold fields, got {given!r}")
     for key in given:
+        if key not in defaults and prefix + str(key) in REFUSED:
+            raise ValueError(f"{prefix}{key} is no setting of this model: {REFUSED[prefix + str(key)]}")
         if key not in defaults:
             close = difflib.get_close_matches(str(key), defaults, n=1)
             near = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(defaults)}"
@@ -165,7 +185,11 @@ def _value(name: str, value: Any, default: Any) -> Any:
     """Return a value in the type of its default; YAML reads 5e-5 as a word."""
     if name in CHOICES and not (value is None and name in OPTIONAL):
         if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+            reason = REFUSED.get(f"{name}={value}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}"
+                + ("" if reason is None else f": {reason}")
+            )
         return value
     if value is None and (name in OPTIONAL or default is None):
         return None
