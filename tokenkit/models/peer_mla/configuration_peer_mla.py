@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .settings import MODEL, model_settings, peer_layers
+from .settings import MODEL, REFUSED, model_settings, peer_layers
 
 
 class PeerMlaConfig(PreTrainedConfig):
@@ -24,7 +24,8 @@ class PeerMlaConfig(PreTrainedConfig):
             key: value for key, value in given.items() if key not in MODEL and key != "num_key_value_heads"
         }
         for key in others:  # transformers hands over what it likes, so only what looks like ours is refused
-            if not hasattr(PreTrainedConfig, key) and get_close_matches(key, MODEL, cutoff=0.7):
+            is_near = not hasattr(PreTrainedConfig, key) and get_close_matches(key, MODEL, cutoff=0.7)
+            if key in REFUSED or is_near:
                 model_settings({key: None})
         for key, value in model_settings(own).items():
             setattr(self, key, value)
