@@ -173,8 +173,7 @@ def tokenizers(root: Path) -> tuple[Any, Any, torch.Tensor]:
 def study(kind: str, root: Path, **changes: Any) -> Row:
     """Put one architecture through the door that a student takes, and out again."""
     from tokenkit.embeddings.transfer import transfer_vocabulary
-    from tokenkit.export.huggingface import ExportRequest, export_huggingface
-    from tokenkit.export.rehearsal import rehearse
+    from tokenkit.export.huggingface import ExportRequest, export_huggingface, rehearse
     from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 
     old, new, place_V = tokenizers(root / "tokenizers")

@@ -23,7 +23,7 @@ from tokenkit.config.later import feature_of
 from tokenkit.config.schema import leaves
 from tokenkit.pairing.mining import mine_mapping
 from tokenkit.parallel import World
-from tokenkit.run.trackers import run_name
+from tokenkit.run.metrics import run_name
 from tokenkit.tokenization.tokenizer import load_tokenizer
 from tokenkit.training.build import build
 from tokenkit.training.loop import train

@@ -30,8 +30,6 @@ def moved(tmp_path_factory):
 
 
 def test_a_command_is_published_without_where_its_files_lie(tmp_path):
-    from tokenkit.training.exporting import _published
-
     words = [
         "--student",
         str(tmp_path / "m"),
@@ -40,8 +38,8 @@ def test_a_command_is_published_without_where_its_files_lie(tmp_path):
         "1e-4",
         "byte:target=Qwen2",
     ]
-    said = [_published(word) for word in words]
-    assert said == ["--student", "m", "output_dir=o", "--lr", "1e-4", "byte:target=Qwen2"]
+    card = model_card(CardFacts(base="org/base", losses=("clm",), command=words))
+    assert "**command**: `--student m output_dir=o --lr 1e-4 byte:target=Qwen2`" in card
 
 
 def test_the_card_of_zett_says_that_nothing_was_trained(moved):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import sentencepiece_bpe, tiny_folder
 from tokenkit.commands.zett import main
-from tokenkit.export.rehearsal import rehearse
+from tokenkit.export.huggingface import rehearse
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.tokenization.tokenizer import load_tokenizer
 

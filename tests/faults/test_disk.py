@@ -13,8 +13,8 @@ from tests.ranks import run_ranks, start_ranks, wait_ranks
 from tokenkit import cli, parallel
 from tokenkit.disk import blaming_disk, is_disk_trouble
 from tokenkit.errors import CheckpointError, DiskError, ExitCode
+from tokenkit.run import curves, metrics
 from tokenkit.run import folder as run_folder
-from tokenkit.run import metrics
 from tokenkit.run.ending import Outcome, begin_outcome, read_outcome, write_outcome
 from tokenkit.run.folder import RunLock, prepare_output
 from tokenkit.run.metrics import MetricsFile
@@ -192,7 +192,7 @@ def test_a_link_that_is_made_later_is_not_followed_by_the_curves(tmp_path):
     outside = tmp_path / "outside"
     for name in (".curves.png", "curves.png"):
         (tmp_path / name).symlink_to(outside)
-    metrics.draw_curves(tmp_path)
+    curves.draw_curves(tmp_path)
     assert not outside.exists()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "curves.png").is_symlink()

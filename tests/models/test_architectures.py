@@ -13,8 +13,7 @@ from tokenkit.commands.zett import main
 from tokenkit.config import ALIASES, TrainConfig, parse_command_line
 from tokenkit.embeddings.transfer import old_matrices, transfer_vocabulary
 from tokenkit.errors import DataError, ExitCode
-from tokenkit.export.huggingface import ExportRequest, export_huggingface
-from tokenkit.export.rehearsal import rehearse
+from tokenkit.export.huggingface import ExportRequest, export_huggingface, rehearse
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.lora import add_lora
 from tokenkit.models.options import LoraOptions

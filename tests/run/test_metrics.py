@@ -13,16 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenkit.errors import ExitCode
-from tokenkit.run import metrics, trackers
+from tokenkit.run import curves, metrics
 from tokenkit.run.ending import Outcome, write_outcome
 from tokenkit.run.metrics import (
     MetricsFile,
-    draw_curves,
+    Trackers,
     read_metrics,
     truncate_metrics,
 )
 from tokenkit.run.redaction import HIDDEN, RedactingFilter, redact, redact_config
-from tokenkit.run.trackers import Trackers
 from tokenkit.training.reports import Progress
 
 
@@ -96,16 +95,16 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_curves_are_a_picture_of_what_there_is(tmp_path):
-    draw_curves(tmp_path)
+    curves.draw_curves(tmp_path)
     assert os.listdir(tmp_path) == []
     file = MetricsFile(tmp_path, step=0, is_main=True)
-    draw_curves(tmp_path)
+    curves.draw_curves(tmp_path)
     for step in range(120):
         file.write(
             step, {"loss": 3 / (step + 1), "loss/alm": math.nan if step == 5 else 1.0, "learning_rate": 1e-3}
         )
     file.write(120, {"bits_per_byte/student": 1.2, "bits_per_byte/teacher": 1.0, "unknown": 4})
-    draw_curves(tmp_path)
+    curves.draw_curves(tmp_path)
     file.close()
     content = (tmp_path / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG")
@@ -115,8 +114,8 @@ def test_curves_are_a_picture_of_what_there_is(tmp_path):
 
 
 def test_smoothing_starts_at_the_first_value_and_follows():
-    assert metrics._smooth((4.0,) * 5) == [4.0] * 5
-    assert metrics._smooth((1.0, 0.0), half_life=1)[-1] == pytest.approx(1 / 3)
+    assert curves._smooth((4.0,) * 5) == [4.0] * 5
+    assert curves._smooth((1.0, 0.0), half_life=1)[-1] == pytest.approx(1 / 3)
 
 
 class Terminal:
@@ -232,7 +231,7 @@ class Broken:
 
 
 def test_a_tracker_that_fails_is_counted_and_said_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(trackers._OPENERS, "wandb", Broken)
+    monkeypatch.setitem(metrics._OPENERS, "wandb", Broken)
     tracker = Trackers(["wandb"], tmp_path, {}, is_main=True)
     for step in range(3):
         tracker.log(step, {"loss": 1.0})
@@ -255,7 +254,7 @@ def test_wandb_works_offline_and_no_key_reaches_any_file(tmp_path):
     """In a process of its own: wandb starts a server and threads."""
     pytest.importorskip("wandb")
     script = (
-        "import sys, pathlib; from tokenkit.run.trackers import Trackers, run_id\n"
+        "import sys, pathlib; from tokenkit.run.metrics import Trackers, run_id\n"
         "folder = pathlib.Path(sys.argv[1]) / 'run'; folder.mkdir()\n"
         "own = {'wandb.project': 'p', 'wandb.entity': 'e', 'wandb.log_model': 'checkpoints'}\n"
         "config = {'hub_token': 'canary-in-the-config', 'lr': 1} | own\n"

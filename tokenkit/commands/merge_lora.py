@@ -86,7 +86,7 @@ def merge(config: MergeLoraConfig) -> None:
     output = Path(config.output).expanduser()
     check_vacant(output)
     from tokenkit.export.adapters import put_on, read_adapter
-    from tokenkit.export.card import CardFacts, public_name
+    from tokenkit.export.card import CardFacts
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
 
@@ -96,9 +96,7 @@ def merge(config: MergeLoraConfig) -> None:
         student, stored = _base(config, adapter, tokenizer)
         student.model = put_on(student.model, adapter, config.lora_model, config.base_model)
     _untie_if_apart(student)
-    facts = CardFacts(
-        base=config.base_model, lines={"adapters": public_name(config.lora_model)}, is_moved=False
-    )
+    facts = CardFacts(base=config.base_model, sources={"adapters": [config.lora_model]}, is_moved=False)
     dtype = stored if config.dtype is None else DTYPES[config.dtype]
     with blaming_disk(output):
         request = ExportRequest(folder=output, dtype=dtype, facts=facts)

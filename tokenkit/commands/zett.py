@@ -344,9 +344,8 @@ def transfer_and_write(
     config: ZettConfig, folder: Path, model: CausalLM, tokenizers: Tokenizers, options: InitOptions
 ) -> None:
     """Move the model and write its folder."""
-    from tokenkit.export.card import CardFacts, public_name
-    from tokenkit.export.huggingface import ExportRequest, export_huggingface
-    from tokenkit.export.rehearsal import rehearse
+    from tokenkit.export.card import CardFacts
+    from tokenkit.export.huggingface import ExportRequest, export_huggingface, rehearse
 
     began = time.perf_counter()
     if config.rows.clone_all_layers:
@@ -355,8 +354,11 @@ def transfer_and_write(
     rehearse(model, tokenizers[1])
     seconds = time.perf_counter() - began
     counts = ", ".join(f"{count} {label}" for label, count in report.items() if count)
-    made = {"tokenizer": public_name(config.target_tokenizer_name), "rows": f"{config.method}: {counts}"}
-    facts = CardFacts(base=config.model.pretrained_model_name_or_path, lines=made)
+    facts = CardFacts(
+        base=config.model.pretrained_model_name_or_path,
+        sources={"tokenizer": [config.target_tokenizer_name]},
+        lines={"rows": f"{config.method}: {counts}"},
+    )
     dtype = model.embedding.weight.dtype
     request = ExportRequest(folder=folder, dtype=dtype, facts=facts, is_consumed=True)
     export_huggingface(model, None, tokenizers[1], request)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,12 @@ class CardFacts:
     """Folder or hub name of another model that taught it."""
     losses: tuple[str, ...] = ()
     """What it was trained with; empty: it was not."""
+    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Further folders, files or hub names that went into it, by what they were."""
     lines: Mapping[str, str] = field(default_factory=dict)
-    """Further lines, in order."""
+    """Further lines, in order, as they are."""
+    command: Sequence[str] = ()
+    """The words of the command that made it."""
     is_moved: bool = True
     """Its vocabulary is another than the base's."""
     title: str | None = None
@@ -107,9 +112,7 @@ def _body(facts: CardFacts, needs_code: bool, adapter_rows: int | None) -> str:
         what = (TRAINED if facts.base else NEW).format(losses=", ".join(facts.losses))
     if any(loss.startswith("alm") for loss in facts.losses):
         what += " ALM: Minixhofer et al. 2025, arXiv:2503.20083."
-    named = {"made from": facts.base, "teacher": facts.teacher}
-    lines = {name: public_name(value) for name, value in named.items() if value} | dict(facts.lines)
-    listed = "".join(f"- **{name}**: {value}\n" for name, value in lines.items())
+    listed = "".join(f"- **{name}**: {value}\n" for name, value in _lines(facts).items())
     if adapter_rows is not None:
         return (
             f"{what} This folder holds adapters for the model that it was made from.\n\n{listed}\n"
@@ -124,6 +127,22 @@ def _body(facts: CardFacts, needs_code: bool, adapter_rows: int | None) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("."{code})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("."{code})\n```\n'
     )
+
+
+def _lines(facts: CardFacts) -> dict[str, str]:
+    named = {"made from": [facts.base], "teacher": [facts.teacher or ""], **facts.sources}
+    public = {what: ", ".join(public_name(one) for one in names if one) for what, names in named.items()}
+    lines = {what: names for what, names in public.items() if names} | dict(facts.lines)
+    if facts.command:
+        words = shlex.join(_published(word) for word in facts.command)
+        lines["command"] = f"`{words.replace('`', '')}`"
+    return lines
+
+
+def _published(word: str) -> str:
+    """Return a word of a command without where its files lie."""
+    flag, equals, value = word.partition("=") if "=" in word else ("", "", word)
+    return flag + equals + public_name(value)
 
 
 def inherited(base: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """A trained student as a Hugging Face folder: weights, tokenizer, template, generation config, card.
 
 The folder is written beside its final name, loaded back with the Auto classes, compared with the student
-(logits, ids of a text) and only then renamed.
+(logits, ids of a text) and only then renamed. `rehearse` tries before the first step what would be refused
+after the last one: all but the weights.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.disk import check_vacant
-from tokenkit.errors import ExportError
+from tokenkit.errors import DataError, ExportError
 from tokenkit.export.adapters import with_adapters
 from tokenkit.export.card import CardFacts, model_card
 from tokenkit.export.expanded import point_auto_classes, with_expansion
@@ -60,6 +62,70 @@ class ExportRequest:
     """Of one file of weights."""
 
 
+def rehearse(student: CausalLM, tokenizer: Tokenizer) -> None:
+    """Write what a folder holds beside weights, read it back, and see that the weights would fit.
+
+    Args:
+        student: with the rows that it ends with, without adapters.
+        tokenizer: the tokenizer that it ends with.
+
+    Raises:
+        DataError: what cannot be exported, and why.
+    """
+    _check_padding(student, tokenizer)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            brings_code = has_own_code(student.causal_lm)
+            _check_shapes(student, tokenizer, folder, brings_code=brings_code)
+            write_tokenizer(folder, tokenizer, has_own_class=brings_code)
+    except (ExportError, ValueError) as error:
+        reason = str(error).replace(f"{name}: ", "")
+        raise DataError(
+            f"the model cannot be exported with tokenizer {tokenizer.spec}: {reason}; nothing was trained"
+        ) from error
+
+
+def _check_shapes(student: CausalLM, tokenizer: Tokenizer, folder: Path, *, brings_code: bool) -> None:
+    """Compare the student's tensors with those of a model that its configuration makes."""
+    from transformers import AutoConfig
+
+    own = student.causal_lm
+    if brings_code and student.expansion is not None:
+        raise ExportError("expand_input_ids needs a model of transformers' own, not one that brings its code")
+    with torch.device("meta"):
+        model = model_from_config(own, copy.deepcopy(student.config))
+    set_generation(model, student, tokenizer)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    config = (type(student.config) if brings_code else AutoConfig).from_pretrained(folder)
+    with torch.device("meta"):
+        model = model_from_config(own, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in own.state_dict().items()}
+    if wrong := sorted(name for name in wanted | there if wanted.get(name) != there.get(name)):
+        raise ExportError(
+            f"its configuration, written and read, makes {wrong[0]} {wanted.get(wrong[0], 'absent')}, and "
+            f"the model's is {there.get(wrong[0], 'absent')}"
+        )
+
+
+def _check_padding(student: CausalLM, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that gives the id of padding to text, where positions depend on that id."""
+    pad = getattr(student.config, "pad_token_id", None)
+    rows = student.embedding.weight.shape[0]
+    if positions_from_padding(student) and not pad < rows:
+        raise DataError(
+            f"the model's positions depend on its pad_token_id, {pad}, and it would have {rows} rows: no "
+            "smaller vocabulary can be given to it"
+        )
+    if student.form.reads_padding and tokenizer.pad_id != pad:
+        raise DataError(
+            f"the model computes something else at its pad_token_id, {pad}, and in tokenizer "
+            f"{tokenizer.spec} padding is {tokenizer.pad_id}: take a tokenizer that pads with {pad}"
+        )
+
+
 def export_huggingface(
     student: CausalLM, state: Mapping[str, Tensor] | None, tokenizer: Tokenizer, request: ExportRequest
 ) -> Path:
@@ -98,9 +164,9 @@ def export_huggingface(
         card = model_card(request.facts, needs_code=needs_code)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if request.is_consumed:
-            _check_consumed(staging, model, tokenizer)
+            _check_consumed(staging, model, tokenizer, trusts_code=needs_code)
         else:
-            _check(staging, model, tokenizer, student.form, expansion)
+            _check(staging, (model, expansion), tokenizer, student.form, trusts_code=needs_code)
             if request.is_verified:
                 verify(staging.absolute(), written.float(), tokenizer, trusts_code=needs_code)
     return folder
@@ -226,17 +292,18 @@ def saveable_generation(own: Any) -> Any:
 @torch.no_grad()
 def _check(
     folder: Path,
-    model: PreTrainedModel,
+    written: tuple[PreTrainedModel, InputExpansion | None],
     tokenizer: Tokenizer,
     form: HeadForm,
-    expansion: InputExpansion | None,
+    *,
+    trusts_code: bool,
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    model, expansion = written
     # its code was written here, a moment ago: ours, or the student's, which has run already
-    has_own_class = expansion is not None or has_own_code(model)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=has_own_class
+        folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=trusts_code
     ).eval()
     ids_BT = sample_batch(loaded, tokenizer)
     logits_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0, :, : tokenizer.vocab_size]
@@ -250,7 +317,7 @@ def _check(
 
 
 @torch.no_grad()
-def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, *, trusts_code: bool) -> None:
     """Compare as `_check` does, in the model's dtype; its memory is free before it is loaded again."""
     from transformers import AutoModelForCausalLM
 
@@ -258,7 +325,7 @@ def _check_consumed(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) 
     expected_TV, dtype = model(input_ids=ids_BT, use_cache=False).logits[0].float(), model.dtype
     model.to("meta")
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, dtype=dtype, trust_remote_code=has_own_code(model)
+        folder, use_safetensors=True, dtype=dtype, trust_remote_code=trusts_code
     ).eval()
     got_TV = loaded(input_ids=ids_BT, use_cache=False).logits[0].float()
     _check_agreement(got_TV.flatten(), expected_TV.flatten(), f"{folder}: the model, loaded back,")

@@ -1,8 +1,9 @@
-"""What a run reports: `metrics.jsonl`, `curves.png`, `outcome.json` and an exit code.
+"""What a run measures, and where it goes: `metrics.jsonl`, and trackers, off until asked for.
 
 `metrics.jsonl` is the record: one JSON object per line, with `step` and any numbers. All else is drawn
-from it or repeats it. Numbers are written so that they read back exactly; those that JSON has no word
-for are the strings "nan", "inf" and "-inf".
+from it (`run.curves`) or repeats it, and whatever happens to a tracker, the training goes on. Numbers are
+written so that they read back exactly; those that JSON has no word for are the strings "nan", "inf" and
+"-inf".
 
     loss, loss/<name>             nats, the mean over the step's count
     excess/<name>                 nats, that loss less its value where the student equals the teacher
@@ -19,36 +20,34 @@ for are the strings "nan", "inf" and "-inf".
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from tokenkit.disk import NO_LINK, blaming_disk, write_durably
 from tokenkit.errors import DiskError
-from tokenkit.run.trackers import Trackers
+from tokenkit.run.redaction import redact, redact_config
 
 METRICS_NAME = "metrics.jsonl"
 Value = float | int | str | Tensor
+UNNAMED = "tokenkit"
+"""The default of `name`, which names no run."""
 
-PANELS = {  # by the first part of a metric's name, in this order
-    "loss": "loss (nats)",
-    "excess": "loss over its least value (nats)",
-    "bits_per_byte": "bits per byte, held out",
-    "task_score": "benchmarks (score)",
-    "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
-    "tokens_per_second": "tokens per second",
-}
-NOISY = ("loss", "excess", "grad_norm", "tokens_per_second")  # drawn pale, under their moving average
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+Histograms = Mapping[str, Sequence[float]]
+Tables = Mapping[str, tuple[Sequence[str], list[list[int]]]]
+
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -197,82 +196,157 @@ class Record:
         self._file.close()
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw `folder/curves.png` from its `metrics.jsonl`; nothing where there is nothing to draw."""
-    series = series_of(read_metrics(folder / METRICS_NAME))
-    panels = [prefix for prefix in PANELS if prefix in series]
-    if not panels:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+class _Run(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3.4 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        for colour, (name, points) in zip(cycle(_COLOURS), sorted(series[panel].items()), strict=False):
-            steps, values = zip(*points, strict=True)
-            noisy = panel in NOISY and len(values) > 50
-            axes.plot(
-                steps,
-                values,
-                color=colour,
-                lw=1,
-                alpha=0.25 if noisy else 1,
-                label=None if noisy else name,
-                marker="o" if len(values) < 3 else None,  # one point makes no line
-            )
-            if noisy:
-                axes.plot(steps, _smooth(values), color=colour, lw=1.6, label=name)
-        axes.set_title(PANELS[panel], fontsize=10)
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        if len(series[panel]) > 1:
-            axes.legend(frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_durably(folder / "curves.png", picture.getvalue())
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None: ...
+
+    def upload(self, checkpoint: Path) -> None: ...
+
+    def close(self) -> None: ...
 
 
-def series_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Return finite (step, value) points by panel, then by name."""
-    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for line in lines:
-        for name, value in line.items():
-            panel, _, rest = name.partition("/")
-            if panel in PANELS and isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault(panel, {}).setdefault(rest or "total", []).append((line["step"], value))
-    return series
+class Trackers:
+    """Sends numbers to the trackers of `report_to`, from the main rank only.
+
+    A tracker that raises is no reason to lose a run, and no bug of ours: failures are counted in
+    `failures`, and the first of each tracker is logged.
+
+    Args:
+        report_to: names among "wandb" and "tensorboard"; "none" is ignored.
+        folder: `output_dir`; what the trackers write locally lies in it.
+        config: the resolved configuration; secrets are hidden before it leaves.
+        is_main: whether this rank reports.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+
+    def __init__(self, report_to: Sequence[str], folder: Path, config: Mapping[str, Any], *, is_main: bool):
+        self.failures: Counter[str] = Counter()
+        self._runs: dict[str, _Run] = {}
+        for name in report_to:
+            if name != "none" and name not in _OPENERS:
+                raise ValueError(f"report_to must be none, {' or '.join(_OPENERS)}, got {name!r}")
+            if name in _OPENERS and is_main:
+                self._try(name, partial(self._open, name, folder, config))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send the finite numbers among `values`."""
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for name, run in self._runs.items():
+            self._try(name, partial(run.log, step, numbers))
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        """Send what is no number: values of histograms, rows of tables under their columns, PNG files."""
+        for name, run in self._runs.items():
+            self._try(name, partial(run.show, step, histograms, tables, images))
+
+    def upload(self, checkpoint: Path) -> None:
+        """Offer a checkpoint that was written; a tracker that was not asked to keep them leaves it alone."""
+        for name, run in self._runs.items():
+            self._try(name, partial(run.upload, checkpoint))
+
+    def close(self) -> None:
+        """Let each tracker finish."""
+        for name, run in self._runs.items():
+            self._try(name, run.close)
+        self._runs.clear()
+
+    def _open(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._runs[name] = _OPENERS[name](folder, config)
+
+    def _try(self, name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # other people's code, which may raise anything
+            if not self.failures[name]:
+                words = redact(str(error), 500)
+                logger.warning("%s failed and will be ignored: %s: %s", name, type(error).__name__, words)
+            self.failures[name] += 1
 
 
-def _smooth(values: tuple[float, ...], half_life: float = 10.0) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    decay = 0.5 ** (1 / half_life)
-    total = weight = 0.0
-    smooth = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        smooth.append(total / weight)
-    return smooth
+def run_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what the run is called: `name`, where the user gave one, else the name of its folder."""
+    given = str(config.get("name") or "").strip()
+    return given if given and given != UNNAMED else folder.resolve().name
 
 
-def draw_heatmap(path: Path, rows: Mapping[str, Sequence[float]], title: str) -> None:
-    """Draw rows of numbers, of any lengths, as a PNG file; nothing where there are none."""
-    width = max(map(len, rows.values()), default=0)
-    if not width:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def run_id(folder: Path) -> str:
+    """Return the identifier of the run in `folder`, made at its first use: a resumed run keeps it."""
+    path = folder / "run_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
-    figure = Figure(figsize=(8, 1.5 + 0.35 * len(rows)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values = [[*row, *[math.nan] * (width - len(row))] for row in rows.values()]
-    figure.colorbar(axes.imshow(values, aspect="auto", cmap="viridis"))
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_xlabel("rank")
-    axes.set_title(title, fontsize=10)
-    figure.savefig(path)
+
+class _Wandb:
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        settings = wandb.Settings(init_timeout=5, console="off", disable_git=True, save_code=False)
+        self._uploads = config.get("wandb.log_model") is not None
+        self._run = wandb.init(
+            project=config.get("wandb.project") or os.environ.get("WANDB_PROJECT", "tokenkit"),
+            entity=config.get("wandb.entity"),
+            name=run_name(folder, config),
+            id=run_id(folder),
+            resume="allow",
+            dir=folder,
+            # without a key, wandb would ask for one and wait
+            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
+            config=redact_config(dict(config)),
+            settings=settings,
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        import wandb
+
+        shown: dict[str, Any] = {name: wandb.Histogram(values) for name, values in histograms.items()}
+        shown |= {name: wandb.Table(list(columns), rows) for name, (columns, rows) in tables.items()}
+        shown |= {name: wandb.Image(str(path)) for name, path in images.items()}
+        self._run.log({**shown, "step": step})
+
+    def upload(self, checkpoint: Path) -> None:
+        if self._uploads:
+            name = f"checkpoint-{self._run.id}"
+            self._run.log_artifact(str(checkpoint), name=name, type="model", aliases=[checkpoint.name])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # a run is called there what its folder is called, "." where it is the top one
+        name = run_name(folder, config)
+        below = "" if name == folder.resolve().name else re.sub(r"[^\w.-]+", "_", name).strip(".")
+        self._writer = SummaryWriter(str(folder / "tensorboard" / below))
+        self._writer.add_text("config", f"```\n{redact_config(dict(config))}\n```")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, histograms: Histograms, tables: Tables, images: Mapping[str, Path]) -> None:
+        for name, values in histograms.items():
+            self._writer.add_histogram(name, values, step)
+
+    def upload(self, checkpoint: Path) -> None:
+        """It takes no files."""
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+_OPENERS: dict[str, Callable[[Path, Mapping[str, Any]], _Run]] = {
+    "wandb": _Wandb,
+    "tensorboard": _TensorBoard,
+}

@@ -22,7 +22,7 @@ from tokenkit.embeddings.rows import new_tokens
 from tokenkit.embeddings.transfer import transfer_vocabulary
 from tokenkit.errors import ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import HeldoutBatch, heldout_batches
-from tokenkit.export.rehearsal import rehearse
+from tokenkit.export.huggingface import rehearse
 from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.losses import Loss, make_loss
 from tokenkit.losses.latents import Latents

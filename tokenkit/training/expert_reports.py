@@ -10,7 +10,7 @@ from typing import Any
 from tokenkit.disk import write_durably
 from tokenkit.models.expert_usage import ExpertUsage, metrics_of, too_small
 from tokenkit.parallel import World
-from tokenkit.run.metrics import draw_heatmap
+from tokenkit.run.curves import draw_heatmap
 from tokenkit.training.reports import Reports
 
 HEATMAP = "expert_usage.png"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +22,15 @@ from tokenkit.config.paths import check_model_folder
 from tokenkit.disk import blaming_disk
 from tokenkit.errors import CheckpointError, ConfigError, blaming_data
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.export.card import CardFacts, public_name
+from tokenkit.export.card import CardFacts
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM
 from tokenkit.models.reading import model_fingerprint
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
 from tokenkit.run.facts import read_facts
+from tokenkit.run.metrics import UNNAMED
 from tokenkit.run.safe_dcp import Manifest, read_manifest
-from tokenkit.run.trackers import UNNAMED
 from tokenkit.training.build import Parts, build_models
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import load_tokenizers
@@ -135,15 +134,11 @@ def run_facts(
         command: its words, as `facts.json` has them; paths are cut to names.
     """
     lines = {
-        "tokenizer": public_name(config.target.target_tokenizer_name or "unchanged"),
         "steps": str(step) if step == config.schedule.steps else f"{step} of {config.schedule.steps}",
-        **_data_line(config),
         "versions": f"tokenkit {__version__}, torch {torch.__version__}, "
         f"transformers {version('transformers')}",
     }
-    if isinstance(command, list) and command:
-        words = shlex.join(_published(str(word)) for word in command)
-        lines["command"] = f"`{words.replace('`', '')}`"
+    data = config.data
     if measured is not None:
         teacher = "" if measured.teacher is None else f", teacher {measured.teacher:.4f}"
         lines["bits per byte, held out"] = f"student {measured.student:.4f}{teacher}"
@@ -151,24 +146,17 @@ def run_facts(
         base="" if config.student.from_config else config.student.pretrained_model_name_or_path,
         teacher=config.teacher.pretrained_model_name_or_path if config.teacher is not None else None,
         losses=config.objective.losses,
+        sources={
+            "tokenizer": [config.target.target_tokenizer_name or "unchanged"],
+            "data": [
+                name for name in (data.dataset_name, *(s.path or s.name for s in data.datasets)) if name
+            ],
+        },
         lines=lines,
+        command=[str(word) for word in command] if isinstance(command, list) else (),
         title=None if config.run.name == UNNAMED else config.run.name,
         bits_per_byte=None if measured is None else measured.student,
     )
-
-
-def _data_line(config: TrainConfig) -> dict[str, str]:
-    """Return the names of what a run read, without where it lies."""
-    data = config.data
-    names = [data.dataset_name, *(source.path or source.name for source in data.datasets)]
-    said = ", ".join(public_name(name) for name in names if name)
-    return {"data": said} if said else {}
-
-
-def _published(word: str) -> str:
-    """Return a word of a command without where its files lie."""
-    flag, equals, value = word.partition("=") if "=" in word else ("", "", word)
-    return flag + equals + public_name(value)
 
 
 def restore(name: str, places: Places, *, trust_remote_code: bool) -> Restored:

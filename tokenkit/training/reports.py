@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from tokenkit.evaluation.bits_per_byte import BitsPerByte
-from tokenkit.run.metrics import Record, draw_curves
+from tokenkit.run.curves import draw_curves
+from tokenkit.run.metrics import Record
 from tokenkit.run.redaction import complain
 from tokenkit.structs import Batch
 from tokenkit.training.step import StepReport

@@ -18,9 +18,10 @@ from tokenkit.config.schema import leaves
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.errors import ConfigError
 from tokenkit.export.card import public_name
+from tokenkit.run.curves import series_of
 from tokenkit.run.ending import read_outcome
 from tokenkit.run.facts import read_facts
-from tokenkit.run.metrics import METRICS_NAME, read_metrics, series_of
+from tokenkit.run.metrics import METRICS_NAME, read_metrics
 from tokenkit.run.redaction import redact_config
 
 MOST_POINTS = 400

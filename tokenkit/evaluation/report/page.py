@@ -9,7 +9,7 @@ from tokenkit.evaluation.report import parts
 from tokenkit.evaluation.report.charts import line_chart
 from tokenkit.evaluation.report.html import Child, Safe, el, joined, table
 from tokenkit.evaluation.report.style import CSS
-from tokenkit.run.metrics import NOISY, PANELS
+from tokenkit.run.curves import NOISY, PANELS
 
 Runs = Sequence[Mapping[str, Any]]
 
