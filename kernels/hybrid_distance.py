@@ -32,9 +32,9 @@ from torch import Tensor
 
 from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
 from tokenkit.kernels.head.logits import slope
+from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.head.side import Side, side_of
-from tokenkit.kernels.head.sums import Gradients
 from tokenkit.kernels.head.tiles import Buffer, chunks
 from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.linear_divergence.checks import check_sides

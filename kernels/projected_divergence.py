@@ -24,9 +24,9 @@ from torch import Tensor
 
 from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
 from tokenkit.kernels.head.logits import base_triton, row_sums, slope, slope_triton
+from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.head.side import Side, check_hidden, side_of
-from tokenkit.kernels.head.sums import Gradients
 from tokenkit.kernels.head.tiles import Buffer, grouped
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tokenkit.kernels.head.sharded import shard_of, shard_words
-from tokenkit.structs import Head
+from tokenkit.structs import Head, Shard
 
 Packed = tuple[list[Tensor], list[float], str]
 """Tensors, numbers, words."""
@@ -82,7 +82,7 @@ def _parse(words: str) -> tuple[tuple[str, tuple[str, ...], str], ...]:
 
 def head_fields(head: Head, *, tensors: bool = True) -> dict[str, Any]:
     """Return a head as fields, without its tensors where those are arguments of their own."""
-    group, start = shard_words(head)
+    group, start = _shard_words(head)
     fields = {
         "scale": float(head.scale),
         "vocab_size": head.vocab_size,
@@ -101,8 +101,20 @@ def head_of(fields: Mapping[str, Any], weight_VD: Tensor | None = None, bias_V: 
         fields.get("softcap"),
         fields["scale"],
         fields.get("vocab_size"),
-        shard_of(fields.get("group", ""), fields["start"]),
+        _shard_of(fields.get("group", ""), fields["start"]),
     )
+
+
+def _shard_words(head: Head) -> tuple[str, int]:
+    """Return a shard as what a custom operation may take: the group's name ("": no shard), the first id."""
+    return ("", 0) if head.shard is None else (head.shard.group.group_name, head.shard.start)
+
+
+def _shard_of(group_name: str, start: int) -> Shard | None:
+    """Return the shard of which `_shard_words` gave the words."""
+    if not group_name:
+        return None
+    return Shard(_resolve_process_group(group_name), start)  # type: ignore[arg-type]
 
 
 def wanted(*tensors: Tensor | None) -> str:

@@ -9,15 +9,12 @@ Without a shard every function here is the identity. Ranks must call an operatio
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tokenkit.kernels import deferred
-from tokenkit.structs import Head, Shard
+from tokenkit.structs import Head
 
 
 def vocab_size(head: Head) -> int:
@@ -31,32 +28,6 @@ def local_rows(head: Head) -> tuple[int, int]:
         return 0, vocab_size(head)
     start = min(head.shard.start, vocab_size(head))
     return start, min(start + head.weight_VD.shape[0], vocab_size(head))
-
-
-def check_head(head: Head, name: str = "head") -> None:
-    """Raise ValueError if a part of the head does not fit its weight, or a number is out of its range."""
-    rows = head.weight_VD.shape[0]
-    if head.softcap is not None and not 0 < head.softcap < math.inf:
-        raise ValueError(f"{name}.softcap must be positive and finite, or None: got {head.softcap}")
-    if not math.isfinite(head.scale):
-        raise ValueError(f"{name}.scale must be finite: got {head.scale}")
-    if head.bias_V is not None and head.bias_V.shape != (rows,):
-        raise ValueError(
-            f"{name}.bias_V must hold one number per row of weight_VD ({rows}): "
-            f"got shape {tuple(head.bias_V.shape)}"
-        )
-    if head.shard is not None:
-        if head.vocab_size is None or head.vocab_size < 1:
-            raise ValueError(
-                f"{name}.vocab_size must be the number of ids of the whole head, because this process holds "
-                f"a shard of its rows: got {head.vocab_size}"
-            )
-        if head.shard.start < 0:
-            raise ValueError(f"{name}.shard.start must be an id of at least 0: got {head.shard.start}")
-    elif not 0 < vocab_size(head) <= rows:
-        raise ValueError(
-            f"{name}.vocab_size must be in [1, {rows}], the rows of weight_VD: got {vocab_size(head)}"
-        )
 
 
 def check_cover(head: Head, device: torch.device) -> None:
@@ -92,15 +63,3 @@ def _reduce(x: Tensor, head: Head, operation: dist.ReduceOp.RedOpType) -> Tensor
         x = x.contiguous()
         dist.all_reduce(x, operation, group=head.shard.group)
     return x
-
-
-def shard_words(head: Head) -> tuple[str, int]:
-    """Return a shard as what a custom operation may take: the group's name ("": no shard), the first id."""
-    return ("", 0) if head.shard is None else (head.shard.group.group_name, head.shard.start)
-
-
-def shard_of(group_name: str, start: int) -> Shard | None:
-    """Return the shard of which `shard_words` gave the words."""
-    if not group_name:
-        return None
-    return Shard(_resolve_process_group(group_name), start)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Dimensions: N tokens, V columns, D hidden size.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from tokenkit.kernels import deferred
 from tokenkit.kernels.head import logits
 from tokenkit.kernels.head.products import Rows, number_of, operand, product, write_products
-from tokenkit.kernels.head.sharded import check_head, local_rows
-from tokenkit.kernels.head.tiles import Buffer, low_dtype
+from tokenkit.kernels.head.sharded import local_rows, vocab_size
+from tokenkit.kernels.head.tiles import Buffer
+from tokenkit.kernels.launch import low_dtype
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.structs import Head
 
@@ -153,7 +155,7 @@ def check_side(name: str, hidden_ND: Tensor, head: Head, head_name: str = "head"
                 f"{name} is on {hidden_ND.device} but {head_name}.{part} on {x.device}: "
                 "move the head to its hidden states"
             )
-    check_head(head, head_name)
+    _check_head(head, head_name)
 
 
 def check_hidden(name: str, hidden_ND: Tensor) -> None:
@@ -175,3 +177,29 @@ def check_row_weight(row_weight_N: Tensor, student_ND: Tensor) -> None:
         )
     if row_weight_N.requires_grad:
         raise ValueError("row_weight_N must not require a gradient, none is formed: detach it")
+
+
+def _check_head(head: Head, name: str) -> None:
+    """Raise ValueError if a part of the head does not fit its weight, or a number is out of its range."""
+    rows = head.weight_VD.shape[0]
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
+        raise ValueError(f"{name}.softcap must be positive and finite, or None: got {head.softcap}")
+    if not math.isfinite(head.scale):
+        raise ValueError(f"{name}.scale must be finite: got {head.scale}")
+    if head.bias_V is not None and head.bias_V.shape != (rows,):
+        raise ValueError(
+            f"{name}.bias_V must hold one number per row of weight_VD ({rows}): "
+            f"got shape {tuple(head.bias_V.shape)}"
+        )
+    if head.shard is not None:
+        if head.vocab_size is None or head.vocab_size < 1:
+            raise ValueError(
+                f"{name}.vocab_size must be the number of ids of the whole head, because this process holds "
+                f"a shard of its rows: got {head.vocab_size}"
+            )
+        if head.shard.start < 0:
+            raise ValueError(f"{name}.shard.start must be an id of at least 0: got {head.shard.start}")
+    elif not 0 < vocab_size(head) <= rows:
+        raise ValueError(
+            f"{name}.vocab_size must be in [1, {rows}], the rows of weight_VD: got {vocab_size(head)}"
+        )

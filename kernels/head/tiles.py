@@ -87,11 +87,6 @@ def flop_width(N: int, D: int) -> int:
     return math.ceil(TILE_FLOP / (2 * max(N, 1) * D) / 256) * 256
 
 
-def low_dtype(hidden_ND: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tile enters a GEMM with the hidden states or their head."""
-    return launch.low_dtype(hidden_ND, dtype)
-
-
 def default_workspace(device: torch.device | str) -> int:
     """Return the bytes that an operation may take where nobody says: a sixteenth of a GPU's memory.
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenkit.kernels.head import tiles
-from tokenkit.kernels.head.products import part_of
-from tokenkit.kernels.head.sums import Gradients
+from tokenkit.kernels.head.products import Gradients, part_of
 from tokenkit.kernels.head.tiles import Buffer, chunks, grouped
 from tokenkit.kernels.linear_divergence.rows import (
     Logits,

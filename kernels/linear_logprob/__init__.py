@@ -1,9 +1,8 @@
 """Log-probabilities of targets and of a subset of the vocabulary: `operation.py` has the mathematics.
 
-operation   the operation, its derivative, the public function, its checks
+operation   the operation in three modes, its derivative, the public function, its checks
 plan        what a call computes: mode, tiles, targets; the statistics of a row
-modes       forward and backward in three modes, whichever executor walks the vocabulary
-tiled       a loop over tiles of logits;  tile: what is done with one
+tiled       a loop over tiles of logits, and what is done with one
 fused       without a workspace;  programs: its kernels
 """
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.subset import REST, SUBSET
-from tokenkit.kernels.head.sums import Gradients
 from tokenkit.kernels.language import triton
 from tokenkit.kernels.launch import on_device, runs_triton
 from tokenkit.kernels.linear_logprob import plan as plans

@@ -52,6 +52,8 @@ class Plan:
     in_subset_N: Tensor | None
     """bool, the target is in the subset, wherever it is."""
     workspace_bytes: int
+    has_triton: bool
+    """Epilogues are Triton's."""
 
     @property
     def rows(self) -> int:
@@ -148,7 +150,8 @@ def make_plan(
     if head.shard is not None:
         row_N = torch.where((row_N >= 0) & (row_N < end - start), row_N, -1)
     place_N, here, in_subset_N, inside_V = row_N, None, None, None
-    natural = runs_triton(hidden_ND) and call["mode"] != "frozen"
+    has_triton = runs_triton(hidden_ND)
+    natural = has_triton and call["mode"] != "frozen"
     if subset:
         whole = extend(Subset(*subset), vocab_size(head))
         in_subset_N = scored_N & (whole.position_V[torch.where(scored_N, target_N, 0)] < whole.size)
@@ -171,6 +174,7 @@ def make_plan(
         inside_V=inside_V,
         in_subset_N=in_subset_N,
         workspace_bytes=call["workspace_bytes"],
+        has_triton=has_triton,
     )
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.head import logits, tiles
-from tokenkit.kernels.head.products import part_of
+from tokenkit.kernels.head.products import Gradients, part_of
 from tokenkit.kernels.head.sharded import check_cover, reduce_max, reduce_sum
 from tokenkit.kernels.head.side import Side
-from tokenkit.kernels.head.sums import Gradients
 from tokenkit.kernels.head.tiles import Buffer, chunks, grouped
 from tokenkit.kernels.sorted_distance import tile
 from tokenkit.kernels.sorted_distance.exact import compare_sorted, sort_memory

@@ -26,7 +26,7 @@ from tests.kernels.aot_fused import fused_launches
 from tests.kernels.aot_fused import launches as fused_variants
 from tests.kernels.aot_peer import peer_launches
 from tokenkit.kernels import alm_difference, chunk_likelihood, projected_divergence
-from tokenkit.kernels.linear_logprob import tile as logprob_tile
+from tokenkit.kernels.linear_logprob import tiled as logprob_tile
 from tokenkit.kernels.sorted_distance import tile as sorted_tile
 
 ARCHITECTURES = (80, 90, 100)
