@@ -14,8 +14,8 @@ import torch
 
 from tests.budget import assert_within_budget
 from tokenkit.kernels import launch
-from tokenkit.kernels.head import sums
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan, split_vocabulary, tile, tiled
+from tokenkit.kernels.head import products
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan, split_vocabulary, tiled
 from tokenkit.kernels.linear_logprob import operation as module
 from tokenkit.kernels.reference import linear_logprob as reference
 from tokenkit.structs import Head
@@ -35,8 +35,8 @@ def small_tiles(monkeypatch):
     """Tiles of 16 columns in programs of 8, so that small shapes cross every boundary."""
     monkeypatch.setattr(plan, "COLUMNS", (16, 16))
     monkeypatch.setattr(plan, "RING_COLUMNS", 32)
-    monkeypatch.setattr(tile, "BLOCK_V", 8)
-    monkeypatch.setattr(tile, "BLOCK_D", 16)
+    monkeypatch.setattr(tiled, "BLOCK_V", 8)
+    monkeypatch.setattr(tiled, "BLOCK_D", 16)
 
 
 def make(N, V, D, device, *, scale=1.0, bias=True, subset=True):
@@ -281,7 +281,7 @@ def test_an_ignored_row_still_has_its_mass_and_its_gradient(mode, executor, devi
 def test_a_row_of_a_tile_may_be_several_blocks(mode, device, monkeypatch):
     """As where few tokens make wide tiles; more than fits a program's registers."""
     monkeypatch.setattr(launch, "INTERPRET", device == "cpu")
-    monkeypatch.setattr(tile, "FOLD_BLOCK_V", 4)
+    monkeypatch.setattr(tiled, "FOLD_BLOCK_V", 4)
     head = {"softcap": 4.0} if mode else {}
     assert_like_eager(torch.float32, make(5, 33, 8, device), head=head, workspace_bytes=RECOMPUTE)
 
@@ -297,7 +297,7 @@ def test_repeats_bit_for_bit(mode, executor, device):
 def test_no_product_that_nobody_needs(device, monkeypatch):
     """A frozen head multiplies no dW, constant hidden states no dX: autograd would drop both silently."""
     calls = []
-    for owner, name in ((sums, "write_product"), (sums, "add_product"), (tiled, "add_product")):
+    for owner, name in ((products, "write_product"), (products, "add_product"), (tiled, "add_product")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, _o=original, _n=name: (calls.append(_n), _o(*args))[1])
     hidden, weight, _, target, _, _ = make(4, 40, 8, device)

@@ -14,7 +14,7 @@ from tests.kernels.test_linear_logprob import assert_like_eager, make, run
 from tests.kernels.test_linear_logprob import reference as definition
 from tokenkit.kernels import launch
 from tokenkit.kernels.head.call import head_fields
-from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, modes, plan
+from tokenkit.kernels.linear_logprob import IGNORE, linear_logprob, plan, tiled
 from tokenkit.kernels.linear_logprob import fused as module
 from tokenkit.structs import Head
 
@@ -43,7 +43,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCKS", {name: {80: cut} for name in module.BLOCKS})
     monkeypatch.setattr(module, "_architecture", lambda hidden: 90)
     for name in ("forward", "backward"):
-        monkeypatch.setattr(modes.tiled, name, refuse)
+        monkeypatch.setattr(tiled, name, refuse)
 
 
 def refuse(*arguments):

@@ -36,14 +36,19 @@ from tokenkit.embeddings.unigram_sampler import (
     sample_tokenizer,
 )
 from tokenkit.errors import NonFiniteError
-from tokenkit.kernels import deferred
 from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.models.causal_lm import CausalLM, effective_weight, head_bias
-from tokenkit.optim import LearningRate, set_learning_rate
-from tokenkit.run.state import State
-from tokenkit.structs import Head
+from tokenkit.objective.weights import Objective
+from tokenkit.optim import LearningRate, build_optimizer
+from tokenkit.optim_options import OptimizerOptions
+from tokenkit.structs import Batch, Head, LossTerm, Side
 from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.tokenization.written import ids_by_bytes
+from tokenkit.training.requests import Request, StudentHalf, TeacherHalf
+from tokenkit.training.step import Stage, StepReport
+
+IDENTITY = "identity"
+"""The loss of the warm-up, and its phase in metrics.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +136,17 @@ def old_matrices(model: CausalLM, old: Tokenizer) -> list[Tensor]:
     return [m.detach()[: old.vocab_size].float() for m in matrices[: 1 if model.is_tied else 2]]
 
 
-class HypernetTrainer:
-    """A hypernetwork, its optimizer and the texts that it is trained on.
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a loss sums over, known before the network runs."""
+
+    count: Tensor
+
+
+class HypernetTrainer(nn.Module):
+    """A hypernetwork under a frozen model, asked as a `Distillation` is: counts first, losses then.
+
+    `draw` makes the batch of a step. What it drew, a vocabulary and texts in it, is what is asked about next.
 
     Args:
         model: frozen here, and set to evaluation; where it is, the rest is computed too.
@@ -152,6 +166,7 @@ class HypernetTrainer:
         options: HypernetSchedule,
         sampler: SamplerOptions,
     ):
+        super().__init__()
         self.model, self.hypernet, self.options = model.requires_grad_(False).eval(), hypernet, options
         self.sampler = sampler
         self.model.embedding.padding_idx = None  # ids are those of sampled tokenizers
@@ -165,8 +180,14 @@ class HypernetTrainer:
         self._pool: list[str] = []
         self._drawn_with = self.generator.getstate()
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of `step`, counted from 0, and what to report of it."""
+    def draw(self, step: int) -> Batch:
+        """Return the texts of `step`, counted from 0, under the tokenizer of that step.
+
+        In the warm-up nothing reads texts: their rows are empty.
+
+        Raises:
+            ValueError: none of the texts has two tokens.
+        """
         if step % self.options.resample_every == 0 or not self._pool:
             self._pool = list(islice(self.texts, self.sampler.texts))
             self._drawn_with = self.generator.getstate()
@@ -175,24 +196,62 @@ class HypernetTrainer:
             generator = random.Random()
             generator.setstate(self._drawn_with)
             self._vocabulary = self._sampled(generator)
-        vocabulary = self._vocabulary
+        vocabulary, ids = self._vocabulary, [[0]]
+        if step >= self.options.identity_steps:
+            texts = self.generator.sample(self._pool, min(self.options.batch_size, len(self._pool)))
+            encoded = vocabulary.tokenizer.encode_batch(texts)
+            lead, length = vocabulary.lead, self.options.max_length
+            ids = [([0] * lead + [i + lead for i in one])[:length] for one in encoded]
+            if max(map(len, ids)) < 2:
+                raise ValueError(
+                    f"none of the {len(texts)} texts of a step has two tokens: give longer texts, or a "
+                    "larger batch_size"
+                )
+        longest = max(map(len, ids))
+        ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids], device=self.device)
+        length_B = torch.tensor([len(one) for one in ids], device=self.device)
+        side = Side(ids_BT, length_B, torch.arange(longest, device=self.device) < length_B[:, None])
+        return Batch(side, side, {})
+
+    def forward(self, request: Request[Any]) -> Any:
+        """Answer the halves of a step; see `requests`."""
+        match request:
+            case TeacherHalf(batch):
+                return self._counts(batch.student)
+            case StudentHalf(batch, prepared):
+                return self._losses(batch.student, prepared)
+        raise TypeError(f"no request of a hypernetwork: {type(request).__name__}")
+
+    def measuring(self, *, is_prefix: bool = False) -> list[str]:
+        """Return no loss: none divides by a scale of the whole step."""
+        return []
+
+    def _counts(self, side: Side) -> dict[str, Counted]:
+        one = torch.ones((), device=self.device)
+        if side.ids_BT.shape[1] < 2:
+            return {IDENTITY: Counted(one)}
+        vocabulary = self._now
+        target_N = side.ids_BT[:, 1:][side.trained_BT[:, 1:]]
+        tokens = vocabulary.tokenizer.tokens
+        num_bytes = sum(len(tokens[i - vocabulary.lead].encode()) for i in target_N.tolist())
+        return {"clm": Counted(one * num_bytes), "lexical": Counted(one)}
+
+    def _losses(self, side: Side, prepared: Mapping[str, Counted]) -> dict[str, LossTerm]:
+        vocabulary = self._now
         rows = self.hypernet(vocabulary.surfaces, self.old_matrices)
         which = [min(index, len(self.old_matrices) - 1) for index in range(len(rows))]
-        if step < self.options.identity_steps:
+        if IDENTITY in prepared:
             means = [mean_rows(vocabulary.surfaces, matrix) for matrix in self.old_matrices]
             distance = self._distance([(r, means[i]) for r, i in zip(rows, which, strict=True)])
-            return distance, {"loss/identity": float(distance.detach())}
+            return {IDENTITY: LossTerm(distance, prepared[IDENTITY].count)}
         is_same_V = vocabulary.same_V >= 0
         same = vocabulary.same_V[is_same_V]
         lexical = self._distance(
             [(r[is_same_V], self.old_matrices[i][same]) for r, i in zip(rows, which, strict=True)]
         )
-        clm, bits = self._clm(vocabulary, rows)
-        return clm + self.options.lexical_weight * lexical, {
-            "loss/clm": float(clm.detach()),
-            "loss/lexical": float(lexical.detach()),
-            "bits_per_byte/sampled": bits,
-            "tokens": len(vocabulary.tokenizer.tokens),
+        return {
+            "clm": LossTerm(self._nats(vocabulary, rows, side), prepared["clm"].count),
+            "lexical": LossTerm(lexical, prepared["lexical"].count),
         }
 
     def _distance(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -204,18 +263,30 @@ class HypernetTrainer:
         ]
         return torch.stack(terms).mean() if terms else pairs[0][0].sum()
 
-    def state_dict(self) -> dict[str, Any]:
+    def figures(self, report: StepReport) -> dict[str, float]:
+        """Return what a line of metrics says beside a report: clm in bits, the size of the vocabulary."""
+        if "clm" not in report.losses:
+            return {}
+        bits = report.losses["clm"] / math.log(2)
+        return {"bits_per_byte/sampled": bits, "tokens": len(self._now.tokenizer.tokens)}
+
+    def progress(self) -> dict[str, Any]:
         """Return what draws the tokenizer of now again, and those to come; JSON."""
         generators = {"generator": self.generator.getstate(), "drawn_with": self._drawn_with}
         return {"pool": self._pool, **generators}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Continue where `progress` was taken."""
         self._pool, self._vocabulary = list(state["pool"]), None
         version, internal, gauss = state["drawn_with"]
         self._drawn_with = (version, tuple(internal), gauss)
         version, internal, gauss = state["generator"]
         self.generator.setstate((version, tuple(internal), gauss))
+
+    @property
+    def _now(self) -> SampledVocabulary:
+        assert self._vocabulary is not None, "nothing was drawn"
+        return self._vocabulary
 
     def _sampled(self, generator: random.Random) -> SampledVocabulary:
         tokenizer = sample_tokenizer(self._pool, self.sampler, generator)
@@ -224,56 +295,37 @@ class HypernetTrainer:
         found = self.writer.vocabulary(tokenizer, more, self.hypernet.max_pieces)
         return replace(found, surfaces=found.surfaces.to(self.device), same_V=found.same_V.to(self.device))
 
-    def _clm(self, vocabulary: SampledVocabulary, rows: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Return nats per byte, differentiable, and the same in bits."""
-        texts = self.generator.sample(self._pool, min(self.options.batch_size, len(self._pool)))
-        encoded = vocabulary.tokenizer.encode_batch(texts)
-        lead, length = vocabulary.lead, self.options.max_length
-        ids = [([0] * lead + [i + lead for i in one])[:length] for one in encoded]
-        longest = max(map(len, ids))
-        if longest < 2:
-            raise ValueError(
-                f"none of the {len(texts)} texts of a step has two tokens: give longer texts, or a larger "
-                "batch_size"
-            )
-        ids_BT = torch.tensor([one + [0] * (longest - len(one)) for one in ids], device=self.device)
-        length_B1 = torch.tensor([[len(one)] for one in ids], device=self.device)
-        is_token_BT = torch.arange(longest, device=self.device) < length_B1
+    def _nats(self, vocabulary: SampledVocabulary, rows: Sequence[Tensor], side: Side) -> Tensor:
+        """Return the nats of all scored tokens, differentiable."""
         bias_V = None if self.bias_W is None else mean_rows(vocabulary.surfaces, self.bias_W[:, None])[:, 0]
-        predicted = Predicted(self.model, rows[0], rows[-1], bias_V)
-        states = self.model(ids_BT, predicted)
+        states = self.model(side.ids_BT, Predicted(self.model, rows[0], rows[-1], bias_V))
         if not bool(states.hidden_BTD.isfinite().all()):
             raise NonFiniteError(
                 "the model's hidden states are not finite under the predicted rows: lower learning_rate"
             )
-        is_trained_BT = is_token_BT[:, 1:]
-        target_N = ids_BT[:, 1:][is_trained_BT]
-        logp_N = linear_logprob(states.hidden_BTD[:, :-1][is_trained_BT], states.head, target_N).logp_N
-        num_bytes = sum(len(vocabulary.tokenizer.tokens[i - lead].encode()) for i in target_N.tolist())
-        nats = -logp_N.sum() / num_bytes
-        return nats, float(nats.detach()) / math.log(2)
+        is_trained_BT = side.trained_BT[:, 1:]
+        target_N = side.ids_BT[:, 1:][is_trained_BT]
+        return -linear_logprob(states.hidden_BTD[:, :-1][is_trained_BT], states.head, target_N).logp_N.sum()
 
 
-def take_step(trainer: HypernetTrainer, state: State, rate: LearningRate) -> dict[str, float]:
-    """Run the step that is next, and return its figures.
+def stages(trainer: HypernetTrainer, optimizer: OptimizerOptions) -> tuple[Stage, ...]:
+    """Return the warm-up, where there is one, and the main stage: one optimizer, one learning rate over both.
 
-    Raises:
-        NonFiniteError: a loss that is not finite; nothing was updated.
+    Args:
+        trainer: what is trained.
+        optimizer: how fast.
     """
-    optimizer = state.optimizer
-    assert optimizer is not None
-    set_learning_rate(optimizer, rate(state.step))
-    loss, figures = trainer.loss(state.step)
-    if not math.isfinite(float(loss.detach())):
-        raise NonFiniteError(
-            f"the loss of step {state.step + 1} is {float(loss.detach())}: lower learning_rate"
-        )
-    deferred.raise_found()
-    optimizer.zero_grad()
-    loss.backward()
-    limit = rate.options.max_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(trainer.hypernet.parameters(), limit)
-    optimizer.step()
-    figures = {**figures, "grad_norm": float(norm), "learning_rate": rate(state.step)}
-    state.step += 1
-    return figures
+    options = trainer.options
+    rate = LearningRate(optimizer, options.steps, options.warmup_steps)
+    first = min(options.identity_steps, options.steps)
+    one = build_optimizer(trainer.hypernet.named_parameters(), optimizer)
+    main = Stage(
+        objective=Objective(["clm", "lexical"], [1.0, options.lexical_weight], None, options.steps),
+        optimizer=one,
+        learning_rate=lambda step: rate(step + first),
+        first_step=first,
+    )
+    if not first:
+        return (main,)
+    warm_up = Objective([IDENTITY], None, None, first)
+    return Stage(name=IDENTITY, objective=warm_up, optimizer=one, learning_rate=rate), main

@@ -20,16 +20,17 @@ from tokenkit.embeddings.hypernet_files import ABOUT, load_hypernet, rows_digest
 from tokenkit.errors import ConfigError, ExitCode, blaming_data
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.models.reading import model_fingerprint
-from tokenkit.optim import LearningRate, build_optimizer
 from tokenkit.optim_options import OptimizerOptions
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.metrics import Record
 from tokenkit.tokenization.tokenizer import load_tokenizer
-from tokenkit.training.hypernet import HypernetTrainer, old_matrices, take_step
+from tokenkit.training.hypernet import HypernetTrainer, old_matrices, stages
+from tokenkit.training.loop import take
 from tokenkit.training.pair import check_is_the_models_own
 from tokenkit.training.reports import Reports
 from tokenkit.training.session import Session, check_same, processes, taken
+from tokenkit.training.step import Run
 
 MAY_DIFFER = ("output", "resume", "logging_interval", "save_interval", "data.num_workers")
 
@@ -81,24 +82,27 @@ def _open(config: TrainHypernetConfig, world: World) -> Parts:
 def _train(config: TrainHypernetConfig, session: Session, parts: Parts) -> tuple[ExitCode, str]:
     """Go on from the newest checkpoint, take the steps that are left, and write."""
     schedule, folder, trainer = config.schedule, session.folder, parts.trainer
-    state = State(
-        trainer.hypernet, build_optimizer(trainer.hypernet.named_parameters(), _optimizer_options(config))
+    run = Run(
+        model=trainer,
+        stages=stages(trainer, _optimizer_options(config)),
+        world=session.world,
+        max_grad_norm=schedule.max_grad_norm or None,
+        is_float32=True,
     )
+    state = State(trainer.hypernet, run.optimizer)
     began, resumed_at = time.perf_counter(), None
     if session.restore(state, _identity(parts.about), MAY_DIFFER) is not None:
         parts.mix.load_state_dict(state.extra["data"])
-        trainer.load_state_dict(state.extra["trainer"])
+        trainer.go_on(state.extra["trainer"])
         began, resumed_at = began - float(state.extra["seconds"]), state.step
-    rate = LearningRate(_optimizer_options(config), schedule.steps, schedule.warmup_steps)
+        run.step = state.step
     reports = Reports.open(Record(folder, resumed_at, is_main=True), schedule.steps)
     after = "all steps are taken; --resume takes those behind the last checkpoint"
     with reports, session.taking_steps(after):
         for step in session.steps(schedule.steps):
-            figures = take_step(trainer, state, rate)
-            session.ending.step, is_last = step, step == schedule.steps
-            reports.progress.update(step, loss=figures.get("loss/clm", figures.get("loss/identity")))
-            if step % schedule.logging_interval == 0 or step == 1 or is_last:
-                reports.record.write(step, figures)
+            is_last = step == schedule.steps
+            logged = (schedule.logging_interval, is_last or step == 1)
+            take(run, [trainer.draw(run.step)], session, reports, logged, trainer.figures)
             if step % config.save_interval == 0 and not is_last:
                 _save(session, parts, reports, began)
         if session.is_stopped():
@@ -113,7 +117,7 @@ def _train(config: TrainHypernetConfig, session: Session, parts: Parts) -> tuple
 
 def _save(session: Session, parts: Parts, reports: Reports, began: float) -> None:
     reports.record.sync()
-    seconds, trainer = time.perf_counter() - began, parts.trainer.state_dict()
+    seconds, trainer = time.perf_counter() - began, parts.trainer.progress()
     session.save({"data": parts.mix.state_dict(), "trainer": trainer, "seconds": seconds})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,6 +24,7 @@ from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.facts import write_facts
 from tokenkit.run.metrics import Record
 from tokenkit.run.safe_dcp import read_manifest
+from tokenkit.structs import Batch
 from tokenkit.training.benchmarks import Benchmarks
 from tokenkit.training.build import Parts, build
 from tokenkit.training.expert_reports import ExpertReports
@@ -32,7 +33,7 @@ from tokenkit.training.notes import describe, facts
 from tokenkit.training.prefix_stage import take_over
 from tokenkit.training.reports import Reports
 from tokenkit.training.session import Saving, Session, StopRequest, check_same, processes, taken
-from tokenkit.training.step import train_step
+from tokenkit.training.step import Run, StepReport, train_step
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
@@ -251,14 +252,8 @@ def _is_ready(training: Training) -> bool:
 def _one_step(training: Training) -> None:
     config, run, reports = training.config, training.parts.run, training.reports
     schedule = config.schedule
-    micro_batches = next(training.parts.batches)
-    report = train_step(run, micro_batches)
-    run.step += 1
-    training.session.ending.step = run.step
-    if report.skipped == "untrained":
-        reports.untrained(run.step, run.untrained_steps)
-    is_last = run.step == schedule.steps
-    reports.step(run.step, report, micro_batches, is_due=_due(run.step, schedule.logging_interval, is_last))
+    is_last = run.step + 1 == schedule.steps
+    take(run, next(training.parts.batches), training.session, reports, (schedule.logging_interval, is_last))
     if training.experts is not None:
         training.experts.after_step(run.step, reports, training.session.world)
     if _due(run.step, config.evaluation.eval_interval, is_last):
@@ -267,6 +262,32 @@ def _one_step(training: Training) -> None:
         _save(training)
     if run.step % schedule.sync_interval == 0:
         training.session.world.barrier()
+
+
+def take(
+    run: Run,
+    micro_batches: Sequence[Batch],
+    session: Session,
+    reports: Reports,
+    logged: tuple[int, bool],
+    figures: Callable[[StepReport], Mapping[str, float]] = lambda report: {},
+) -> None:
+    """Take the step of a run that is next, count it and report it; so does every training.
+
+    Args:
+        run: what is trained.
+        micro_batches: of this rank.
+        session: counts the steps.
+        reports: of the run.
+        logged: steps between two lines of metrics, and whether this is the last one.
+        figures: numbers of a line beside those of a report.
+    """
+    report = train_step(run, micro_batches)
+    run.step += 1
+    session.ending.step = run.step
+    if report.skipped == "untrained":
+        reports.untrained(run.step, run.untrained_steps)
+    reports.step(run.step, report, micro_batches, figures(report), is_due=_due(run.step, *logged))
 
 
 def _due(step: int, interval: int, always: bool) -> bool:

@@ -101,8 +101,16 @@ class Reports(AbstractContextManager["Reports"]):
         reports.bits_per_byte = measured[max(measured)] if measured else None
         return reports
 
-    def step(self, step: int, report: StepReport, micro_batches: Sequence[Batch], *, is_due: bool) -> None:
-        """Show one step; write a line of metrics where one is due."""
+    def step(
+        self,
+        step: int,
+        report: StepReport,
+        micro_batches: Sequence[Batch],
+        figures: Mapping[str, float],
+        *,
+        is_due: bool,
+    ) -> None:
+        """Show one step; write a line of metrics where one is due, with `figures` beside the report's."""
         self.tokens += sum(int(batch.student.length_B.sum()) for batch in micro_batches)
         self.seconds += time.perf_counter() - self.since
         rate = self.tokens / max(self.seconds, 1e-9)
@@ -128,7 +136,7 @@ class Reports(AbstractContextManager["Reports"]):
                 values["phase"] = report.phase
             if self.save_seconds:
                 values["save_seconds"] = round(self.save_seconds, 4)
-            self.record.write(step, values)
+            self.record.write(step, {**values, **figures})
             self.tokens, self.seconds, self.save_seconds = 0, 0.0, 0.0
         self.since = time.perf_counter()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from tokenkit.errors import DataError, NonFiniteError
 from tokenkit.kernels import deferred
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.objective.weights import Objective
-from tokenkit.optim import LearningRate, set_learning_rate
+from tokenkit.optim import set_learning_rate
 from tokenkit.parallel import World, clip_grad_norm
 from tokenkit.structs import Batch
 from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
@@ -70,7 +70,7 @@ class Stage:
 
     objective: Objective
     optimizer: Optimizer
-    learning_rate: LearningRate
+    learning_rate: Callable[[int], float]
     """By steps of the stage."""
     first_step: int = 0
     """Optimizer steps of the run before it."""
@@ -299,7 +299,7 @@ def _report(
         values = [math.nan] * J
     losses, norm = dict(zip(names, values, strict=True)), packed[4 * J]
     known = dict(zip((name for name in about if name != "#flags"), packed[4 * J + 1 :], strict=True))
-    trained = sum(sizes) if stage.is_prefix else known["#trained"]
+    trained = known["#trained"] if stage is run.main else sum(sizes)
     skipped = whether_skipped(run, losses, norm, trained=trained)
     user = stage.objective.weights(step)
     if skipped is None:
