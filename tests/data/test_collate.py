@@ -202,7 +202,7 @@ def test_a_micro_batch_may_ask_for_nothing(word_tokenizer, byte_tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length_student": 0}, "max_length_student must be at least 1: got 0"),
+        ({"max_length_student": 0}, "max_length_student must be at least 1, got 0"),
         ({"pad_to_multiple_of": -1}, "pad_to_multiple_of"),
         ({"chat_template_mode": "template"}, "chat_template_mode"),
         ({"loss_mask_mode": "some"}, "loss_mask_mode"),

@@ -8,7 +8,6 @@ from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.errors import ConfigError, at_least
 from tokenkit.models.options import Attention, Dtype, LoraOptions
 from tokenkit.options import flat
-from tokenkit.tokenization.options import SpecialTokensMode
 from tokenkit.tokenization.spec import BYTE, parse_spec
 
 PrefixTrainable = Literal["non_overlapping_embeddings", "embeddings", "all"]
@@ -64,10 +63,6 @@ class Target:
 
     tokens_to_add: tuple[str, ...] = ()
     """Tokens appended to the target tokenizer."""
-
-    special_tokens_mode: SpecialTokensMode = "identity"
-    """Special tokens in the losses. identity: a pair of them is a chunk like any other; ignore: no
-    chunk holds one; ignore_pad: padding alone is left out."""
 
     pad_to_multiple_of: int = 64
     """The student's vocabulary rows are padded to a multiple of this; padding takes no probability."""

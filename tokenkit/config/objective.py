@@ -8,8 +8,7 @@ from typing import Any
 from tokenkit.errors import ConfigError, at_least
 from tokenkit.losses.options import ALIASES, NAMES, LossOptions, find, needs_teacher, titles
 from tokenkit.objective.options import ObjectiveOptions
-from tokenkit.options import check_parts, check_share, flat, option
-from tokenkit.tokenization.options import SPACE_MASK_PARTS
+from tokenkit.options import check_share, flat, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,6 @@ class Objective:
     tokenizer_pair_data_path: str | None = None
     """Folder that `tokenkit pair-stats` wrote, for alm_unbiased and side_path_mapping_mode bias_threshold."""
 
-    space_mask_mode: str = "space+tab+newline+special"
-    """Tokens that count as beginning with whitespace: space, tab, newline, special, joined with `+`."""
-
     kd_rate: float | None = option(None, "baseline.kd_rate")
     """Weighs each baseline with this and clm with 1 minus this, in [0, 1], in place of loss_weights."""
 
@@ -60,7 +56,6 @@ class Objective:
         s_init = self.weighing.s_init
         if isinstance(s_init, Mapping) or (isinstance(s_init, tuple) and len(s_init) > 1):
             self._check_per_loss("uncertainty_s_init", s_init)
-        check_parts("space_mask_mode", self.space_mask_mode, SPACE_MASK_PARTS)
         check_share(self, "kd_rate")
         given = self.loss_weights or ()
         weights = tuple(given.values()) if isinstance(given, Mapping) else given

@@ -10,11 +10,10 @@ from tokenkit.config.later import refuse_later
 from tokenkit.config.models import ModelSource, StudentSource, Target, Training
 from tokenkit.config.objective import Objective
 from tokenkit.config.schema import flatten
-from tokenkit.data.options import DataOptions
+from tokenkit.data.options import DataOptions, TextOptions
 from tokenkit.errors import ConfigError, at_least, names_a_folder
 from tokenkit.optim_options import OptimizerOptions
-from tokenkit.options import MOST_DOCUMENTS, MOST_STEPS, MOST_TOKENS, flat
-from tokenkit.tokenization.options import ChatTemplateMode, LossMaskMode
+from tokenkit.options import MOST_DOCUMENTS, MOST_STEPS, flat
 
 ALIASES = {
     "new": "student",
@@ -109,6 +108,10 @@ class Schedule:
     gradient_accumulation_steps: int = 1
     """Forward and backward passes that an optimizer step is cut into, on each rank."""
 
+    pack: bool = False
+    """Fill rows of max_length_new tokens with documents, one behind the other, which do not see each other;
+    what has no room goes on in the next row. batch_size then counts rows. With clm alone."""
+
     save_interval: int = 1000
     """Steps between two checkpoints."""
 
@@ -142,42 +145,6 @@ class Schedule:
             raise ConfigError(
                 f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation_steps "
                 f"({self.gradient_accumulation_steps})"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """How documents become tokens."""
-
-    max_length_teacher: int = 512
-    """Teacher tokens of a document; the rest is cut off."""
-
-    max_length_new: int = 512
-    """Student tokens of a document; the rest is cut off."""
-
-    pack: bool = False
-    """Fill rows of max_length_new tokens with documents, one behind the other, which do not see each other;
-    what has no room goes on in the next row. batch_size then counts rows. With clm alone."""
-
-    use_chat_template: bool = True
-    """Write conversations with each tokenizer's own template pieces. false: as one plain text, a line or more
-    for each message; no tokenizer needs a template then. Not with chat_template_mode surround_instruct."""
-
-    chat_template_mode: ChatTemplateMode = "direct_encode"
-    """What is done with a row of plain text. surround_instruct: it becomes the answer to an empty turn;
-    direct_encode: BOS, text, EOS, where the names say without one of them."""
-
-    loss_mask_mode: LossMaskMode | None = None
-    """Tokens that the losses see. None or assistant: what the assistant says, the completion of a prompt, all
-    of a plain text; all: every token."""
-
-    def __post_init__(self) -> None:
-        at_least("max_length_teacher", self.max_length_teacher, 2, MOST_TOKENS)
-        at_least("max_length_new", self.max_length_new, 2, MOST_TOKENS)
-        if not self.use_chat_template and self.chat_template_mode == "surround_instruct":
-            raise ConfigError(
-                "chat_template_mode surround_instruct writes a template, and use_chat_template is false: "
-                "choose direct_encode, or leave use_chat_template as it is"
             )
 
 
@@ -242,7 +209,7 @@ class TrainConfig:
     target: Target = flat(Target)
     run: Run = flat(Run)
     schedule: Schedule = flat(Schedule)
-    text: Text = flat(Text)
+    text: TextOptions = flat(TextOptions)
     objective: Objective = flat(Objective)
     training: Training = flat(Training)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -270,6 +237,8 @@ class TrainConfig:
                 f"data.batch_size ({self.data.batch_size}) contradicts batch_size "
                 f"({self.schedule.batch_size}): remove data.batch_size"
             )
+        at_least("max_length_teacher", self.text.max_length_teacher, 2)  # one is never predicted
+        at_least("max_length_new", self.text.max_length_student, 2)
         self._check_prefix()
         self._check_new()
         if self.run.trust_remote_code:
@@ -305,7 +274,7 @@ class TrainConfig:
                 "student.from_config begins with random weights, which teach nothing: name a teacher, or use "
                 "the loss clm alone"
             )
-        if self.text.pack and (named or {*self.objective.losses} - {"clm", "sft"}):
+        if self.schedule.pack and (named or {*self.objective.losses} - {"clm", "sft"}):
             raise ConfigError(
                 f"pack joins documents, and the losses {', '.join(self.objective.losses)} of a student and a "
                 "teacher compare them one by one: use clm alone and no teacher, or set pack to false"

@@ -23,7 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenkit.pairing.align import Alignment, PairRule, SideRules, SpecialTokensMode, align_kinds
+from tokenkit.data.options import TextOptions
+from tokenkit.options import check_at_least
+from tokenkit.pairing.align import Alignment, PairRule, SideRules, align_kinds
 from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
 from tokenkit.tokenization.chat.documents import Document, document_from_row
 from tokenkit.tokenization.chat.encode import CANNOT_SPELL, encode_flat
@@ -38,7 +40,7 @@ _WHITESPACE = "space+tab+newline"  # what may begin a word; a special token clos
 
 
 @dataclass
-class AlignedCollator:
+class AlignedCollator(TextOptions):
     """Turns rows into one `Batch` of both tokenizations.
 
     Rows that cannot be tokenized are left out and counted in `skipped`. A tokenizer may be given as anything
@@ -49,24 +51,10 @@ class AlignedCollator:
     teacher_tokenizer: Tokenizer | None = None
     """None: one tokenizer serves both sides."""
     _: KW_ONLY
-    max_length_student: int = 512
-    """Tokens; what is behind them is cut off."""
-    max_length_teacher: int = 512
-    """Tokens; what is behind them is cut off."""
     chunk_kinds: Iterable[ChunkKind] = ("unconstrained",)
     """The chunks that the losses look at: `unconstrained`, `space`, `unbiased`."""
     unbiased: PairRule | None = None
     """Which pairs of last tokens close an `unbiased` chunk; see `pairing.bias.bias.PairBiases.rule`."""
-    chat_template_mode: str = "direct_encode"
-    """How plain text becomes a document; see `tokenization.chat.encode.encode_flat`."""
-    use_chat_template: bool = True
-    """False: conversations are written without a template; see `tokenization.chat.encode.encode_flat`."""
-    loss_mask_mode: str | None = None
-    """Which tokens are trained; see `tokenization.chat.encode.encode_flat`."""
-    special_tokens_mode: SpecialTokensMode = "identity"
-    """Whether special tokens that both sides write are chunks; see `pairing.align.align_kinds`."""
-    space_mask_mode: str = "space+tab+newline+special"
-    """Tokens whose probability counts as "a word ends here": `Side.space_V`."""
     unencodable: Unencodable = "skip"
     """What becomes of a row with characters that a tokenizer cannot write: `skip` leaves it out, `drop` and
     `replace` (by U+FFFD, or else `?`) change the text, for both sides alike."""
@@ -84,9 +72,8 @@ class AlignedCollator:
             TypeError: a tokenizer of another library.
             ValueError: a length below 1, an unknown mode, or one that a tokenizer cannot write.
         """
-        for name in ("max_length_student", "max_length_teacher", "pad_to_multiple_of"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        super().__post_init__()
+        check_at_least(self, 1, "pad_to_multiple_of")
         self.student_tokenizer = load_tokenizer(self.student_tokenizer)
         if self.teacher_tokenizer is not None:
             self.teacher_tokenizer = load_tokenizer(self.teacher_tokenizer)

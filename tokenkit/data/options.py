@@ -1,9 +1,12 @@
-"""What a user says about data. Only the standard library is imported: `--help` reads this file."""
+"""What a user says about data and text. Nothing here loads torch: `--help` reads this file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from tokenkit.options import MOST_TOKENS, OptionError, check_at_least, check_parts, option
+from tokenkit.tokenization.options import SPACE_MASK_PARTS, ChatTemplateMode, LossMaskMode, SpecialTokensMode
 
 Format = Literal["txt", "text", "jsonl", "json", "parquet", "arrow", "csv", "tsv"]
 
@@ -68,6 +71,46 @@ class HeldoutOptions:
         if self.dataset_name is not None and not self.documents:
             raise ValueError(
                 "data.heldout.dataset_name is never read with data.heldout.documents 0: drop one of them"
+            )
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """How documents become tokens."""
+
+    max_length_teacher: int = 512
+    """Teacher tokens of a document; the rest is cut off."""
+
+    max_length_student: int = option(512, "max_length_new")
+    """Student tokens of a document; the rest is cut off."""
+
+    use_chat_template: bool = True
+    """Write conversations with each tokenizer's own template pieces. false: as one plain text, a line or more
+    for each message; no tokenizer needs a template then. Not with chat_template_mode surround_instruct."""
+
+    chat_template_mode: ChatTemplateMode = "direct_encode"
+    """What is done with a row of plain text. surround_instruct: it becomes the answer to an empty turn;
+    direct_encode: BOS, text, EOS, where the names say without one of them."""
+
+    loss_mask_mode: LossMaskMode | None = None
+    """Tokens that the losses see. None or assistant: what the assistant says, the completion of a prompt, all
+    of a plain text; all: every token."""
+
+    special_tokens_mode: SpecialTokensMode = "identity"
+    """Special tokens in the losses. identity: a pair of them is a chunk like any other; ignore: no
+    chunk holds one; ignore_pad: padding alone is left out."""
+
+    space_mask_mode: str = "space+tab+newline+special"
+    """Tokens that count as beginning with whitespace: space, tab, newline, special, joined with `+`."""
+
+    def __post_init__(self) -> None:
+        """Check what does not need a tokenizer."""
+        check_at_least(self, 1, "max_length_teacher", "max_length_student", largest=MOST_TOKENS)
+        check_parts("space_mask_mode", self.space_mask_mode, SPACE_MASK_PARTS)
+        if not self.use_chat_template and self.chat_template_mode == "surround_instruct":
+            raise OptionError(
+                "{chat_template_mode} surround_instruct writes a template, and {use_chat_template} is false: "
+                "choose direct_encode, or leave {use_chat_template} as it is"
             )
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.integrations.distiller import FlatCollator
 from tokenkit.integrations.trainer import Distills
+from tokenkit.tokenization.options import LossMaskMode
 
 NO_EFFECT = (
     "sample_packing",
@@ -43,7 +44,7 @@ class DistillationArgs(BaseModel):
     """Weight of each loss, by name; see docs/losses.md."""
     distillation_loss_options: dict[str, dict[str, Any]] | None = None
     """Keyword arguments of a loss, by name."""
-    distillation_loss_mask_mode: str | None = None
+    distillation_loss_mask_mode: LossMaskMode | None = None
     """Which tokens are trained; see `AlignedCollator`."""
 
 
@@ -109,7 +110,7 @@ class DistillationPlugin(BasePlugin):
 
 
 def make_collator(
-    tokenizer: Any, *, teacher: str, length: int, loss_mask_mode: str | None, **_: Any
+    tokenizer: Any, *, teacher: str, length: int, loss_mask_mode: LossMaskMode | None, **_: Any
 ) -> AlignedCollator:
     """Make the collator; what else Axolotl gives its own (`padding`, `pad_to_multiple_of`) is passed over."""
     return AlignedCollator(

@@ -107,7 +107,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         mix, documents = open_data(config.data, config.run.seed)
         if config.evaluation.ppl_eval_data is not None:
             documents = read_documents(SourceOptions(path=config.evaluation.ppl_eval_data))
-    packed = PackedRows(mix, collator, config.text.max_length_new) if config.text.pack else None
+    packed = PackedRows(mix, collator, config.text.max_length_student) if config.schedule.pack else None
     batches = Batches(
         packed or mix,
         packed or collator,
@@ -121,7 +121,7 @@ def build(config: TrainConfig, world: World) -> Parts:
 
     needs_teacher = reads_teacher(config, losses, measures=bool(heldout))
     student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
-    if config.text.pack:
+    if config.schedule.pack:
         share = config.schedule.batch_size // world.world_size
         check_packing(student, share // config.schedule.gradient_accumulation_steps)
     prefix = prefix_options(config, student, teacher) if config.training.prefix.n_prefix_layers else None
@@ -211,17 +211,11 @@ def build_collator(config: TrainConfig, pair: Pair, losses: Mapping[str, Loss[An
         unbiased = pair.biases.rule(config.objective.options.alm.space_threshold)
     return AlignedCollator(
         pair.student,
-        None if config.text.pack else pair.teacher,
-        max_length_student=config.text.max_length_new,
-        max_length_teacher=config.text.max_length_teacher,
+        None if config.schedule.pack else pair.teacher,
         chunk_kinds=kinds,
         unbiased=unbiased,
-        chat_template_mode=config.text.chat_template_mode,
-        loss_mask_mode=config.text.loss_mask_mode,
-        use_chat_template=config.text.use_chat_template,
         unencodable=config.data.bad_rows.unencodable,
-        special_tokens_mode=config.target.special_tokens_mode,
-        space_mask_mode=config.objective.space_mask_mode,
+        **vars(config.text),
     )
 
 
@@ -330,7 +324,7 @@ def set_trainable(student: CausalLM, config: TrainConfig) -> None:
 
 
 def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None) -> None:
-    asked = {"max_length_new": (config.text.max_length_new, student)}
+    asked = {"max_length_new": (config.text.max_length_student, student)}
     if teacher is not None:
         body = student if isinstance(teacher, Vocabulary) else teacher
         asked["max_length_teacher"] = (config.text.max_length_teacher, body)

@@ -137,7 +137,7 @@ def count(config: TrainConfig, ranks: int) -> Counted:
         active = _active(student), None if teacher is None else _active(teacher)
         _move(student, config, rows)
         width = student.embedding.weight.shape[1]
-        shape = documents, config.text.max_length_new
+        shape = documents, config.text.max_length_student
         tokens, teacher_tokens = documents * shape[1], documents * config.text.max_length_teacher
         peer = getattr(student.config, "peer_config", None)
         kept_whole, cut = held(student, peer), cut_tables_of(student, peer, ranks, tokens, dtype.itemsize)

@@ -81,7 +81,7 @@ def _idle(parts: Parts, config: TrainConfig) -> list[str]:
     network = training.hypernet
     if training.has_hypernet and network is not None and not network.shared and len(student.matrices()) == 1:
         found.append("hypernet.shared (false: one matrix is written)")
-    if config.target.special_tokens_mode == "ignore_pad" and not any(
+    if config.text.special_tokens_mode == "ignore_pad" and not any(
         _writes_padding(t, config) for t in (parts.tokenizers.target, parts.tokenizers.teacher)
     ):
         found.append("special_tokens_mode (ignore_pad: the templates here write no padding token)")
