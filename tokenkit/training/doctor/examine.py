@@ -151,7 +151,7 @@ def _build(
 def _check_configurations(config: TrainConfig, sides: _Sides, reads_teacher: bool, found: Findings) -> bool:
     """Compare what models say of themselves with their tokenizers; return whether they could be read."""
     sources: list[tuple[str, ModelSource, Tokenizer | None, str, int]] = [
-        ("student", config.student, sides.old, "max_length_new", config.text.max_length_new)
+        ("student", config.student, sides.old, "max_length_new", config.text.max_length_student)
     ]
     length = ("max_length_teacher", config.text.max_length_teacher)
     if config.teacher is not None:
@@ -212,5 +212,5 @@ def _load_models(config: TrainConfig, tokenizers: Tokenizers, losses: dict[str, 
     student = build_models(
         config, tokenizers, needs_teacher=reads_teacher(config, losses, measures=measures)
     ).student
-    if config.text.pack:
+    if config.schedule.pack:
         check_packing(student, config.schedule.batch_size // config.schedule.gradient_accumulation_steps)

@@ -85,7 +85,7 @@ def _first(mix: Mix, number: int) -> list[Document]:
 
 def _count(documents: list[Document], collator: AlignedCollator, size: int, config: TrainConfig) -> _Counts:
     counts = _Counts()
-    lengths = {"student": config.text.max_length_new, "teacher": config.text.max_length_teacher}
+    lengths = {"student": config.text.max_length_student, "teacher": config.text.max_length_teacher}
     for start in range(0, len(documents), size):
         before = collator.skipped.total()
         rows = documents[start : start + size]
@@ -139,11 +139,11 @@ def _say_lengths(counts: _Counts, config: TrainConfig, sides: Sequence[str], fou
     fields = {"student": "max_length_new", "teacher": "max_length_teacher"}
     for name in sides:
         share = counts.cut[name] / counts.documents
-        if share > CUT_MUCH and not config.text.pack:
+        if share > CUT_MUCH and not config.schedule.pack:
             found.note(
                 "data",
                 f"{share:.0%} of the documents reach {fields[name]}: what is behind it is cut off",
             )
         padded = 1 - counts.tokens[name] / counts.positions[name]
-        if padded > PADDED_MUCH and not config.text.pack:
+        if padded > PADDED_MUCH and not config.schedule.pack:
             found.note("data", f"{padded:.0%} of the {name}'s positions are padding")
