@@ -5,16 +5,19 @@
     pytest bench/alm_step.py --benchmark-only
 
 Contenders compute the same loss from the same prepared teacher half: `eager` keeps log_softmax over the
-vocabulary, `lean eager` only what logsumexp needs. Times are interleaved in one process, memory is taken
-in a process each, above inputs and outputs. Stops if a contender is wrong.
+vocabulary, `lean eager` only what logsumexp needs. `clm + alm` adds the next-token loss to it, with one pass
+of the head for both as in a training step, `clm + alm apart` with one for each; both recompute. Times are
+interleaved in one process, memory is taken in a process each, above inputs and outputs. Stops if a contender
+is wrong.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,16 +30,18 @@ from harness import Step, as_row, peak_bytes, print_table, save, time_interleave
 from tokenkit.kernels.chunk_likelihood import chunk_likelihood
 from tokenkit.losses import make_loss
 from tokenkit.losses.alm import alm
-from tokenkit.structs import Batch, Chunks, Head, HiddenStates, Side
+from tokenkit.losses.logprobs import answer
+from tokenkit.structs import Batch, Chunks, Context, Head, HiddenStates, Side
 
 EAGER = "eager"
+TWO = ("clm + alm apart", "clm + alm")
 A_TILE = 160 * 2**20
 """Bytes: room for the backward's tile of z on a GPU."""
 
 
 def names(device: str) -> tuple[str, ...]:
     """Return the contenders; on a CPU the loop over tiles runs whatever the budget."""
-    everywhere = (EAGER, "lean eager", "recompute", "cached", "frozen head")
+    everywhere = (EAGER, "lean eager", "recompute", "cached", "frozen head", *TWO)
     return everywhere if device == "cpu" else (*everywhere, "fused", "fused frozen head")
 
 
@@ -70,6 +75,11 @@ def make_batch(case: Case, device: str) -> Batch:
     return Batch(side(), side(), {"unconstrained": Chunks(chunks(), chunks())})
 
 
+def within(prepared: Any, workspace_bytes: int) -> Any:
+    """Return what a first half prepared, with another budget for the second."""
+    return replace(prepared, request=replace(prepared.request, workspace_bytes=workspace_bytes))
+
+
 class Problem:
     """One step's inputs, and the contenders as functions that leave gradients in them."""
 
@@ -84,14 +94,29 @@ class Problem:
         teacher_weight = torch.randn(case.vocab, 64, device=device, dtype=dtype) / 8
         teacher = HiddenStates(teacher_hidden, Head(teacher_weight))
         self.prepared = make_loss("alm_unconstrained").prepare(teacher, self.batch)
+        self.scored = make_loss("clm").prepare(None, self.batch)
 
     def kernel(self, workspace_bytes: int, *, frozen: bool = False) -> None:
         """The library's step."""
         weight = self.weight.detach() if frozen else self.weight
         loss = make_loss("alm_unconstrained", workspace_bytes=workspace_bytes)
         student = HiddenStates(self.hidden, Head(weight))
-        term = loss.loss(student, self.prepared, self.batch)
+        term = loss.loss(student, within(self.prepared, workspace_bytes), self.batch)
         (term.total / term.count).backward()
+
+    def two(self, workspace_bytes: int, *, apart: bool) -> None:
+        """Next-token prediction and ALM, added up."""
+        losses = [make_loss(name, workspace_bytes=workspace_bytes) for name in ("clm", "alm_unconstrained")]
+        student, said = HiddenStates(self.hidden, Head(self.weight)), {}
+        prepared = [within(one, workspace_bytes) for one in (self.scored, self.prepared)]
+        if not apart:
+            requests = {str(i): loss.student_request(prepared[i]) for i, loss in enumerate(losses)}
+            said = answer(student, requests)
+        terms = [
+            loss.loss(student, prepared[i], self.batch, Context(scores=said.get(str(i))))
+            for i, loss in enumerate(losses)
+        ]
+        sum(term.total / term.count for term in terms).backward()
 
     def eager(self, *, lean: bool = False) -> None:
         """The same loss with all logits in memory."""
@@ -123,6 +148,8 @@ class Problem:
             "recompute": lambda: self.kernel(tile),
             "cached": lambda: self.kernel(1 << 36),
             "frozen head": lambda: self.kernel(tile, frozen=True),
+            TWO[0]: lambda: self.two(tile, apart=True),
+            TWO[1]: lambda: self.two(tile, apart=False),
             "fused": lambda: self.kernel(0),
             "fused frozen head": lambda: self.kernel(0, frozen=True),
         }
@@ -136,18 +163,19 @@ class Problem:
         return run
 
     def check(self) -> None:
-        """Raise SystemExit if a contender's gradients are not those of eager PyTorch."""
+        """Raise SystemExit if a contender's gradients are not those that they should be."""
         steps = self.contenders()
-        steps[EAGER]()
-        truth = self.hidden.grad, self.weight.grad
-        for name, step in steps.items():
-            step()
-            for value, expected in zip((self.hidden.grad, self.weight.grad), truth, strict=True):
-                if value is None:
-                    continue
-                error = ((value - expected).abs().max() / expected.abs().max()).item()
-                if not error <= (1e-3 if value.dtype == torch.float32 else 2e-2):
-                    raise SystemExit(f"{name} is off by {error:.1e} of the largest gradient: not timed")
+        for reference, names_of in ((EAGER, set(steps) - set(TWO)), (TWO[0], {TWO[1]})):
+            steps[reference]()
+            truth = self.hidden.grad, self.weight.grad
+            for name in names_of:
+                steps[name]()
+                for value, expected in zip((self.hidden.grad, self.weight.grad), truth, strict=True):
+                    if value is None:
+                        continue
+                    error = ((value - expected).abs().max() / expected.abs().max()).item()
+                    if not error <= (1e-3 if value.dtype == torch.float32 else 2e-2):
+                        raise SystemExit(f"{name} is off by {error:.1e} of the largest gradient: not timed")
 
 
 def memory_mib(case: Case, device: str, dtype: str) -> dict[str, float]:

@@ -27,6 +27,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tokenkit.errors import OtherRankError
 from tokenkit.kernels import deferred
+from tokenkit.kernels.launch import upload
 
 Backend = Literal["nccl", "gloo"]
 
@@ -74,10 +75,9 @@ class World:
                 the flags of `kernels/deferred.py` are read next.
         """
         names = sorted(counts)
-        steps_2 = torch.tensor([float(step), float(step * step)], dtype=torch.float64, device=self.device)
-        packed = torch.cat(
-            [counts[name].detach().to(self.device, torch.float64).flatten() for name in names] + [steps_2]
-        )
+        moments = (torch.full((1,), x, dtype=torch.float64, device=self.device) for x in (step, step * step))
+        given = (upload(counts[name].detach(), self.device).double().flatten() for name in names)
+        packed = torch.cat([*given, *moments])
         if self.mesh is not None:
             dist.all_reduce(packed, group=self.mesh.get_group())
             steps, squares = packed[-2], packed[-1]

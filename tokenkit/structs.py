@@ -127,8 +127,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Return the same batch with its tensors on `device`."""
-        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        if self.student.ids_BT.device.type == "cpu":
+        comes_from_host = self.student.ids_BT.device.type == "cpu"
+        # what is not pinned is copied when the device has nothing left to do
+        pins = comes_from_host and non_blocking and torch.device(device).type == "cuda"
+        batch = self.pin_memory() if pins else self
+        moved = batch.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if comes_from_host:
             object.__setattr__(moved, "host", self)
         return moved
 

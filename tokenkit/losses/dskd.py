@@ -244,7 +244,7 @@ class Dskd(Measured[DskdOptions]):
         is_right_N = scores.is_top1_N.nonzero()[:, 0]
         counts = [len(student_N), len(is_right_N), len(teacher_N)]
         return DskdPrepared(
-            count=torch.tensor(counts, device=student_N.device),
+            count=torch.stack([torch.full((), count, device=student_N.device) for count in counts]),
             key_BSF=key_BSF,
             value_BSE=value_BSE,
             masks=masks,

@@ -92,6 +92,7 @@ class GoldJs(Loss[GoldJsOptions]):
             if len(index_P.unique()) < len(index_P):
                 raise ValueError(f"{name} names an id twice: matched tokens face each other one to one")
         self.student_index, self.teacher_index = student_index, teacher_index
+        self._outcomes: dict[Any, Outcomes] = {}
 
     @classmethod
     def resources(cls, options: GoldJsOptions, pair: Pair) -> dict[str, Any]:
@@ -128,7 +129,9 @@ class GoldJs(Loss[GoldJsOptions]):
             assert said.subset_logp_N is not None
             unmatched_N = said.subset_logp_N.exp()
         count = torch.full((), len(rows.student_N), device=rows.student_N.device)
-        outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=True)
+        outcomes = paired_outcomes(
+            self.student_index, self.teacher_index, context, self._outcomes, whole=True
+        )
         return GoldJsPrepared(count, rows, teacher_NE, outcomes, unmatched_N)
 
     def loss(

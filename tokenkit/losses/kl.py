@@ -21,10 +21,17 @@ from torch import Tensor
 
 from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.kinds import Divergence
-from tokenkit.kernels.launch import upload
 from tokenkit.losses.base import Loss, without_gradient
 from tokenkit.losses.options import WORKSPACE_BYTES, KlOptions
-from tokenkit.losses.score import RowPairs, need_head, need_teacher, scored_tokens, summed_divergence, take
+from tokenkit.losses.score import (
+    RowPairs,
+    need_head,
+    need_teacher,
+    on_its_device,
+    scored_tokens,
+    summed_divergence,
+    take,
+)
 from tokenkit.structs import NO_CONTEXT, Batch, Context, HiddenStates, LossTerm
 
 
@@ -85,13 +92,14 @@ class Kl(Loss[KlOptions]):
 
 def shared_rows(batch: Batch) -> RowPairs:
     """Return the rows that have read the same and predict the same kept token."""
-    device, student, teacher = batch.student.ids_BT.device, batch.on_host.student, batch.on_host.teacher
+    student, teacher = batch.on_host.student, batch.on_host.teacher
     T, S = student.ids_BT.shape[1], teacher.ids_BT.shape[1]
     L = min(T, S)
     has_read_BL = (student.ids_BT[:, :L] == teacher.ids_BT[:, :L]).int().cumprod(1).bool()
     kept_BL = has_read_BL & scored_tokens(student)[:, :L] & scored_tokens(teacher)[:, :L]
     document_N, position_N = kept_BL.nonzero(as_tuple=True)
-    return upload(RowPairs(document_N * T + position_N - 1, document_N * S + position_N - 1), device)
+    rows = RowPairs(document_N * T + position_N - 1, document_N * S + position_N - 1)
+    return on_its_device(batch, rows)
 
 
 def kl_loss(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenkit.kernels import deferred
 from tokenkit.kernels.chunk_likelihood import Layout, Spans, lay_out
+from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.launch import upload
 from tokenkit.kernels.linear_divergence import Outcomes, linear_divergence, match_outcomes
 from tokenkit.kernels.linear_logprob import DEFAULT_WORKSPACE_BYTES, IGNORE, Subset, linear_logprob
@@ -192,12 +193,12 @@ def chunk_ends(batch: Batch, kind: ChunkKind) -> RowPairs:
 
     A leading BOS is a chunk like any other.
     """
-    device, batch = batch.student.ids_BT.device, batch.on_host
-    layout = aligned_chunks(batch, kind)
+    here = batch.on_host
+    layout = aligned_chunks(here, kind)
     kept_BC = layout.valid_BC
-    for spans, side in ((layout.student, batch.student), (layout.teacher, batch.teacher)):
+    for spans, side in ((layout.student, here.student), (layout.teacher, here.teacher)):
         kept_BC = kept_BC & side.trained_BT.gather(1, spans.last_BC.where(layout.valid_BC, 0))
-    return upload(_pairs(layout, kept_BC, layout.student.last_BC, layout.teacher.last_BC), device)
+    return on_its_device(batch, _pairs(layout, kept_BC, layout.student.last_BC, layout.teacher.last_BC))
 
 
 def chunk_starts(batch: Batch, kind: ChunkKind, *, one_to_one: bool = False) -> RowPairs:
@@ -208,13 +209,12 @@ def chunk_starts(batch: Batch, kind: ChunkKind, *, one_to_one: bool = False) -> 
         kind: which of its chunks.
         one_to_one: leave out chunks with more than one token on either side.
     """
-    device, batch = batch.student.ids_BT.device, batch.on_host
-    layout = valid_chunks(batch, kind)
+    layout = valid_chunks(batch.on_host, kind)
     kept_BC = layout.valid_BC
     if one_to_one:
         kept_BC = kept_BC & (layout.teacher_tokens_BC == 1) & (_tokens(layout.student) == 1)
     first_BC, first_teacher_BC = _first(layout.student), _first(layout.teacher)
-    return upload(_pairs(layout, kept_BC, first_BC - 1, first_teacher_BC - 1), device)
+    return on_its_device(batch, _pairs(layout, kept_BC, first_BC - 1, first_teacher_BC - 1))
 
 
 def _pairs(layout: Layout, kept_BC: Tensor, student_BC: Tensor, teacher_BC: Tensor) -> RowPairs:
@@ -222,6 +222,11 @@ def _pairs(layout: Layout, kept_BC: Tensor, student_BC: Tensor, teacher_BC: Tens
     row_B1 = torch.arange(len(kept_BC), device=kept_BC.device)[:, None]
     slot_N = kept_BC.flatten().nonzero()[:, 0]
     return RowPairs((row_B1 * T + student_BC).flatten()[slot_N], (row_B1 * S + teacher_BC).flatten()[slot_N])
+
+
+def on_its_device(batch: Batch, rows: RowPairs) -> RowPairs:
+    """Bring rows that were found in `batch.on_host` to the device of the batch."""
+    return rows if batch.host is None else upload(rows, batch.student.ids_BT.device)
 
 
 def _first(spans: Spans) -> Tensor:
@@ -285,14 +290,20 @@ def check_pairs(student_index: Tensor, teacher_index: Tensor) -> None:
 
 
 def paired_outcomes(
-    student_index: Tensor, teacher_index: Tensor, context: Context, *, whole: bool
+    student_index: Tensor,
+    teacher_index: Tensor,
+    context: Context,
+    known: dict[tuple[int, int, torch.device], Outcomes],
+    *,
+    whole: bool,
 ) -> Outcomes:
-    """Find the columns of a divergence over pairs, in the first half: it waits for the device once.
+    """Find the columns of a divergence over pairs, in the first half: it waits for the device, once per run.
 
     Args:
         student_index: int64 [P] student ids.
         teacher_index: int64 [P] their partners.
         context: with both heads, whose vocabularies must hold the ids.
+        known: what was found for these pairs, by sizes of vocabularies and device; it is added to.
         whole: probabilities are those under the full vocabularies.
     """
     head, teacher_head = context.student_head, context.teacher_head
@@ -300,7 +311,12 @@ def paired_outcomes(
         raise ValueError("this loss must know both vocabularies: give both heads in its Context")
     device = head.weight_VD.device
     indices = {"student_index": student_index.to(device), "teacher_index": teacher_index.to(device)}
-    return match_outcomes(head, teacher_head, **indices, whole=whole)
+    key = (vocab_size(head), vocab_size(teacher_head), device)
+    if torch.compiler.is_compiling():
+        return match_outcomes(head, teacher_head, **indices, whole=whole)
+    if key not in known:
+        known[key] = match_outcomes(head, teacher_head, **indices, whole=whole)
+    return known[key]
 
 
 def summed_divergence(

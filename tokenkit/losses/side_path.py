@@ -76,6 +76,7 @@ class SidePath(Loss[SidePathOptions]):
         super().__init__(options)
         check_pairs(student_index, teacher_index)
         self.student_index, self.teacher_index = student_index, teacher_index
+        self._outcomes: dict[Any, Outcomes] = {}
 
     @classmethod
     def resources(cls, options: SidePathOptions, pair: Pair) -> dict[str, Any]:
@@ -98,7 +99,9 @@ class SidePath(Loss[SidePathOptions]):
         rows = chunk_ends(batch, options.chunks)
         count = torch.full((), len(rows.student_N), device=rows.student_N.device)
         is_whole = not options.distance_fn.endswith("_subset")
-        outcomes = paired_outcomes(self.student_index, self.teacher_index, context, whole=is_whole)
+        outcomes = paired_outcomes(
+            self.student_index, self.teacher_index, context, self._outcomes, whole=is_whole
+        )
         return SidePathPrepared(
             count, rows, take(teacher.hidden_BTD, batch.teacher, rows.teacher_N), outcomes
         )

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokenkit.kernels.launch import upload
 from tokenkit.objective.aggregation import mixing_matrix
 from tokenkit.objective.options import LAST_LAYER, ObjectiveOptions, parse_schedule
 from tokenkit.structs import LossTerm
@@ -153,7 +154,7 @@ class Objective:
             size_J = loss_J.detach().double().abs()
             weight_J = _tensor(user, loss_J) * torch.where(size_J > 0, 1 / size_J.clamp_min(SMALLEST_LOSS), 0)
             known = [self._multiplier(j) for j in range(len(user))]
-            is_known_J = torch.tensor([m is not None for m in known], device=loss_J.device)
+            is_known_J = upload(torch.tensor([m is not None for m in known]), loss_J.device)
             known_J = _tensor([w * (m or 0.0) for w, m in zip(user, known, strict=True)], loss_J)
             return torch.where(is_known_J, known_J, weight_J)
         return _tensor([w * (self._multiplier(j) or 0.0) for j, w in enumerate(user)], loss_J)
@@ -256,7 +257,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+    return upload(torch.tensor(values, dtype=torch.float64), like.device)
 
 
 def _spread(given: float | Sequence[float] | Mapping[str, float], names: list[str]) -> object:

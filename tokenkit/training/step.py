@@ -169,7 +169,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     """Run the optimizer step that is next over this rank's micro-batches.
 
     The host waits for the device once, for the handful of numbers that decide whether the update may
-    happen at all.
+    happen at all. transformers does in each pass of a body, and what a loss adds docs/losses.md says.
 
     Raises:
         NonFiniteError: a loss or the gradient norm is not finite; parameters and optimizer are untouched.
