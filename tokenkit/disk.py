@@ -125,6 +125,25 @@ def write_durably(path: Path, content: str | bytes) -> None:
         fsync_folder(path.parent)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be one of this machine: the hub has NAME and OWNER/NAME."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def why_missing(name: str) -> str:
+    """Say why no model or tokenizer can be had by a name; "" where it is here, or the hub may have it."""
+    if Path(name).expanduser().exists():
+        return ""
+    if is_path(name):
+        return "does not exist"
+    from huggingface_hub import constants
+
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    if not constants.HF_HUB_OFFLINE or cached.is_dir():
+        return ""
+    return "does not exist, and offline (HF_HUB_OFFLINE) the hub is not asked: its cache has no such name"
+
+
 def check_vacant(folder: Path, names: Iterable[str] | None = None, flag: str = "--output") -> None:
     """Refuse an output that holds something or cannot be written, before the work that makes it.
 

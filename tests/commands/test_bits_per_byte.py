@@ -143,6 +143,7 @@ def replace_unk(tokenizer, unk_id):
     ("words", "reason"),
     [
         (["--models", "nowhere/at/all"], "does not exist"),
+        (["--models", "nowhere"], "model folder nowhere does not exist, and offline"),
         (["--models", "a", "a"], "must name each model once"),
         (["--models", "org/a", "--stride", "512"], "stride must be at most 511"),
         (["--models", "org/a", "--output", "."], "exists"),

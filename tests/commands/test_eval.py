@@ -217,6 +217,7 @@ def test_the_model_is_opened_as_it_is_asked_for(data, model, tmp_path, monkeypat
     ("words", "reason"),
     [
         (["nowhere/at/all", "--tasks", "piqa"], "does not exist"),
+        (["nowhere", "--tasks", "piqa"], "models: model folder nowhere does not exist, and offline"),
         (["org/a"], "tasks is empty"),
         (["org/a", "--tasks", "piqa", "--limit", "0"], "limit must be at least 1"),
         (["org/a", "--tasks", "piqa", "--device", "tpu"], "device must be cpu, cuda or cuda:N"),

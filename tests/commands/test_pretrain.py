@@ -8,8 +8,8 @@ import yaml
 
 from tests.conftest import SHARED_DATA
 from tests.tiny import TEXT, byte_level_bpe
-from tokenkit.commands.pretrain import main
-from tokenkit.config import ConfigError, read_config, to_dict
+from tokenkit.commands.pretrain import ALIASES, dry_run, main
+from tokenkit.config import ConfigError, parse_command_line, read_config, to_dict
 from tokenkit.config.pretrain import PretrainConfig, train_config
 from tokenkit.config.read import nested
 from tokenkit.config.schema import leaves
@@ -192,10 +192,30 @@ def test_a_small_run_counts_its_epochs_and_goes_on_from_its_checkpoint(tmp_path,
     )
 
 
+def test_the_word_resume_and_what_yaml_says_for_it():
+    assert not train_config(read(train_config__resume_from_checkpoint=False)).run.resume
+    for words in (
+        ["--resume"],
+        ["resume=true"],
+        ["--train-config.resume-from-checkpoint", "outputs/pretrain"],
+    ):
+        given = [f"--{name}={json.dumps(value)}" for name, value in DATA.items() if "tokenizer" not in name]
+        given += ["--dataset-config.tokenizer-name=byte", f"--model-config={json.dumps(PEER)}", *words]
+        made = parse_command_line(PretrainConfig, [*given, "--max-steps=3"], program="test", aliases=ALIASES)
+        assert train_config(made).run.resume, words
+
+
+def test_a_dry_run_compares_the_rows_with_the_tokenizer():
+    with pytest.raises(ConfigError, match="vocab_size is 260, and the tokenizer has 261 ids"):
+        dry_run(read(model_config={**PEER, "vocab_size": 260}))
+    sizeless = {name: value for name, value in PEER.items() if name != "vocab_size"}
+    assert "27,264 parameters" in dry_run(read(model_config=sizeless)), "320 rows, as the run will have"
+    said = dry_run(read(dataset_config__tokenizer_name="org/tokenizer"))
+    assert "the tokenizer org/tokenizer is not here" in said
+
+
 def test_dry_runs_of_other_architectures(capsys):
     llama = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 320}
     config = read(model_config=llama)
-    from tokenkit.commands.pretrain import dry_run
-
     assert "llama: " in dry_run(config)
     assert dataclasses.replace(config).kind == "llama"

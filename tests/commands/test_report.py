@@ -11,6 +11,7 @@ from tests.commands.test_export import lora_run, root  # noqa: F401
 from tokenkit.cli import main
 from tokenkit.errors import ExitCode
 from tokenkit.evaluation.report.charts import short, ticks
+from tokenkit.evaluation.report.comparable import differences, heldout_text, text_of
 from tokenkit.evaluation.report.folder import _without_secrets
 from tokenkit.evaluation.report.page import page
 from tokenkit.evaluation.report.parts import key_figures
@@ -71,7 +72,7 @@ def test_all_parts_are_there_of_a_run_and_of_one_that_was_cut(whole):
         assert bits["before_from"].startswith("step 0 of the run")
         assert 0 < bits["teacher"] < 20
         assert set(run["by_class"]["models"]) == {"teacher", "before", "after"}
-        assert [one["text"] for one in run["bytes_per_token"]] == ["text of the run", "eng"]
+        assert [one["text"] for one in run["bytes_per_token"]] == ["the run's held-out documents", "eng"]
         assert sum(run["embeddings"]["counts"].values()) == 400
         assert run["embeddings"]["from"] == "the run's own count"
         assert 0 < run["overlap"]["share_of_new"] < 1
@@ -127,7 +128,7 @@ def test_a_run_with_nothing_but_a_torn_file_and_texts_that_mean_harm(tmp_path, c
         "alignments": [[{"student": [HOSTILE], "teacher": [], "chunk": -1}]],
         "bytes_per_token": [{"text": HOSTILE, "bytes": 1, "old": 1.0, "new": 2.0}],
     }
-    words = page({"runs": [run], "tokenkit": HOSTILE, "made": HOSTILE})
+    words = page({"runs": [run], "tokenkit": HOSTILE, "made": HOSTILE, "differences": [HOSTILE]})
     seen = Checked(words).seen
     assert not {"script", "img"} & set(seen)
     assert seen.count("style") == 1
@@ -138,7 +139,7 @@ def test_a_run_that_saved_nothing_has_a_page_of_what_it_began_with():
     one = {"bits_per_byte": 2.0, "bits_per_byte_by_class": {"Latin": 2.0}, "bytes_per_token": 3.0}
     run = {
         "bits_per_byte": None,
-        "by_class": {"bytes": 9, "models": {"before": one}},
+        "by_class": {"bytes": 9, "models": {"before": one}, "text": {"name": "x", "digest": "y"}},
         "size": {},
         "timings": {},
     }
@@ -146,6 +147,29 @@ def test_a_run_that_saved_nothing_has_a_page_of_what_it_began_with():
     assert run["bits_per_byte"]["before"] == 2.0
     assert "after" not in run["bits_per_byte"]
     assert key_figures(run) == []
+
+
+def test_what_is_over_different_text_or_questions_is_said():
+    def run(name, *, size=100, data="a.txt", heldout=0.1, kinds=None, asked="10 questions"):
+        config = {"data.dataset_name": data, "data.heldout.fraction": heldout, "seed": 3}
+        return {
+            "name": name,
+            "bits_per_byte": {"bytes": size, "text": heldout_text(config, size)},
+            "by_class": None if kinds is None else {"bytes": size, "text": text_of("k.txt", kinds)},
+            "tasks": [{"task": "piqa", "metric": "acc", "value": 0.5, "asked": asked}],
+        }  # fmt: skip
+
+    assert differences([run("A", kinds="x")]) == []
+    assert differences([run("A", kinds="x"), run("B", kinds="x")]) == []
+    for other, table in (
+        ({"size": 90}, "Bits per byte"), ({"data": "b.txt"}, "Bits per byte: not the same text (A: 100 by"),
+        ({"heldout": 0.2}, "Bits per byte"), ({"kinds": "y"}, "Kinds of text"),
+        ({"asked": ""}, "piqa: not the same questions (A: 10 questions; B: not said)"),
+    ):  # fmt: skip
+        (said,) = differences([run("A", kinds="x"), run("B", **({"kinds": None} | other))])
+        assert said.startswith(table)
+    named = heldout_text({"ppl_eval_data": "/some/where/b.txt", "data.dataset_name": "a.txt"}, None)
+    assert named["name"] == "b.txt"
 
 
 def test_settings_are_shown_and_secrets_are_not():

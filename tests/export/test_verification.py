@@ -37,7 +37,7 @@ def answers(folder, questions, trusts_code):
     ],
     ids=["nothing", "logits", "ids", "tokens", "pipeline"],
 )
-def test_a_difference_is_named(folder, monkeypatch, change, words):
+def test_a_difference_is_named(folder, monkeypatch, capsys, change, words):
     """The process is played here: another test starts a real one."""
 
     def asked(folder, questions, *, trusts_code):
@@ -51,6 +51,9 @@ def test_a_difference_is_named(folder, monkeypatch, change, words):
     tokenizer = load_tokenizer(str(folder))
     if change is None:
         verify(folder, model, tokenizer, trusts_code=False)
+        said = capsys.readouterr().err
+        assert said.count("verified in a fresh process: ") == 4
+        assert f"{tokenizer.vocab_size:,} tokens: each id has its string" in said
         return
     with pytest.raises(ExportError, match=words):
         verify(folder, model, tokenizer, trusts_code=False)

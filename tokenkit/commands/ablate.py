@@ -217,9 +217,11 @@ def _changed(
 def parameters(point: Point) -> dict[str, int]:
     """Return how many parameters the model of a run has, and how many of them a token meets."""
     from tokenkit.evaluation.parameters import count_parameters
-    from tokenkit.models.new import new_model_on_meta
+    from tokenkit.models.new import ids_of, new_model_on_meta
 
-    found = count_parameters(new_model_on_meta(point.config.student.from_config or {}))
+    student = point.config.student
+    ids = ids_of(student.tokenizer_name or student.pretrained_model_name_or_path)
+    found = count_parameters(new_model_on_meta(student.from_config or {}, ids))
     return {"parameters": found["total"], "active": found["active"]}
 
 

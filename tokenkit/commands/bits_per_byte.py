@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
-from tokenkit.config.paths import check_model_folder
+from tokenkit.config.paths import check_opened
 from tokenkit.errors import ConfigError, at_least, blaming_data, names_a_new_file
 from tokenkit.models.options import Dtype
 
@@ -78,9 +78,6 @@ class BitsPerByteConfig:
         at_least("seed", self.seed, 0)
         if not self.models or len(set(self.models)) < len(self.models):
             raise ConfigError(f"models must name each model once, got {list(self.models)}")
-        for name in self.models:
-            if not _is_run(name):
-                check_model_folder("models", name)
         for flag in ("output", "plot"):
             names_a_new_file(flag, getattr(self, flag))
 
@@ -101,6 +98,7 @@ def score(config: BitsPerByteConfig) -> None:
     Raises:
         DataError, FileNotFoundError: a text, a model or a tokenizer that cannot be read.
     """
+    check_opened("models", *config.models)
     from tokenkit.disk import write_durably
     from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary, table
     from tokenkit.tokenization.written import writable_text
@@ -142,12 +140,6 @@ def read_texts(name: str, limit: int | None) -> list[str]:
     if any(document.text is None for document in documents):
         raise ValueError(f"text {name} holds conversations: give plain text")
     return [str(document.text) for document in documents]
-
-
-def _is_run(name: str) -> bool:
-    """Whether a name means a run or a checkpoint, which `open_model` looks at."""
-    path = Path(name).expanduser()
-    return (path / "checkpoints").is_dir() or (path / "export").is_dir() or path.name.startswith("step_")
 
 
 class _Member:

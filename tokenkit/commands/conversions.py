@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tokenkit.config.paths import check_model_folder
+from tokenkit.config.paths import check_opened
 from tokenkit.disk import blaming_disk, check_vacant
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ def convert(config: ExportConfig, output: Path) -> None:
 
     check_packages(config.format)
     name = config.checkpoint_path
+    check_opened("checkpoint_path", name)
     check_source(name, read_config(Path(name).expanduser()), config.format)
-    from tokenkit.evaluation.opened import finished_export, is_training
     from tokenkit.run.folder import staging_folder
 
-    if finished_export(name) is None and not is_training(name):
-        check_model_folder("checkpoint_path", name)
     with blaming_disk(output), staging_folder(output) as staging, _opened(config) as opened:
         check_source(name, read_config(opened.folder), config.format)  # of a run
         said = WRITERS[config.format](config, opened, staging)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
+from tokenkit.config.paths import check_opened
 from tokenkit.errors import ConfigError, ExitCode, at_least, blaming_data, names_a_new_file
 from tokenkit.evaluation.sampling import Sampling
 from tokenkit.models.options import Dtype
@@ -139,6 +140,8 @@ def measure(config: DraftConfig) -> None:
 
     if config.move.output is not None:
         check_vacant(Path(config.move.output).expanduser())
+    check_opened("target_model", config.target_model)
+    check_opened("draft", config.draft)
     from tokenkit.evaluation.drafts import assist, padding_to, table
     from tokenkit.evaluation.members import same_ids
     from tokenkit.evaluation.opened import open_model

@@ -80,8 +80,6 @@ class EvalConfig:
             raise ConfigError("tasks is empty: name tasks of lm-eval, as in --tasks arc_easy piqa")
         if not self.models or len(set(self.models)) < len(self.models):
             raise ConfigError(f"models must name each model once, got {list(self.models)}")
-        for name in self.models:
-            check_opened("models", name)
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
 
@@ -110,6 +108,7 @@ def evaluate(config: EvalConfig) -> None:
 
     output = Path(config.output).expanduser()
     check_vacant(output)
+    check_opened("models", *config.models)
 
     from tokenkit.evaluation.lm_eval_tasks import load_tasks
     from tokenkit.parallel import start, stop

@@ -18,6 +18,7 @@ from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.benchmarks import LmEval
 from tokenkit.config.models import ModelSource
+from tokenkit.config.paths import check_opened
 from tokenkit.errors import ConfigError, at_least, blaming_data, names_a_folder
 from tokenkit.evaluation.sampling import Sampling
 from tokenkit.models.options import Dtype
@@ -195,6 +196,7 @@ def ask(config: EvalEnsembleConfig) -> None:
     output = None if config.output is None else Path(config.output).expanduser()
     if output is not None:
         check_vacant(output)
+    check_opened("models", *(source.pretrained_model_name_or_path for source in config.models))
     mappings = config.combining.mappings(len(config.models))
     for path in mappings:
         if path is not None and not Path(path).expanduser().exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
+from tokenkit.config.paths import check_opened
 from tokenkit.errors import ConfigError, blaming_data, names_a_new_file
 from tokenkit.evaluation.sampling import Sampling
 from tokenkit.models.options import Dtype
@@ -122,6 +123,7 @@ def write(config: GenerateConfig) -> None:
     Raises:
         DataError, FileNotFoundError: what cannot be read; a prompt that is too long.
     """
+    check_opened("model", config.model)
     is_conversation = config.chat and not config.prompts and config.prompt_file is None and sys.stdin.isatty()
     prompts = [] if is_conversation else read_prompts(config)
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenkit.cli import run
 from tokenkit.config import parse_command_line
 from tokenkit.config.forms import with_positions
-from tokenkit.config.paths import check_model_folder
+from tokenkit.config.paths import check_model_folder, check_opened
 from tokenkit.errors import ConfigError, blaming_data, names_a_folder
 from tokenkit.models.options import Dtype
 
@@ -85,6 +85,7 @@ def merge(config: MergeLoraConfig) -> None:
 
     output = Path(config.output).expanduser()
     check_vacant(output)
+    check_opened("base_model", config.base_model)
     from tokenkit.export.adapters import put_on, read_adapter
     from tokenkit.export.card import CardFacts
     from tokenkit.export.huggingface import ExportRequest, export_huggingface

@@ -23,7 +23,11 @@ from tokenkit.config.pretrain_train import processes
 RANKS = (1, 2, 4, 8, 16)
 """Numbers of processes whose memory a dry run compares, beside those of this start."""
 
-ALIASES = {"output_dir": "train_config.output_dir", "max_steps": "train_config.max_steps"}
+ALIASES = {
+    "output_dir": "train_config.output_dir",
+    "max_steps": "train_config.max_steps",
+    "resume": "train_config.resume_from_checkpoint",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +67,19 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Return in words how large the model is, and what its training takes; nothing is allocated."""
-    from tokenkit.models.new import new_model_on_meta
+    """Return in words how large the model is, and what its training takes; nothing is allocated.
+
+    Raises:
+        ConfigError: no such model, or fewer rows than its tokenizer has ids.
+    """
+    from tokenkit.models.new import ids_of, new_model_on_meta
     from tokenkit.training.shares import share, table
 
     train, data = config.train_config, config.dataset_config
     known = bool(train.length.max_steps or train.length.steps_per_epoch)
     made = train_config(dataclasses.replace(config, eval_config=EvalSection()), None if known else 1)
-    model = new_model_on_meta({"model_type": OWN, **config.model_config}).float()  # as it is trained
+    ids = ids_of(data.tokenizer_name)
+    model = new_model_on_meta({"model_type": OWN, **config.model_config}, ids).float()  # as it is trained
     how: dict[str, Any] = {"itemsize": 4 if made.training.dtype == "float32" else 2}
     how["adds_up"] = train.portions.gradient_accumulation_steps > 1
     steps = made.schedule.steps
@@ -87,6 +96,8 @@ def dry_run(config: PretrainConfig) -> str:
         lines.insert(
             2, f"benchmarks every {train.intervals.eval_steps:,} steps: {', '.join(config.eval_config.evals)}"
         )
+    if ids is None:
+        lines.insert(1, f"the tokenizer {data.tokenizer_name} is not here: whether it fits was not seen")
     return "\n".join(lines)
 
 

@@ -115,6 +115,8 @@ def report(config: ReportConfig) -> None:
     for one in found["runs"]:
         for note in one["notes"]:
             print(f"{one['name']}: {note}", file=sys.stderr)
+    for line in found["differences"]:
+        print(line, file=sys.stderr)
     page, *others = write(found, Path(config.output).expanduser())
     print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenkit.config.schema import flatten
+from tokenkit.disk import is_path, why_missing
 
 MODELS = ("pretrained_model_name_or_path", "auxiliary_model")
 FILES = {
@@ -48,7 +49,7 @@ def _check_path(name: str, value: Any) -> None:
         check_model_folder(name, value)
     elif name in FILES and not Path(value).expanduser().exists():
         raise FileNotFoundError(f"{name}: {value} does not exist: {FILES[name]}")
-    elif name in TEXTS and _is_path(value) and not Path(value).expanduser().exists():
+    elif name in TEXTS and is_path(value) and not Path(value).expanduser().exists():
         raise FileNotFoundError(f"{name}: {value} does not exist: name a file, a folder or a hub data set")
 
 
@@ -60,7 +61,7 @@ def check_model_folder(name: str, value: str) -> None:
     """
     path = Path(value).expanduser()
     if not path.exists():
-        if _is_path(value):
+        if is_path(value):
             raise FileNotFoundError(f"{name}: model folder {value} does not exist")
         return
     if path.is_file():
@@ -79,18 +80,19 @@ def check_model_folder(name: str, value: str) -> None:
     raise FileNotFoundError(f"{name}: {value} has no config.json: it is not a Hugging Face model folder")
 
 
-def check_opened(name: str, value: str) -> None:
-    """Refuse a path that holds nothing that `open_model` opens: a model, a run or a checkpoint.
+def check_opened(name: str, *values: str) -> None:
+    """Refuse names under which `open_model` finds nothing: no model, run or checkpoint, nor a cached one.
+
+    For the start of a command, before anything heavy is imported, and before the first of several is used.
 
     Raises:
         FileNotFoundError: nothing is there, or something else.
     """
-    path = Path(value).expanduser()
-    is_run = (path / "checkpoints").is_dir() or (path / "export" / "config.json").is_file()
-    if not (is_run or path.name == "checkpoints" or path.name.startswith("step_")):
+    for value in values:
+        path = Path(value).expanduser()
+        is_run = (path / "checkpoints").is_dir() or (path / "export" / "config.json").is_file()
+        if is_run or path.name == "checkpoints" or path.name.startswith("step_"):
+            continue
+        if why := why_missing(value):
+            raise FileNotFoundError(f"{name}: model folder {value} {why}")
         check_model_folder(name, value)
-
-
-def _is_path(value: str) -> bool:
-    """Whether a name looks like a path: no hub has such names."""
-    return Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1

@@ -244,11 +244,11 @@ def _resumes(train: TrainSection) -> bool:
         ConfigError: it is of another folder, or there are newer ones.
     """
     named = train.resume_from_checkpoint
-    if named is None or named.lower() in ("false", "no"):
-        return False
+    if named is None or isinstance(named, bool):
+        return bool(named)
     folder = Path(train.output_dir).expanduser().resolve()
     path = Path(named).expanduser().resolve()
-    if named.lower() in ("true", "yes") or path in (folder, folder / "checkpoints"):
+    if path in (folder, folder / "checkpoints"):
         return True
     if folder not in path.parents:
         raise ConfigError(

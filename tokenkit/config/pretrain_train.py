@@ -171,8 +171,9 @@ class TrainSection:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
-    resume_from_checkpoint: str | None = None
-    """The newest checkpoint in output_dir, by its path or that of the run; true: whatever is the newest."""
+    resume_from_checkpoint: bool | str | None = None
+    """The newest checkpoint in output_dir, by its path or that of the run; true, or --resume alone: whatever
+    is the newest."""
 
     portions: Portions = flat(Portions)
     length: Length = flat(Length)

@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tokenkit.errors import ConfigError, ExitCode, blaming_data
+from tokenkit.config.models import ModelSource
+from tokenkit.errors import ConfigError, DataError, ExitCode, blaming_data
 from tokenkit.export.huggingface import ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions, load_causal_lm
 from tokenkit.models.reading import read_configuration
 from tokenkit.run.ending import read_outcome
+from tokenkit.run.redaction import complain
 from tokenkit.tokenization.files.sources import huggingface_tokenizer
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tokenkit.training.exporting import Places, restore
+from tokenkit.training.pair import check_is_the_models_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,9 +100,10 @@ def open_model(
     Raises:
         FileNotFoundError: there is no such folder, or it holds neither a model nor a run.
         CheckpointError: a checkpoint is torn, or its base model or tokenizers are others now.
-        ConfigError: a run whose model brings code that is not trusted here.
+        ConfigError: a run whose model brings code that is not trusted here, or a `tokenizer_name` whose ids
+            mean other text than those of the tokenizer beside the model.
         DataError: a model or tokenizer that cannot be read, or a tokenizer with more ids than the model has
-            rows.
+            rows, or with far fewer.
     """
     placed = _usable(device)
     with tempfile.TemporaryDirectory(prefix="tokenkit-") as scratch:
@@ -114,10 +118,30 @@ def open_model(
             if not Path(folder).is_dir():  # of a name that leads nowhere the model is missing first
                 read_configuration(folder, LoadOptions(trust_remote_code=trust))
             tokenizer = load_tokenizer(spec, trust_remote_code=trust)
+            if spec != folder:
+                own = ModelSource(pretrained_model_name_or_path=folder, tokenizer_name=spec)
+                check_is_the_models_own(tokenizer, own)
             options = LoadOptions(dtype=dtype, trust_remote_code=trust, for_use=True)
             causal = load_causal_lm(folder, tokenizer.vocab_size, options)
+        _compare_rows(name, tokenizer.vocab_size, causal, is_named=spec != folder)
         causal.eval().requires_grad_(False).to(placed)
         yield Opened(name, folder, causal, tokenizer, spec, trust)
+
+
+def _compare_rows(name: str, ids: int, causal: CausalLM, *, is_named: bool) -> None:
+    """Say where a model has more rows than its tokenizer has ids; refuse more than any padding explains."""
+    rows = causal.embedding.weight.shape[0]
+    said = f"the tokenizer has {ids:,} ids and the model {rows:,} rows"
+    if rows - ids > max(MOST_PADDING, rows // 8):
+        raise DataError(f"{name}: {said}, more than padding explains: it is the tokenizer of another model")
+    if rows > ids and (is_named or rows - ids >= USUAL_PADDING):
+        complain(f"tokenkit: {name}: {said}: the last {rows - ids:,} are taken for padding")
+
+
+USUAL_PADDING = 256
+"""Rows: as many are passed over without a word, since sizes are rounded up to a multiple."""
+MOST_PADDING = 1024
+"""Rows beyond the tokenizer's that even a small model may have; of a large one an eighth (phi-2 has 905)."""
 
 
 def _usable(device: torch.device | str) -> torch.device:

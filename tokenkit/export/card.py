@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenkit.disk import is_path
+
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
@@ -52,8 +54,7 @@ def public_name(location: str) -> str:
     """
     name, colon, rest = location.partition(":")
     path = Path(name).expanduser()
-    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
-    if not is_local:
+    if not (is_path(name) or path.exists()):
         return location
     path = path.resolve()
     return (path.parent.name if path.name == "export" else path.name) + colon + rest

@@ -40,6 +40,8 @@ def verify(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, *, trusts
     Compared are the logits of a text in several scripts, the string of every id, the ids and the decoded text
     of 1,000 random strings; `pipeline("text-generation")` must write something.
 
+    What was compared, and how well it agrees, is said on standard error.
+
     Args:
         folder: as it was exported.
         model: what was written, in float32.
@@ -75,6 +77,13 @@ def verify(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, *, trusts
             raise ExportError(f"{folder}: in a fresh process, token {token_id} is {theirs!r}, not {string!r}")
     if not found["generated"].startswith(prompt):
         raise ExportError(f"{folder}: in a fresh process, the pipeline writes {found['generated']!r}")
+    for line in (
+        f"logits of {len(ids)} tokens of text, {rows:,} of each: within {error:.1e}",
+        f"{len(strings):,} tokens: each id has its string",
+        f"{len(texts):,} random texts: the same ids, and the same text back",
+        f"pipeline: {prompt!r} becomes {found['generated']!r}",
+    ):
+        print(f"verified in a fresh process: {line}", file=sys.stderr)
 
 
 def random_texts(tokenizer: Tokenizer, count: int) -> list[str]:

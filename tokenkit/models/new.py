@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from tokenkit.errors import ConfigError, nearest
+from tokenkit.errors import ConfigError, blaming_data, nearest
 from tokenkit.models.causal_lm import CausalLM, LoadOptions
 from tokenkit.models.check import settle
 from tokenkit.models.reading import check_config, config_classes, random_model
+from tokenkit.tokenization.tokenizer import load_tokenizer
 
 OWN = "peer_mla"
 PADDED_TO = 64
@@ -65,12 +66,7 @@ def new_model(settings: Mapping[str, Any], vocab_size: int, **how: Any) -> Any:
     Raises:
         ConfigError: see `architecture`, or fewer rows than ids.
     """
-    config = architecture({"vocab_size": -(-vocab_size // PADDED_TO) * PADDED_TO, **settings})
-    if config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"from_config: vocab_size is {config.vocab_size}, and the tokenizer has {vocab_size} ids: raise "
-            "it (rows beyond the tokenizer's take no probability), or leave it out"
-        )
+    config = _with_rows(settings, vocab_size)
     try:
         return random_model(config, **how)
     except (ValueError, ImportError, RuntimeError) as error:
@@ -78,15 +74,43 @@ def new_model(settings: Mapping[str, Any], vocab_size: int, **how: Any) -> Any:
         raise ConfigError(f"from_config: no model of {config.model_type} can be made: {reason}") from error
 
 
-def new_model_on_meta(settings: Mapping[str, Any]) -> Any:
-    """Return the model with parameters that have shapes and no memory.
+def _with_rows(settings: Mapping[str, Any], vocab_size: int) -> Any:
+    """Return the configuration of a model with a row for every id."""
+    config = architecture({"vocab_size": -(-vocab_size // PADDED_TO) * PADDED_TO, **settings})
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"from_config: vocab_size is {config.vocab_size}, and the tokenizer has {vocab_size} ids: raise "
+            "it (rows beyond the tokenizer's take no probability), or leave it out"
+        )
+    return config
+
+
+def ids_of(tokenizer_name: str, *, trust_remote_code: bool = False) -> int | None:
+    """Return how many ids a tokenizer has; None where it is not on this machine and cannot be fetched.
 
     Raises:
-        ConfigError: see `architecture`.
+        DataError: it is here and cannot be read.
+    """
+    with blaming_data():
+        try:
+            return load_tokenizer(tokenizer_name, trust_remote_code=trust_remote_code).vocab_size
+        except FileNotFoundError:
+            return None
+
+
+def new_model_on_meta(settings: Mapping[str, Any], vocab_size: int | None) -> Any:
+    """Return the model with parameters that have shapes and no memory.
+
+    Args:
+        settings: see `new_model`.
+        vocab_size: ids of its tokenizer. None: nobody knows, and it has its own rows.
+
+    Raises:
+        ConfigError: see `new_model`.
     """
     import torch
 
-    config = architecture(settings)
+    config = architecture(settings) if vocab_size is None else _with_rows(settings, vocab_size)
     with torch.device("meta"):
         return random_model(config)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenkit.disk import why_missing
 from tokenkit.models.peer_mla import register
 
 if TYPE_CHECKING:
@@ -199,8 +200,9 @@ def _one_line(name_or_path: str, options: LoadOptions | None) -> Iterator[None]:
                 "before you set that"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        here = "" if Path(name_or_path).exists() else f"there is no folder {name_or_path} here, and "
         raise ValueError(
-            f"no causal language model could be read from {name_or_path!r}: {reason}; expected a "
+            f"{here}no causal language model could be read from {name_or_path!r}: {reason}; expected a "
             "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
         ) from error
 
@@ -214,11 +216,11 @@ def check_path(name_or_path: str) -> None:
     """
     path = Path(name_or_path)
     if not path.is_dir():
-        if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        if why := why_missing(name_or_path):
             model, _, options = name_or_path.rpartition(":")
             meant = f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
             raise FileNotFoundError(
-                f"model folder {name_or_path} does not exist{meant if model and Path(model).is_dir() else ''}"
+                f"model folder {name_or_path} {why}{meant if model and Path(model).is_dir() else ''}"
             )
         return
     if (path / "adapter_config.json").is_file():

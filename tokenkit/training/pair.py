@@ -94,8 +94,8 @@ def check_is_the_models_own(tokenizer: Tokenizer, source: ModelSource) -> None:
     if same < 0.99 * len(ids):
         raise ConfigError(
             f"tokenizer_name {source.tokenizer_name!r} is not the tokenizer of {folder}: only {same:,} of "
-            f"{len(ids):,} ids mean the same text there; name the tokenizer that the model was trained with, "
-            "and the one that it shall get as target_tokenizer_name"
+            f"{len(ids):,} ids mean the same text there; name the tokenizer that the model was trained with "
+            "(one that it shall get is target_tokenizer_name of train and zett)"
         )
 
 

@@ -1,9 +1,14 @@
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from tests.tokenization.tiny import write
 from tokenkit.tokenization.tokenizer import load_tokenizer
+
+
+def refused(*_, **__):
+    raise OSError("no road")
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -13,7 +18,13 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_read_says_so(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a readable hub repository"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no-such-tokenizer': a folder .* does not exist, and offline"
+    ):
+        load_tokenizer("nobody-here/no-such-tokenizer")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a readable hub repository \\(no road"):
         load_tokenizer("nobody-here/no-such-tokenizer")
 
 

@@ -17,6 +17,7 @@ from tokenkit.config import TrainConfig
 from tokenkit.config.schema import leaves
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.errors import ConfigError
+from tokenkit.evaluation.report.comparable import heldout_text
 from tokenkit.export.card import public_name
 from tokenkit.run.curves import series_of
 from tokenkit.run.ending import read_outcome
@@ -66,7 +67,7 @@ def read_run(folder: Path, results: Sequence[Path] = ()) -> dict[str, Any]:
             "steps": steps if isinstance(steps, int) else None,
         },
         "curves": {panel: dict(_thinned(series)) for panel, series in series_of(lines).items()},
-        "bits_per_byte": _bits(lines),
+        "bits_per_byte": _bits(lines, config),
         "embeddings": _embeddings(facts),
         "tasks": [row for path in (*_results(folder), *results) for row in read_tasks(path, notes)],
         "command": shown_words(facts.get("command", [])),
@@ -119,7 +120,7 @@ def _thinned(series: Mapping[str, list[tuple[int, float]]]) -> Iterator[tuple[st
         yield name, [[step, value] for step, value in (kept if points[-1] in kept else [*kept, points[-1]])]
 
 
-def _bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _bits(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what training measured of teacher and student: at step 0 if it did, and at its last."""
     measured = [line for line in lines if _number(line.get("bits_per_byte/student")) is not None]
     if not measured:
@@ -130,6 +131,7 @@ def _bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "after_from": f"step {last['step']} of the run, on its held-out text",
         "teacher": _number(last.get("bits_per_byte/teacher")),
         "bytes": _number(last.get("heldout_bytes")),
+        "text": heldout_text(config, _number(last.get("heldout_bytes"))),
     }
     if first["step"] == 0:
         found |= {
@@ -172,8 +174,8 @@ def read_tasks(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError("larger than 64 MiB")
-        results = json.loads(path.read_bytes())["results"]
-        rows = []
+        whole = json.loads(path.read_bytes())
+        results, rows = whole["results"], []
         for task, scores in results.items():
             for name, value in scores.items():
                 metric, _, form = name.partition(",")
@@ -185,6 +187,7 @@ def read_tasks(path: Path, notes: list[str]) -> list[dict[str, Any]]:
                         "metric": metric if form in ("", "none") else f"{metric} ({form})",
                         "value": value,
                         "stderr": _number(scores.get(f"{metric}_stderr,{form}")),
+                        "asked": _asked(whole, task),
                         "file": path.name,
                     }
                 )
@@ -192,6 +195,14 @@ def read_tasks(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{path.name} holds no results of lm-eval: {type(error).__name__}")
         return []
     return rows
+
+
+def _asked(results: Mapping[str, Any], task: str) -> str:
+    """Return in words which questions a score is over, as far as lm-eval says so."""
+    counts = _mapping(_mapping(results.get("n-samples")).get(task))
+    said = [(counts.get("effective"), "questions"), (_mapping(results.get("n-shot")).get(task), "examples")]
+    said.append((_mapping(results.get("versions")).get(task), "version"))
+    return ", ".join(f"{value} {what}" for value, what in said if isinstance(value, int | float))
 
 
 def shown(value: Any) -> Any:

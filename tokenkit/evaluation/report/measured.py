@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,9 @@ from tokenkit.data.options import SourceOptions
 from tokenkit.embeddings.rows import LABELS, copied_ids, ordinary_ids
 from tokenkit.errors import ConfigError
 from tokenkit.evaluation.opened import open_model
+from tokenkit.evaluation.report.comparable import text_of
 from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary
+from tokenkit.export.card import public_name
 from tokenkit.models.causal_lm import CausalLM
 from tokenkit.pairing.align import align
 from tokenkit.pairing.view import cells, visible
@@ -67,11 +69,21 @@ def measure(folder: Path, options: Measures) -> dict[str, Any]:
             texts = _texts(config, tokenizers, options)
         found |= _vocabulary(tokenizers)
         with _noted(found, "bytes per token"):
-            found["bytes_per_token"] = list(_per_language(tokenizers, texts, options.texts))
+            called = _called(config, options)
+            found["bytes_per_token"] = list(_per_language(tokenizers, {called: texts}, options.texts))
+        text = text_of(_called(config, options), texts)
         if texts:
             found["alignments"] = list(_alignments(tokenizers, texts[:ALIGNED]))
             _models(found, folder, config, tokenizers, texts, options)
+            if "by_class" in found:
+                found["by_class"]["text"] = text
     return found
+
+
+def _called(config: TrainConfig, options: Measures) -> str:
+    """Return what the text is called that is measured."""
+    named = options.text or config.evaluation.ppl_eval_data
+    return "the run's held-out documents" if named is None else public_name(named)
 
 
 @contextmanager
@@ -129,10 +141,10 @@ def _vocabulary(tokenizers: Tokenizers) -> dict[str, Any]:
 
 
 def _per_language(
-    tokenizers: Tokenizers, texts: Sequence[str], folder: str | None
+    tokenizers: Tokenizers, own: Mapping[str, Sequence[str]], folder: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield bytes for each token of old and new tokenizer, of the run's text and of each language."""
-    named = {"text of the run": list(texts)} if texts else {}
+    named = {name: list(texts) for name, texts in own.items() if texts}
     if folder is not None:
         path = Path(folder).expanduser()
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))

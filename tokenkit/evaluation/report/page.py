@@ -19,6 +19,7 @@ def page(report: Mapping[str, Any]) -> str:
     runs: Runs = report["runs"]
     title = " · ".join(run["name"] for run in runs)
     sections = (
+        ("Not comparable", parts.notes(report["differences"]) if report["differences"] else None),
         ("Bits per byte", _bits(runs)),
         ("Curves", _curves(runs)),
         ("Kinds of text", _each(runs, "by_class", parts.by_class)),

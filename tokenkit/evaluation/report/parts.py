@@ -129,8 +129,8 @@ def by_class(found: Mapping[str, Any]) -> Safe:
     rows.append([el("b", "all"), "100%", *(_bar(f"{value:.3f}", value / top) for value in totals)])
     about = (
         f"Measured for this report on {found['bytes']:,} bytes of {found['documents']:,} documents that all "
-        "these models score, at the beginning of each; documents cut elsewhere give other figures than the "
-        "run's own. Before: the new vocabulary, without any training."
+        f"these models score, at the beginning of each, of {found['text']['name']}; the run's own figures "
+        "are over documents cut at its own lengths. Before: the new vocabulary, without any training."
     )
     head = ("Bytes of", "Share", *(MODELS.get(name, name) for name in models))
     return joined([el("p", about, class_="lead"), table("Bits per byte by kind of character", head, rows)])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenkit import __version__
 from tokenkit.disk import write_durably
+from tokenkit.evaluation.report.comparable import differences
 from tokenkit.evaluation.report.folder import read_run
 from tokenkit.evaluation.report.page import page
 
@@ -43,7 +44,8 @@ def gather(folders: Sequence[Path], results: Sequence[Path], measures: Measures 
             run |= found
             _fill_bits(run)
     _name_apart(runs)
-    return {"tokenkit": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"tokenkit": __version__, "made": made, "runs": runs, "differences": differences(runs)}
 
 
 def _fill_bits(run: dict[str, Any]) -> None:
@@ -52,16 +54,15 @@ def _fill_bits(run: dict[str, Any]) -> None:
     bits = run["bits_per_byte"] or {}
     if bits.get("before") is not None or not models.keys() & {"before", "after"}:
         return
-    if bits and "before" not in models:
-        return
-    words = "measured for this report, on the beginnings of held-out documents"
-    run["bits_per_byte"] = {"bytes": run["by_class"]["bytes"]} | {
+    if bits and not {"before", "after"} <= models.keys():
+        return  # one row is over one text
+    text = run["by_class"]["text"]
+    words = f"measured for this report, on the beginnings of documents of {text['name']}"
+    run["bits_per_byte"] = {"bytes": run["by_class"]["bytes"], "text": text} | {
         key: value
         for name, one in models.items()
         for key, value in ((name, one["bits_per_byte"]), (f"{name}_from", words))
     }
-    if bits.get("after") is not None:
-        run["bits_per_byte"].setdefault("after", bits["after"])
 
 
 def _name_apart(runs: Sequence[dict[str, Any]]) -> None:
@@ -101,6 +102,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             )
         )
     lines += ["Bits per byte on held-out text (lower is better).", "", *_table(rows)]
+    lines += [line for words in report["differences"] for line in ("", f"**{_plain(words)}.**")]
     for run in report["runs"]:
         found = run.get("by_class")
         if found:
@@ -109,7 +111,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             for kind, share in found["share_of_bytes_by_class"].items():
                 values = (f"{one['bits_per_byte_by_class'][kind]:.4f}" for one in models.values())
                 rows.append((kind, f"{share:.1%}", *values))
-            lines += ["", f"### Bits per byte by kind of character: {_plain(run['name'])}", "", *_table(rows)]
+            lines += ["", f"### Bits per byte by kind of character: {_plain(run['name'])}", ""]
+            lines += [f"{found['bytes']:,} bytes of {_plain(found['text']['name'])}.", "", *_table(rows)]
     scores = [("Task", "Metric", "Run", "Value", "Standard error")]
     for run in report["runs"]:
         for row in run["tasks"]:

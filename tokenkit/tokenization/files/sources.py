@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenkit.disk import is_path, why_missing
 from tokenkit.tokenization.files.sentencepiece_model import check_is_no_pointer, sentencepiece_document
 
 if TYPE_CHECKING:
@@ -104,13 +105,15 @@ def _folder(name_or_path: str, revision: str | None) -> Path:
         return path.parent
     if path.exists():
         raise ValueError(f"a tokenizer is a folder or a hub name: {name_or_path} is a file")
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+    if is_path(name_or_path):
         raise FileNotFoundError(f"there is no tokenizer folder {name_or_path}: check the path")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:
+        if why := why_missing(name_or_path):
+            raise FileNotFoundError(f"tokenizer {name_or_path!r}: a folder of that name {why}") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"tokenizer {name_or_path!r} is neither a folder nor a readable hub repository ({reason}): "
