@@ -62,6 +62,8 @@ class Side:
     position_BT: Tensor | None = None
     """int64, the position of each token in its document, where rows hold several (`data.packing`); None: a
     row is a document."""
+    ids_mean: str | None = None
+    """`Tokenizer.meaning` of the ids; None: nobody said."""
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Side:
         """Return the same side with `move` applied to each tensor."""

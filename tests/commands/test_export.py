@@ -202,6 +202,16 @@ def test_a_mistake_in_the_words_comes_before_torch(words, reason, capsys, tmp_pa
     assert reason in capsys.readouterr().err
 
 
+def test_the_card_of_a_checkpoint_in_another_format_says_how_it_was_trained(lora_run, tmp_path):
+    words = ["export", str(lora_run / "checkpoints" / "step_00000002"), "--format", "gguf"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "by training with tokenkit (PyTorch): clm." in card
+    for line in ("- **steps**: 2 of 4", "- **made from**: model", "- **bits per byte, held out**: student"):
+        assert line in card
+    assert card.count("- **versions") == 2
+
+
 def test_code_of_a_models_own_must_be_trusted_here_too(root, lora_run, tmp_path, monkeypatch, capsys):
     from tokenkit.training import exporting
 

@@ -57,6 +57,16 @@ def test_a_folder_of_peft_and_its_base_become_one_model(root, tmp_path, changes)
     assert "another tokenizer" not in card
 
 
+def test_what_the_card_of_the_adapters_says_of_their_training_stays(root, tmp_path):
+    for name in ("base", "adapter"):
+        shutil.copytree(root / name, tmp_path / name)
+    (tmp_path / "adapter" / "README.md").write_text(
+        "---\ntags: [tokenkit]\n---\n\n# x\n\n- **steps**: 7 of 9\n"
+    )
+    assert main(words(tmp_path)) == 0
+    assert "- **steps**: 7 of 9\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_base_keeps_its_dtype(root, tmp_path):
     for name in ("base", "adapter"):
         shutil.copytree(root / name, tmp_path / name)

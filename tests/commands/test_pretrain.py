@@ -205,6 +205,23 @@ def test_the_word_resume_and_what_yaml_says_for_it():
         assert train_config(made).run.resume, words
 
 
+def test_words_change_the_model_of_a_file_and_yaml_takes_its_place(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(nested({"model_config": PEER} | DATA)))
+    words = ["--config", str(tmp_path / "base.yaml"), "--max-steps=3", "--model-config"]
+    one = parse_command_line(
+        PretrainConfig, [*words, "hidden_size=64", "peer_config.num_heads=4"], program="test", aliases=ALIASES
+    )
+    assert one.model_config == PEER | {
+        "hidden_size": 64,
+        "peer_config": PEER["peer_config"] | {"num_heads": 4},
+    }
+    assert "replaced" not in capsys.readouterr().err
+    whole = {"model_type": "gpt2", "vocab_size": 300}
+    two = parse_command_line(PretrainConfig, [*words, json.dumps(whole)], program="test", aliases=ALIASES)
+    assert two.model_config == whole
+    assert "model_config is replaced as a whole: without hidden_size, " in capsys.readouterr().err
+
+
 def test_a_dry_run_compares_the_rows_with_the_tokenizer():
     with pytest.raises(ConfigError, match="vocab_size is 260, and the tokenizer has 261 ids"):
         dry_run(read(model_config={**PEER, "vocab_size": 260}))

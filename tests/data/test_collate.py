@@ -149,6 +149,12 @@ def test_one_tokenizer_serves_both_sides(word_tokenizer):
     assert chunks.student_BT[0, :n].tolist() == list(range(n))
 
 
+def test_sides_say_what_their_ids_mean(word_tokenizer, byte_tokenizer):
+    one, two = (AlignedCollator(word_tokenizer, other)([{"text": "a"}]) for other in (None, byte_tokenizer))
+    assert one.student.ids_mean == one.teacher.ids_mean == two.student.ids_mean == word_tokenizer.meaning
+    assert two.teacher.ids_mean == byte_tokenizer.meaning != word_tokenizer.meaning
+
+
 def test_rows_that_are_no_documents_are_left_out_and_counted(word_tokenizer, byte_tokenizer):
     collator = AlignedCollator(word_tokenizer, byte_tokenizer)
     rows = [{"text": "the cat"}, {"text": None}, {"no": 1}, {"text": "bad \ud800"}, Document(text="the dog")]

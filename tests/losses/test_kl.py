@@ -144,6 +144,11 @@ def test_other_tokenizers_are_refused():
     batch = make_batch()  # of 40 and 50 ids
     with pytest.raises(ValueError, match="the vocabularies have 40 and 50 tokens: their tokenizers differ"):
         kl_loss(*make_states(batch), batch)
+    batch = one_tokenizer(ids_mean="one")  # as many ids, and all that is known of one side alone
+    assert kl_loss(*states(batch), batch).count == 9
+    other = dataclasses.replace(batch, student=dataclasses.replace(batch.student, ids_mean="another"))
+    with pytest.raises(ValueError, match="ids of student and teacher stand for different bytes"):
+        kl_loss(*states(other), other)
     with pytest.raises(ValueError, match="compares with a teacher: got none"):
         make_loss("kl").prepare(None, batch)
 

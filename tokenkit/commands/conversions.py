@@ -68,7 +68,7 @@ def _onnx(config: ExportConfig, opened: Opened, folder: Path) -> str:
     )
     write_card(
         folder,
-        name,
+        (name, opened.folder),
         library="onnx",
         what=f"The model as an ONNX graph with dynamic axes, written by tokenkit (PyTorch){cache}.",
         usage=usage,
@@ -102,7 +102,7 @@ def _gguf(config: ExportConfig, opened: Opened, folder: Path) -> str:
     size = f"{(folder / FILE).stat().st_size / 1e6:.1f} MB"
     write_card(
         folder,
-        name,
+        (name, opened.folder),
         library="gguf",
         what="The model and its tokenizer as a GGUF file, written by tokenkit (PyTorch).",
         usage=USAGE,
@@ -119,7 +119,7 @@ def _int8(config: ExportConfig, opened: Opened, folder: Path) -> str:
     facts = write_int8(opened, folder, _texts(config, opened)).facts()
     write_card(
         folder,
-        config.checkpoint_path,
+        (config.checkpoint_path, opened.folder),
         library="transformers",
         what="The model with the matrices of its linear layers in 8 bits (torchao, weights only), written by "
         "tokenkit (PyTorch).",

@@ -128,10 +128,7 @@ def export(config: ExportConfig) -> None:
     from tokenkit.export.adapter_folder import export_adapter
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
-    from tokenkit.run.facts import read_facts
-    from tokenkit.run.metrics import METRICS_NAME, read_metrics
-    from tokenkit.training.exporting import Places, restore, run_facts
-    from tokenkit.training.reports import measurements
+    from tokenkit.training.exporting import Places, facts_of, restore
 
     places = Places(
         base_model=config.base_model,
@@ -140,12 +137,8 @@ def export(config: ExportConfig) -> None:
     )
     found = restore(config.checkpoint_path, places, trust_remote_code=config.trust_remote_code)
     settings, folder, manifest = found.settings, found.folder, found.manifest
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    measured = {} if run is None else measurements(read_metrics(run / METRICS_NAME))
-    command = None if run is None else read_facts(run).get("command")
-    facts = run_facts(settings, manifest.step, measured.get(manifest.step), command)
     dtype = DTYPES[config.dtype or settings.training.dtype]
-    request = ExportRequest(folder=output, dtype=dtype, facts=facts, is_verified=config.verify)
+    request = ExportRequest(folder=output, dtype=dtype, facts=facts_of(found), is_verified=config.verify)
     with blaming_disk(output):
         if config.as_adapter:
             is_changed = settings.target.target_tokenizer_name is not None or settings.target.tokens_to_add

@@ -87,7 +87,7 @@ def merge(config: MergeLoraConfig) -> None:
     check_vacant(output)
     check_opened("base_model", config.base_model)
     from tokenkit.export.adapters import put_on, read_adapter
-    from tokenkit.export.card import CardFacts
+    from tokenkit.export.card import CardFacts, told
     from tokenkit.export.huggingface import ExportRequest, export_huggingface
     from tokenkit.models.causal_lm import DTYPES
 
@@ -97,7 +97,12 @@ def merge(config: MergeLoraConfig) -> None:
         student, stored = _base(config, adapter, tokenizer)
         student.model = put_on(student.model, adapter, config.lora_model, config.base_model)
     _untie_if_apart(student)
-    facts = CardFacts(base=config.base_model, sources={"adapters": [config.lora_model]}, is_moved=False)
+    facts = CardFacts(
+        base=config.base_model,
+        sources={"adapters": [config.lora_model]},
+        lines=told(config.lora_model)[1],
+        is_moved=False,
+    )
     dtype = stored if config.dtype is None else DTYPES[config.dtype]
     with blaming_disk(output):
         request = ExportRequest(folder=output, dtype=dtype, facts=facts)

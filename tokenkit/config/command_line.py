@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from tokenkit.config.forms import short_forms, sort_words, split_commas
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.paths import check_paths
-from tokenkit.config.read import canonical, read_config, to_yaml, unknown_field
+from tokenkit.config.read import Changes, canonical, read_config, to_yaml, unknown_field
 from tokenkit.config.schema import Leaf, heading, leaves, main_field, options
 from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
@@ -166,7 +166,7 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
     """The words after a flag as YAML would hold them.
 
     A list is its words, cut at commas; a mapping is `key=value` words; either may be one word of YAML:
-    `[a, b]`, `{a: 1}`.
+    `[a, b]`, `{a: 1}`. Words change the mapping of a file, YAML takes its place.
 
     Raises:
         ConfigError: no value or too many.
@@ -188,8 +188,8 @@ def from_words(hint: Any, words: Sequence[str], name: str) -> Any:
         takes_mapping = any("Mapping" in str(option) for option in wanted)
         if takes_mapping and words and all(equals for _, equals, _ in pairs):
             if any("Any" in str(option) for option in wanted):
-                return {key: load_yaml(value, flag) for key, _, value in pairs}
-            return {key: value for key, _, value in pairs}
+                return Changes({key: load_yaml(value, flag) for key, _, value in pairs})
+            return Changes({key: value for key, _, value in pairs})
         return list(words)
     if len(words) != 1:
         got = f"got {len(words)}: {' '.join(words)}" if words else "got none"

@@ -55,6 +55,10 @@ _RESOLVER = re.compile(_OPEN + r"([\w.]+)\s*:")
 _ENVIRONMENT = re.compile(_OPEN + r"oc\.env\s*:\s*([^,}\s]+)")
 
 
+class Changes(dict[str, Any]):
+    """Entries of a mapping, by dotted name, that change what files say instead of taking its place."""
+
+
 def read_config(
     schema: type[T],
     files: Sequence[str | Path] = (),
@@ -130,10 +134,31 @@ def _gather(
                 say(f"tokenkit: {other} gives way to {name}, and both are set ({source or 'command line'})")
                 if key != name:
                     continue
+            value = _joined(name, given.get(name), value, say)
             here[name], given[name], origin[name] = key, value, source
     for alias, name in said.items():
         say(f"tokenkit: {alias} is read as {name}")
     return given, origin, variables
+
+
+def _joined(name: str, before: Any, value: Any, say: Callable[[str], None]) -> Any:
+    """Return a mapping with its changes; where one takes the place of another, say what is dropped."""
+    if not isinstance(value, Mapping):
+        return value
+    before = before if isinstance(before, Mapping) else {}
+    if isinstance(value, Changes):
+        changed = dict(before)
+        for path, item in value.items():
+            *groups, last = path.split(".")
+            node = changed
+            for group in groups:
+                inner = node.get(group)
+                node[group] = node = dict(inner) if isinstance(inner, Mapping) else {}
+            node[last] = item
+        return changed
+    if dropped := [str(key) for key in before if key not in value]:
+        say(f"tokenkit: {name} is replaced as a whole: without {', '.join(dropped)}, which a file before had")
+    return value
 
 
 def _differing(key: str, name: str) -> tuple[str, str]:

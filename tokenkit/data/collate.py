@@ -83,6 +83,7 @@ class AlignedCollator(TextOptions):
         student, teacher = (_rules(tokenizer, self.space_mask_mode) for tokenizer in tokenizers)
         self._rules, self._space = (student[0], teacher[0]), (student[1], teacher[1])
         self._eos = tuple(tokenizer.eos_id for tokenizer in tokenizers)
+        self._meanings = tuple(tokenizer.meaning for tokenizer in tokenizers)
         self.chunk_kinds = tuple(self.chunk_kinds)
         # a mode or kind that cannot be had would spoil every row: try one
         probe = self._encode([Document(text="a")])
@@ -225,6 +226,7 @@ class AlignedCollator(TextOptions):
             trained_BT=rows.pad(rows.flat.trained_N, False),
             space_V=self._space[number],
             eos_id=self._eos[number],
+            ids_mean=self._meanings[number],
         )
 
 

@@ -27,7 +27,7 @@ from tokenkit.run.ending import read_outcome
 from tokenkit.run.redaction import complain
 from tokenkit.tokenization.files.sources import huggingface_tokenizer
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
-from tokenkit.training.exporting import Places, restore
+from tokenkit.training.exporting import Places, facts_of, restore
 from tokenkit.training.pair import check_is_the_models_own
 
 if TYPE_CHECKING:
@@ -181,5 +181,5 @@ def _written(name: str, places: Places, scratch: Path, trust_remote_code: bool) 
     """Write the model of a run or checkpoint, and return its folder."""
     found = restore(name, places, trust_remote_code=trust_remote_code)
     dtype = DTYPES[found.settings.training.dtype]
-    request = ExportRequest(folder=scratch / "model", dtype=dtype)
+    request = ExportRequest(folder=scratch / "model", dtype=dtype, facts=facts_of(found))
     return str(export_huggingface(found.student, found.state, found.tokenizer, request))

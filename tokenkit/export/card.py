@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,17 @@ def inherited(base: str) -> dict[str, Any]:
     names = ("license", "license_name", "license_link", "language")
     found = {name: getattr(card.data, name, None) for name in names}
     return {name: value for name, value in found.items() if value}
+
+
+def told(folder: str) -> tuple[str, dict[str, str]]:
+    """Return the sentence and the lines of a card that tokenkit wrote into a folder; of others, none."""
+    path = Path(folder).expanduser() / "README.md"
+    card = _read(path) if path.is_file() else None
+    if card is None or "tokenkit" not in (getattr(card.data, "tags", None) or ()):
+        return "", {}
+    paragraphs = card.text.strip().split("\n\n")
+    lines = re.findall(r"^- \*\*(.+?)\*\*: (.+)$", card.text, re.MULTILINE)
+    return next((p for p in paragraphs if p[:1] not in "#-`"), ""), dict(lines)
 
 
 def _read(path: Path) -> ModelCard | None:

@@ -68,13 +68,13 @@ def copy_beside(source: str, folder: Path) -> None:
 
 
 def write_card(
-    folder: Path, source: str, *, library: str, what: str, usage: str, facts: Mapping[str, str]
+    folder: Path, source: tuple[str, str], *, library: str, what: str, usage: str, facts: Mapping[str, str]
 ) -> None:
-    """Write the card of a converted model; licence and languages are those of the source's card.
+    """Write the card of a converted model; licence, languages and training are those of the source's card.
 
     Args:
         folder: is written.
-        source: folder or hub name of the model that was converted.
+        source: what was named to be converted, and the folder in Hugging Face layout that was read for it.
         library: the name that the hub knows for what reads it.
         what: a sentence.
         usage: code.
@@ -82,10 +82,13 @@ def write_card(
     """
     from huggingface_hub import ModelCardData
 
-    from tokenkit.export.card import inherited
+    from tokenkit.export.card import inherited, told
 
-    name = public_name(source)
-    own = inherited(source)
+    name, own = public_name(source[0]), inherited(source[1])
+    sentence, lines = told(source[1])
+    renamed = {"versions": "versions, training"}
+    facts = {renamed.get(key, key): value for key, value in lines.items()} | dict(facts)
+    what = f"{what} {sentence}".strip()
     data = ModelCardData(
         base_model=name,
         library_name=library,

@@ -55,9 +55,14 @@ class Kl(Loss[KlOptions]):
         """Find the tokens that both sides have, and keep the teacher's states in front of them.
 
         Raises:
-            ValueError: no teacher, or vocabularies of two sizes.
+            ValueError: no teacher, or ids that mean two things: of sides that say so, or by their number.
         """
         teacher = need_teacher(teacher, "kl")
+        if None not in (meanings := {batch.student.ids_mean, batch.teacher.ids_mean}) and len(meanings) > 1:
+            raise ValueError(
+                "kl compares id with id, and ids of student and teacher stand for different bytes: their "
+                "tokenizers differ (take an ALM loss or a baseline)"
+            )
         if context.student_head is not None:
             sizes = vocab_size(context.student_head), vocab_size(teacher.head)
             if sizes[0] != sizes[1]:

@@ -259,6 +259,14 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
+    def meaning(self) -> str:
+        """A SHA-256 (hex) of what each id stands for: its bytes, and which ids are special."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.byte_length_V, np.int64).tobytes())
+        digest.update(b"".join(self.token_bytes))
+        digest.update(np.packbits(self.is_special_V).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
     def _speller(self) -> Speller:
         return Speller(self.token_bytes, self.byte_length_V)
 

@@ -29,11 +29,12 @@ from tokenkit.models.reading import model_fingerprint
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
 from tokenkit.run.facts import read_facts
-from tokenkit.run.metrics import UNNAMED
+from tokenkit.run.metrics import METRICS_NAME, UNNAMED, read_metrics
 from tokenkit.run.safe_dcp import Manifest, read_manifest
 from tokenkit.training.build import Parts, build_models
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import load_tokenizers
+from tokenkit.training.reports import measurements
 from tokenkit.training.requests import WrittenRows, ask
 
 if TYPE_CHECKING:
@@ -157,6 +158,15 @@ def run_facts(
         title=None if config.run.name == UNNAMED else config.run.name,
         bits_per_byte=None if measured is None else measured.student,
     )
+
+
+def facts_of(found: Restored) -> CardFacts:
+    """Return what the card of a checkpoint's model says; what its run knows, where it still lies in it."""
+    folder, step = found.folder, found.manifest.step
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    measured = {} if run is None else measurements(read_metrics(run / METRICS_NAME))
+    command = None if run is None else read_facts(run).get("command")
+    return run_facts(found.settings, step, measured.get(step), command)
 
 
 def restore(name: str, places: Places, *, trust_remote_code: bool) -> Restored:
