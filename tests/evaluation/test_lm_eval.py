@@ -1,8 +1,9 @@
 """What lm-eval is answered is what its own class for Hugging Face models answers.
 
-Faults tried, each caught here: targets one position late; a row shared with a text that it does not begin;
-the prefix left out, or written twice; pieces of a long continuation that overlap; a stop string left in;
-padding without its mask; the batches of another process lost.
+Faults tried one by one, each caught here: targets one position late; a row shared with a text that it begins
+but for the last token; the prefix of a rolling text left out, EOS in the place of BOS in front of a text
+without a context, a BOS written twice; pieces of a long continuation that overlap by a token; a stop string
+left in; padding without its mask; the batches of another process lost.
 """
 
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ ASKED = [
     (QUESTION, " a"),  # the beginning of the last
     (QUESTION, " the"),  # reads the same as that
     (QUESTION + " a girl who", " liked the dog"),
+    (QUESTION + " x", " dog"),
+    (QUESTION + " y", " dog"),  # differs in its last token alone
     ("", "The cats"),
     ("Once ", "upon"),  # the space belongs to the continuation
     ("naïve café — " * 12, "東京 and the cats"),  # cut on the left

@@ -218,10 +218,9 @@ def check_path(name_or_path: str) -> None:
     if not path.is_dir():
         if why := why_missing(name_or_path):
             model, _, options = name_or_path.rpartition(":")
-            meant = f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
-            raise FileNotFoundError(
-                f"model folder {name_or_path} {why}{meant if model and Path(model).is_dir() else ''}"
-            )
+            if model and Path(model).is_dir():
+                why += f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
+            raise FileNotFoundError(f"model folder {name_or_path} {why}")
         return
     if (path / "adapter_config.json").is_file():
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
