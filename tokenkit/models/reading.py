@@ -200,7 +200,7 @@ def _one_line(name_or_path: str, options: LoadOptions | None) -> Iterator[None]:
                 "before you set that"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        here = "" if Path(name_or_path).exists() else f"there is no folder {name_or_path} here, and "
+        here = "" if Path(name_or_path).exists() else "there is no such folder here, and "
         raise ValueError(
             f"{here}no causal language model could be read from {name_or_path!r}: {reason}; expected a "
             "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
@@ -215,12 +215,12 @@ def check_path(name_or_path: str) -> None:
         ValueError: the adapter of a model, or files that lead out of the folder.
     """
     path = Path(name_or_path)
+    if why := why_missing(name_or_path):
+        model, _, options = name_or_path.rpartition(":")
+        if model and Path(model).is_dir():
+            why += f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
+        raise FileNotFoundError(f"model folder {name_or_path} {why}")
     if not path.is_dir():
-        if why := why_missing(name_or_path):
-            model, _, options = name_or_path.rpartition(":")
-            if model and Path(model).is_dir():
-                why += f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
-            raise FileNotFoundError(f"model folder {name_or_path} {why}")
         return
     if (path / "adapter_config.json").is_file():
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
