@@ -200,9 +200,9 @@ def _one_line(name_or_path: str, options: LoadOptions | None) -> Iterator[None]:
                 "before you set that"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        here = "" if Path(name_or_path).exists() else "there is no such folder here, and "
+        here = "" if Path(name_or_path).exists() else ", which is no folder here"
         raise ValueError(
-            f"{here}no causal language model could be read from {name_or_path!r}: {reason}; expected a "
+            f"no causal language model could be read from {name_or_path!r}{here}: {reason}; expected a "
             "Hugging Face folder with config.json and *.safetensors, or the name of one on the hub"
         ) from error
 
@@ -217,8 +217,7 @@ def check_path(name_or_path: str) -> None:
     path = Path(name_or_path)
     if why := why_missing(name_or_path):
         model, _, options = name_or_path.rpartition(":")
-        if model and Path(model).is_dir():
-            why += f": {options!r} is an option of a tokenizer, write it in tokenizer_name"
+        why += f": {options!r} is an option of tokenizer_name" if model and Path(model).is_dir() else ""
         raise FileNotFoundError(f"model folder {name_or_path} {why}")
     if not path.is_dir():
         return
@@ -362,15 +361,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _list(names: list[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(sorted(names)[:SHOWN]) + more
 
 
 def quiet_off_terminal() -> None:
     """Let transformers draw its bars on a terminal only."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
