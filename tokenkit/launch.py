@@ -6,29 +6,37 @@ that goes on (75) from a configuration that never will (64). With `--restarts` i
 that may help, and no more once three starts in a row have come no checkpoint further. On several nodes leave
 it at 0: all nodes must start again together, which is the scheduler's to do.
 
+A torchrun that is cut off from the others waits long after its ranks have ended. What is left of COMMAND
+`--linger` seconds after outcome.json said how the run ended is ended too.
+
 It loads no torch, and needs nothing but the standard library beside tokenkit.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tokenkit.errors import ExitCode
-from tokenkit.run.ending import read_outcome
+from tokenkit.run.ending import RUNNING, read_outcome
 from tokenkit.run.folder import OUTCOME_NAME
 
 AGAIN = (ExitCode.FAULT, ExitCode.OTHER_RANK)
 """Codes after which another start may help by itself: a crash, a rank that is gone; docs/distributed.md."""
+LINGER = 120.0
 MOST_STANDSTILLS = 3  # starts in a row without a new checkpoint: it fails at the same step each time
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
 _WAIT_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,21 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser = argparse.ArgumentParser(
         prog="python -m tokenkit.launch",
-        usage="%(prog)s OUTPUT [--restarts N] -- COMMAND ...",
+        usage="%(prog)s OUTPUT [--restarts N] [--linger SECONDS] -- COMMAND ...",
         description="Run a training, and exit with the code that OUTPUT/outcome.json names.",
     )
     parser.add_argument("output", type=Path, help="output_dir of the run")
     parser.add_argument("--restarts", type=int, default=0, help="new starts after a crash (default: 0)")
+    words_of_linger = f"seconds that the command may outlive the run's end (default: {LINGER:.0f})"
+    parser.add_argument("--linger", type=float, default=LINGER, help=words_of_linger)
     options = parser.parse_args(own)
     if not command:
         return _refuse("write the command behind --: python -m tokenkit.launch OUTPUT -- torchrun ...")
-    if options.restarts < 0:
-        return _refuse(f"--restarts must be at least 0, got {options.restarts}")
+    for name, number in (("restarts", options.restarts), ("linger", options.linger)):
+        if number < 0:
+            return _refuse(f"--{name} must be at least 0, got {number}")
     if options.restarts and "--resume" not in command:
         return _refuse(
             "--restarts needs --resume in the command: a new start goes on from the last checkpoint"
         )
-    return Launch(options.output, command).run(options.restarts)
+    return Launch(options.output, command, options.linger).run(options.restarts)
 
 
 def _refuse(words: str) -> int:
@@ -67,10 +78,11 @@ class Launch:
     Args:
         output: `output_dir` of the run.
         command: what is started.
+        linger: seconds that it may go on once the run has ended.
     """
 
-    def __init__(self, output: Path, command: Sequence[str]):
-        self.output, self.command = output, list(command)
+    def __init__(self, output: Path, command: Sequence[str], linger: float = LINGER):
+        self.output, self.command, self.linger = output, list(command), linger
         self._child: subprocess.Popen[bytes] | None = None
         self._is_asked = False
 
@@ -102,17 +114,35 @@ class Launch:
     def _start(self) -> int:
         """Run the command to its end; return the code that is the run's own."""
         stamp = _stamp(self.output)
-        try:
-            self._child = subprocess.Popen(self.command)
+        try:  # in a group of its own: a terminal's Ctrl-C comes once, by `_pass_on`
+            self._child = subprocess.Popen(self.command, start_new_session=True)
         except OSError as error:
             return _refuse(f"{self.command[0]} could not be started: {error.strerror}")
-        code = self._child.wait()
+        code = self._wait(self._child, stamp)
         if code == 0:
             return 0
-        # of this start only: an earlier run's words say nothing of one that did not come so far
-        said = read_outcome(self.output) if _stamp(self.output) != stamp else {}
-        own = said.get("code")
+        own = self._said(stamp).get("code")
         return own if isinstance(own, int) and own else code if code > 0 else int(ExitCode.FAULT)
+
+    def _said(self, stamp: tuple[int, int] | None) -> dict[str, Any]:
+        """Return the words of this start: an earlier run's say nothing of one that did not come so far."""
+        return read_outcome(self.output) if _stamp(self.output) != stamp else {}
+
+    def _wait(self, child: subprocess.Popen[bytes], stamp: tuple[int, int] | None) -> int:
+        """Wait for the command; end it where the run has ended and it has not."""
+        ended_at: float | None = None
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(_LOOK_SECONDS)
+            if ended_at is None and self._said(stamp).get("outcome", RUNNING) != RUNNING:
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() - ended_at > self.linger:
+                print(f"tokenkit: the run has ended and {self.command[0]} has not: killed", file=sys.stderr)
+                if hasattr(os, "killpg"):
+                    os.killpg(child.pid, signal.SIGKILL)
+                else:
+                    child.kill()
+                return child.wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._is_asked = True

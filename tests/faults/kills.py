@@ -50,9 +50,19 @@ def was_at(folder):
     return doing
 
 
+def wait_for_a_step(folder, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and "step" not in was_at(folder):
+        time.sleep(0.01)
+
+
 def one_life(config, folder, ranks, longest, rng):
     """Start the run, kill it at a random moment; return what it was at, None where it ended before."""
     started = start_ranks(train_in_rank, ranks, config, always_shard=False)
+    if (
+        rng.random() < 0.8
+    ):  # loading takes most of so short a life: the others are counted from the first step
+        wait_for_a_step(folder, seconds=60)
     time.sleep(rng.uniform(0, longest))
     for pid in started.pids if rng.random() < 0.5 else [rng.choice(started.pids)]:
         with suppress(ProcessLookupError):
@@ -82,7 +92,7 @@ def main(kills, ranks, seed, mode):
     seconds, whole, same, folder = time.monotonic() - begun, what_is_left(root / "whole"), 0, root / "broken"
     while (landed := where.total()) < kills or folder.exists():
         if landed < kills:
-            doing = one_life(configs["broken"], folder, ranks, 0.7 * seconds, rng)
+            doing = one_life(configs["broken"], folder, ranks, 0.5 * seconds, rng)
             where.update([] if doing is None else [doing])
             print(f"{where.total()} kills, {same} runs to their end; the last: {doing}", flush=True)
             is_done = doing is None

@@ -83,11 +83,28 @@ def test_a_signal_is_passed_on_and_ends_the_starts(number, tmp_path):
     assert process.wait(30) == 75
 
 
+@fault(
+    "A node is cut off: its torchrun waits long after its rank has ended",
+    "`python -m tokenkit.launch` ends it two minutes later (`--linger`), with the run's code",
+    code="the run's own",
+    kept="the last checkpoint",
+)
+def test_a_command_that_outlives_the_run_is_ended(tmp_path, capfd):
+    stays = (
+        "import json, sys, time\n"
+        "open(sys.argv[1], 'w').write(json.dumps({'code': 1, 'outcome': 'fault'}))\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", stays, str(tmp_path / "outcome.json")]
+    assert main([str(tmp_path), "--linger", "0", "--", *command]) == 1
+    assert "the run has ended and" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["run"], "write the command behind --"),
         (["run", "--restarts", "-1", "--", "x", "--resume"], "--restarts must be at least 0, got -1"),
+        (["run", "--linger", "-1", "--", "x"], "--linger must be at least 0, got -1"),
         (["run", "--restarts", "1", "--", "x"], "--restarts needs --resume in the command"),
         (["run", "--", "/nowhere/at-all"], "/nowhere/at-all could not be started: No such file"),
     ],
