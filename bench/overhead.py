@@ -4,9 +4,9 @@
     python bench/overhead.py --save bench/results/cpu/overhead.json
 
 One run of `tokenkit train`, and beside it the same models, losses, data and optimizer in twenty lines. After
-each of the run's steps the bare loop takes one, so that both see the same machine: processor time of each, and
-the median of the ratios step by step. A line of metrics is written at each step, which is more than a run
-does. The losses of both are compared: they take the same steps.
+each of the run's steps the bare loop takes one, so that both see the same machine: processor time of each,
+and the median of the ratios step by step. A line of metrics is written at each step, which is more than a
+run does. The losses of both are compared: they take the same steps.
 """
 
 import argparse

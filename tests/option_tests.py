@@ -38,6 +38,7 @@ ELSEWHERE = {
         "student.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "teacher.revision": "training/test_loop.py::test_added_tokens_leave_the_students_revision_as_it_is",
         "save_interval": "training/test_resume.py::test_a_killed_run_resumes_to_the_same_bits",
+        "skip_nonfinite": "faults/test_divergence.py::test_as_many_steps_are_skipped_as_may_be",
         "async_save": "faults/test_async_saves.py::test_the_next_steps_are_taken_meanwhile",
         "keep_checkpoints": "faults/test_async_saves.py::test_as_many_are_kept_as_were_asked_for",
         "logging_interval": "config/test_effects.py::test_a_run_is_called_what_the_user_calls_it",

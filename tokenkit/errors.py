@@ -78,6 +78,13 @@ class SilenceError(RuntimeError):
     """It is this process that hangs."""
 
 
+class TooLargeError(RuntimeError):
+    """Memory ran out in a training. The words say what holds it by the estimate, and what to change."""
+
+    exit_code = 71
+    is_told = True
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or the gradient is NaN or infinite. Nothing was updated."""
 

@@ -19,7 +19,7 @@ from tokenkit.config.read import read_config
 from tokenkit.config.yaml_files import parse_yaml
 from tokenkit.data.mix import open_data
 from tokenkit.data.options import DataOptions
-from tokenkit.errors import CheckpointError, ConfigError, exit_code
+from tokenkit.errors import CheckpointError, ConfigError, TooLargeError, exit_code
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
 from tokenkit.run import checkpoint, trackers
 from tokenkit.run import folder as run_folder
@@ -27,6 +27,7 @@ from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.folder import staging_folder
 from tokenkit.run.metrics import read_metrics
 from tokenkit.run.redaction import is_secret_name
+from tokenkit.training import estimate, loop
 from tokenkit.training.loop import go_on
 from tokenkit.training.reports import measurements
 
@@ -189,7 +190,7 @@ def test_a_model_of_ten_million_layers_is_not_built(name, value, tmp_path):
 
 @fault(
     "Memory runs out, of the machine or of a GPU",
-    "one line: how much was wanted, and what to lower or turn on",
+    "one line: how much was wanted; in a training what holds it by the estimate, and what to change",
     code=71,
     kept="the last checkpoint",
 )
@@ -211,6 +212,22 @@ def test_out_of_memory_is_one_line_with_what_to_change(error, capsys):
     assert "out of memory: " in line
     assert "gradient_accumulation_steps" in line
     assert "If reserved" not in line
+
+
+def test_a_training_without_memory_says_what_holds_it(make_config, tmp_path, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but")
+
+    monkeypatch.setattr(loop, "train_step", run_out)
+    with pytest.raises(TooLargeError, match=r"Tried to allocate 2\.00 GiB: by the estimate a process needs"):
+        loop.train(make_config(losses=["clm"], train_model_mode="full"))
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["code"], outcome["outcome"]) == (71, "memory")
+    assert any(f"for the {part}, {lever}" in outcome["reason"] for part, lever in estimate.LEVERS.items())
+
+
+def test_every_part_of_the_estimate_can_be_made_smaller(make_config):
+    assert estimate.estimate(make_config(), 2).memory.keys() == estimate.LEVERS.keys()
 
 
 def test_hugging_faces_switch_for_foreign_code_is_said_to_do_nothing(monkeypatch, capsys):

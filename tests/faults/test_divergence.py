@@ -143,6 +143,87 @@ def test_one_rank_that_diverges_ends_all_alike(make_config, tmp_path):
     assert (outcome["code"], outcome["outcome"]) == (70, "numerics")
 
 
+def spoil_steps(monkeypatch, spoiled, value=torch.nan):
+    """Put `value` into the student's states of these steps of a run, counted from 0."""
+    step = loop.train_step
+
+    def take(run, micro_batches):
+        class Parts:
+            pass
+
+        parts = Parts()
+        parts.run = run
+        hook = spoil_states(parts, value) if run.step in spoiled else None
+        try:
+            return step(run, micro_batches)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    monkeypatch.setattr(loop, "train_step", take)
+
+
+@fault(
+    "A loss or gradient that is not finite, with `skip_nonfinite: N`",
+    "N steps of the run are skipped on all ranks, written and counted; one more ends it",
+    code="-, 70",
+    kept="the last checkpoint",
+)
+def test_as_many_steps_are_skipped_as_may_be(make_config, tmp_path, monkeypatch, capfd):
+    changes = {"losses": ["clm"], "steps": 6, "save_interval": 3, "eval_interval": 100, "skip_nonfinite": 2}
+    config = make_config(**changes, eval_at_step_zero="false")
+    spoil_steps(monkeypatch, {1, 3, 4})
+    with pytest.raises(NonFiniteError, match=r"at step 4 \(2 such steps were skipped\): nothing was updated"):
+        loop.train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["nonfinite_steps"]) for x in lines if "nonfinite_steps" in x] == [(2, 1), (4, 2)]
+    monkeypatch.undo()
+    spoil_steps(monkeypatch, {3})  # the count goes on where the checkpoint of step 3 had it
+    resumed = make_config(**changes, eval_at_step_zero="false", resume="true")
+    assert loop.train(resumed) == 0
+    assert "steps skipped, because a loss or gradient was not finite: 2" in capfd.readouterr().err
+
+
+def skip_on_one_rank(world, config):
+    parts = build(config, world)
+    moving = [p for p in parts.run.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in moving]
+    hook = spoil_states(parts, torch.nan) if world.rank == 1 else None
+    first = train_step(parts.run, next(parts.batches)).skipped
+    kept = all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(before, moving, strict=True))
+    if hook is not None:
+        hook.remove()
+    return [first, kept, not parts.run.optimizer.state, train_step(parts.run, next(parts.batches)).skipped]
+
+
+def test_one_rank_lets_all_skip_and_nothing_moves(make_config):
+    found = run_ranks(skip_on_one_rank, 2, make_config(skip_nonfinite=1))
+    assert found == [["nonfinite", True, True, None]] * 2
+
+
+@fault(
+    "A gradient that is a million times too large, and finite",
+    "cut to `optimizer.max_grad_norm` over all ranks; `grad_norm` in metrics.jsonl shows it",
+    code="-",
+    kept="everything",
+)
+def test_a_spike_moves_no_more_than_the_longest_step(make_config):
+    moved, norms = [], []
+    for factor in (1.0, 1e6):
+        parts = build(
+            make_config(losses=["clm"], train_model_mode="full", optimizer__max_grad_norm=1.0), SINGLE
+        )
+        before = [p.detach().clone() for p in parts.run.model.parameters()]
+        moving = [p for p in parts.run.model.parameters() if p.requires_grad]
+        for parameter in moving:
+            parameter.register_hook(lambda grad, factor=factor: grad * factor)
+        norms.append(train_step(parts.run, next(parts.batches)).grad_norm)
+        assert torch.nn.utils.get_total_norm([p.grad for p in moving]) <= 1.0 + 1e-5
+        moved.append([a - b for a, b in zip(parts.run.model.parameters(), before, strict=True)])
+    assert norms[1] == pytest.approx(1e6 * norms[0], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*moved, strict=True))
+
+
 @fault(
     "A learning rate that throws the weights out of the finite numbers",
     "found at the next step or evaluation, before anything is saved or exported",

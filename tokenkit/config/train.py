@@ -112,6 +112,10 @@ class Schedule:
     """Fill rows of max_length_new tokens with documents, one behind the other, which do not see each other;
     what has no room goes on in the next row. batch_size then counts rows. With clm alone."""
 
+    skip_nonfinite: int = 0
+    """Steps of the whole run that are skipped where a loss or gradient is not finite: nothing is updated, and
+    the data goes on. One more ends the run. The overflows of dtype float16 are always skipped, uncounted."""
+
     save_interval: int = 1000
     """Steps between two checkpoints."""
 
@@ -134,6 +138,7 @@ class Schedule:
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1, MOST_STEPS)
         at_least("warmup_steps", self.warmup_steps, 0)
+        at_least("skip_nonfinite", self.skip_nonfinite, 0, MOST_STEPS)
         for name in ("batch_size", "gradient_accumulation_steps", "save_interval"):
             at_least(name, getattr(self, name), 1, MOST_STEPS if name == "save_interval" else MOST_DOCUMENTS)
         at_least("keep_checkpoints", self.keep_checkpoints, 2, MOST_STEPS)

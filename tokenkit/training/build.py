@@ -134,6 +134,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         max_grad_norm=config.optimizer.max_grad_norm or None,
         is_float32=config.training.dtype == "float32",
         loss_scale=LossScale(enabled=config.training.dtype == "float16"),
+        may_skip=config.schedule.skip_nonfinite,
     )
     fingerprints = tokenizers.fingerprints | _model_fingerprints(config, student, teacher)
     return Parts(run, student, tokenizers, batches, collator, heldout, fingerprints, transfer, was_tied)

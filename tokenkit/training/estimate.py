@@ -11,16 +11,37 @@ Time is calculated for a share of the GPU's peak, which is assumed; nothing here
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tokenkit.config import TrainConfig
+from tokenkit.errors import TooLargeError, is_out_of_memory
 from tokenkit.training.counting import Counted, count
 from tokenkit.training.gpus import Gpu
 
 MIB, GIB = 2**20, 2**30
 RESERVED = 1.5 * GIB
 """Of a GPU, that its driver, its libraries and fragments of memory take."""
+
+
+_ADAPTERS = "train adapters (train_model_mode lora)"
+_PROCESSES = "share the run among more processes"
+_FEWER = (
+    "raise gradient_accumulation_steps (fewer documents at a time), lower max_length_new and "
+    "max_length_teacher"
+)
+LEVERS = {
+    "student": f"{_PROCESSES}, or take a smaller student",
+    "teacher": f"{_PROCESSES}, or take a smaller teacher",
+    "optimizer": f"{_ADAPTERS}, or {_PROCESSES}",
+    "gradients": f"{_ADAPTERS}, or {_PROCESSES}",
+    "gathered": "take a smaller vocabulary or model: each process gathers its embeddings and two layers",
+    "activations": f"{_FEWER}, or turn gradient_checkpointing on",
+    "losses": f"{_FEWER}, or lower loss_workspace_mib",
+}
+"""By part of the memory, what makes it smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +112,35 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
         seconds=seconds,
         tokens_per_second=tokens,
         counted=counted,
+    )
+
+
+@contextmanager
+def blaming_memory(config: TrainConfig, ranks: int) -> Iterator[None]:
+    """Say of memory that runs out in the block what holds it, and what makes the largest part smaller.
+
+    Raises:
+        TooLargeError: in place of an error of the allocator.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        try:
+            found = estimate(config, ranks)
+        except Exception:  # there may be no memory left for it: the allocator's own words are said then
+            raise error from None
+        first = " ".join(str(error).partition(". If reserved but")[0].split()) or "no memory is left"
+        raise TooLargeError(f"out of memory: {first[:200]}: {_held(found)}") from error
+
+
+def _held(found: Estimate) -> str:
+    parts = sorted(found.memory.items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {_words(size)}" for name, size in parts[:4] if size)
+    return (
+        f"by the estimate a process needs {_words(found.peak)} beside its libraries ({largest}); for the "
+        f"{parts[0][0]}, {LEVERS[parts[0][0]]}; --resume goes on where these fields move no number"
     )
 
 

@@ -27,6 +27,7 @@ from tokenkit.run.safe_dcp import read_manifest
 from tokenkit.structs import Batch
 from tokenkit.training.benchmarks import Benchmarks
 from tokenkit.training.build import Parts, build
+from tokenkit.training.estimate import blaming_memory, estimate, table
 from tokenkit.training.expert_reports import ExpertReports
 from tokenkit.training.exporting import hand_on
 from tokenkit.training.notes import describe, facts
@@ -37,8 +38,9 @@ from tokenkit.training.step import Run, StepReport, train_step
 
 MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "name", "output_dir", "resume", "debug", "dry_run", "export_to", "report_to",
-    "logging_interval", "save_interval", "async_save", "keep_checkpoints", "sync_interval", "eval_interval",
-    "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval", "data.num_workers",
+    "logging_interval", "save_interval", "async_save", "keep_checkpoints", "sync_interval",
+    "skip_nonfinite", "eval_interval", "eval_at_step_zero", "save_at_step_zero", "skip_lm_eval",
+    "data.num_workers",
     "eval_batch_size", "wandb.project", "wandb.entity", "wandb.log_model",
     *(f"eval.{option.name}" for option in fields(LmEval)),
     "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout",
@@ -85,8 +87,6 @@ def train(config: TrainConfig) -> int:
 
 def _say_cost(config: TrainConfig, world: World) -> None:
     """Say what each process will hold and send; see `estimate`."""
-    from tokenkit.training.estimate import estimate, table
-
     if world.is_main:
         world.say(table({world.world_size: estimate(config, world.world_size)}, None))
 
@@ -144,7 +144,7 @@ def _run(folder: Path, config: TrainConfig, world: World, stop_request: StopRequ
         export=_export_folder(config),
         saving=Saving(config.schedule.keep_checkpoints, config.schedule.async_save),
     )
-    with begun as session:
+    with begun as session, blaming_memory(config, world.world_size):
         benchmarks = _benchmarks(config, world)
         parts = _build(config, world)
         with closing(parts.batches):
@@ -202,6 +202,7 @@ def go_on(parts: Parts, state: State, world: World, found: Path) -> None:
         try:
             run.loss_scale.value, run.loss_scale.good_steps = float(value), int(good_steps)
             run.untrained_steps = int(extra.get("untrained_steps", 0))
+            run.nonfinite_steps = int(extra.get("nonfinite_steps", 0))
         except ValueError as error:
             raise TypeError(str(error)) from error
         # counted over all ranks: one of them goes on counting
@@ -285,8 +286,9 @@ def take(
     report = train_step(run, micro_batches)
     run.step += 1
     session.ending.step = run.step
-    if report.skipped == "untrained":
-        reports.untrained(run.step, run.untrained_steps)
+    if report.skipped in ("untrained", "nonfinite"):
+        number = run.untrained_steps if report.skipped == "untrained" else run.nonfinite_steps
+        reports.skipped(run.step, report.skipped, number)
     reports.step(run.step, report, micro_batches, figures(report), is_due=_due(run.step, *logged))
 
 
@@ -324,6 +326,7 @@ def _save(training: Training) -> None:
             "loss_scale": (run.loss_scale.value, run.loss_scale.good_steps),
             "objective": run.objective.state_dict(),
             "untrained_steps": run.untrained_steps,
+            "nonfinite_steps": run.nonfinite_steps,
         },
         then=partial(_after_checkpoint, training, run.step),
     )
@@ -350,6 +353,8 @@ def _words_left_out(training: Training) -> Iterator[str]:
     left_out = _left_out(training)
     if skipped := training.parts.run.untrained_steps:
         yield f"steps skipped, because no token of theirs is trained: {skipped:,}"
+    if skipped := training.parts.run.nonfinite_steps:
+        yield f"steps skipped, because a loss or gradient was not finite: {skipped:,}"
     if left_out.rows:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.rows.most_common(5))
         yield f"rows left out: {reasons}"

@@ -17,6 +17,11 @@ from tokenkit.run.redaction import complain
 from tokenkit.structs import Batch
 from tokenkit.training.step import StepReport
 
+SKIPPED = {
+    "overflow": "float16 overflow",
+    "untrained": "no token is trained",
+    "nonfinite": "a loss or gradient is not finite",
+}
 SMALL_SHARE = 0.02
 """A loss with less of the gradient than this moves little that another would not move."""
 
@@ -177,9 +182,9 @@ class Reports(AbstractContextManager["Reports"]):
             self.record.write(step, {"rows_left_out": sum(left_out.values())})
         self.record.sync()
 
-    def untrained(self, step: int, number: int) -> None:
-        """Write that a step was skipped because no token of it is trained, the run's `number`-th."""
-        self.record.write(step, {"untrained_steps": number})
+    def skipped(self, step: int, why: str, number: int) -> None:
+        """Write that a step was skipped, the run's `number`-th for this reason."""
+        self.record.write(step, {f"{why}_steps": number})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -211,8 +216,7 @@ def step_line(report: StepReport, rate: float) -> str:
     for name, value in report.losses.items():
         parts.append(f"{name} {value:.4f}" + _beside(report, name, value))
     if report.skipped is not None:
-        why = {"overflow": "float16 overflow", "untrained": "no token is trained"}[report.skipped]
-        parts.append(f"skipped: {why}")
+        parts.append(f"skipped: {SKIPPED[report.skipped]}")
     return "  ".join(
         [*parts, f"grad {report.grad_norm:.3g}", f"lr {report.learning_rate:.2g}", f"{rate:,.0f} tokens/s"]
     )

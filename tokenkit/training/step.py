@@ -107,6 +107,10 @@ class Run:
     """Steps without a trained token, of all stages: nothing was updated."""
     untrained_in_a_row: int = 0
     """Such steps since the last other one, or since this process began."""
+    may_skip: int = 0
+    """Steps of the run that may be skipped because a loss or gradient is not finite (`skip_nonfinite`)."""
+    nonfinite_steps: int = 0
+    """Such steps, of all stages."""
     has_compared: bool = False
     """The gradients of the losses were compared, which happens once."""
 
@@ -160,9 +164,9 @@ class StepReport:
     """By loss, its part in the sum of gradient norms; in the first step of a run alone."""
     phase: str | None = None
     """The stage of the run, where it is not the main one."""
-    skipped: Literal["overflow", "untrained"] | None = None
-    """Nothing was updated: a float16 overflow, forward or backward, which halved the loss scale, or no token
-    that is trained."""
+    skipped: Literal["overflow", "untrained", "nonfinite"] | None = None
+    """Nothing was updated: a float16 overflow, forward or backward, which halved the loss scale; no token
+    that is trained; a loss or gradient that is not finite, where such steps may be skipped."""
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
@@ -325,7 +329,7 @@ def _report(
 
 def whether_skipped(
     run: Run, losses: dict[str, float], grad_norm: float, *, trained: float
-) -> Literal["overflow", "untrained"] | None:
+) -> Literal["overflow", "untrained", "nonfinite"] | None:
     """Decide from numbers that all ranks hold alike whether a step may be taken; count those that may not.
 
     Args:
@@ -349,8 +353,11 @@ def whether_skipped(
             )
         return "untrained"
     run.untrained_in_a_row = 0
-    _check_finite(run, losses, grad_norm)
     overflow = not all(map(math.isfinite, [grad_norm, *losses.values()]))
+    if overflow and not run.loss_scale.enabled and run.nonfinite_steps < run.may_skip:
+        run.nonfinite_steps += 1
+        return "nonfinite"
+    _check_finite(run, losses, grad_norm)
     if run.loss_scale.enabled:
         bad = [f"loss {name}" for name, loss in losses.items() if not math.isfinite(loss)]
         run.loss_scale.update(not overflow, f"{', '.join(bad) or 'the gradient norm'} of step {run.step}")
@@ -358,14 +365,18 @@ def whether_skipped(
 
 
 def _check_finite(run: Run, losses: dict[str, float], grad_norm: float) -> None:
+    if run.loss_scale.enabled:
+        return
     bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad and not run.loss_scale.enabled:
+    before = f" ({run.nonfinite_steps} such steps were skipped)" if run.nonfinite_steps else ""
+    if bad:
+        other = "" if run.is_float32 else ", use dtype float32"
         raise NonFiniteError(
-            f"loss {', '.join(bad)} is not finite at step {run.step}: nothing was updated; look at the "
-            f"data of this step{'' if run.is_float32 else ', use dtype float32'}, or lower the learning rate"
+            f"loss {', '.join(bad)} is not finite at step {run.step}{before}: nothing was updated; look at "
+            f"the data of this step{other}, or lower the learning rate"
         )
-    if not math.isfinite(grad_norm) and not run.loss_scale.enabled:
+    if not math.isfinite(grad_norm):
         raise NonFiniteError(
-            f"the gradient norm is not finite at step {run.step} although every loss is: nothing was "
+            f"the gradient norm is not finite at step {run.step} although every loss is{before}: nothing was "
             f"updated; lower the learning rate{'' if run.is_float32 else ' or use dtype float32'}"
         )
