@@ -21,7 +21,7 @@ from tokenkit.data.mix import open_data
 from tokenkit.data.options import DataOptions
 from tokenkit.errors import CheckpointError, ConfigError, TooLargeError, exit_code
 from tokenkit.models.causal_lm import LoadOptions, load_causal_lm
-from tokenkit.run import checkpoint, trackers
+from tokenkit.run import checkpoint, metrics
 from tokenkit.run import folder as run_folder
 from tokenkit.run.checkpoint import Identity, State
 from tokenkit.run.folder import staging_folder
@@ -121,8 +121,8 @@ def test_no_log_of_any_library_shows_a_secret(monkeypatch, caplog, tmp_path):
     def broken(folder, config):
         raise ConnectionError("401 for correct-horse-battery")
 
-    monkeypatch.setitem(trackers._OPENERS, "wandb", broken)
-    trackers.Trackers(["wandb"], tmp_path, {}, is_main=True)
+    monkeypatch.setitem(metrics._OPENERS, "wandb", broken)
+    metrics.Trackers(["wandb"], tmp_path, {}, is_main=True)
     assert "401 for [redacted]" in caplog.text
     assert "correct-horse-battery" not in caplog.text
     assert caplog.text.count("[redacted]") >= 3
