@@ -138,7 +138,7 @@ hypernet.residual = true
 hypernet.residual_alpha = 0.8
 hypernet.use_attention = true
 gradient_checkpointing = true
-use_flash_attention = true
+use_flash_attention = true ; dtype=bfloat16
 expand_input_ids = true ; target_tokenizer_name=byte
 output_embeddings_mode = untie
 eval.tasks = [arc_easy,piqa]

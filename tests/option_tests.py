@@ -53,6 +53,10 @@ ELSEWHERE = {
             "data/test_unwritable.py::test_the_row_or_its_characters_are_left_out",
         "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
+        **dict.fromkeys(
+            ("compile", "use_liger_kernel"),
+            "training/test_blocks.py::test_what_cannot_be_had_is_refused_by_name",
+        ),
         "float8": "training/test_pretrain.py::test_float8_is_refused_with_its_reason",
         **dict.fromkeys(
             ("wandb.project", "wandb.entity", "wandb.log_model"),

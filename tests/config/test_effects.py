@@ -230,7 +230,7 @@ def test_what_zett_reads_changes_the_rows(made, name, case):
 
 
 def test_flash_attention_is_the_attention_of_that_name():
-    settings = NEEDED[TrainConfig] | {"use_flash_attention": True}
+    settings = NEEDED[TrainConfig] | {"use_flash_attention": True, "dtype": "bfloat16"}
     assert read_config(TrainConfig, (), settings).training.attention == "flash_attention_2"
 
 

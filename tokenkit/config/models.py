@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tokenkit.embeddings.hypernet_options import HypernetOptions
 from tokenkit.errors import ConfigError, at_least
-from tokenkit.models.options import Attention, Dtype, LoraOptions
+from tokenkit.models.options import BodyOptions, Dtype, LoraOptions
 from tokenkit.options import flat
 from tokenkit.tokenization.spec import BYTE, parse_spec
 
@@ -147,16 +147,11 @@ class Training:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
-    use_flash_attention: bool = False
-    """The same as attn_implementation flash_attention_2; needs the `flash` extra."""
-
     loss_workspace_mib: int | None = None
     """Memory that a loss may use for logits, beside its results, MiB. More is faster up to a point. None: a
     sixteenth of the GPU's memory, 8 GiB at most; 256 on a CPU."""
 
-    attn_implementation: Attention | None = None
-    """Attention of the models. None: the library's default (sdpa)."""
-
+    body: BodyOptions = flat(BodyOptions)
     lora: LoraOptions = flat(LoraOptions)
     hypernet: HypernetOptions | None = None
     """A network that is trained between the embeddings and the student; None, or identity: there is none."""
@@ -165,9 +160,10 @@ class Training:
     products: Products = flat(Products)
 
     def __post_init__(self) -> None:
-        if self.use_flash_attention and self.attn_implementation not in (None, "flash_attention_2"):
+        if self.dtype == "float32" and self.body.computes_in_16_bits:
             raise ConfigError(
-                f"use_flash_attention contradicts attn_implementation {self.attn_implementation}: remove one"
+                f"attn_implementation {self.body.attention} computes in 16 bits, and dtype is float32: set "
+                "dtype to bfloat16, or attn_implementation to sdpa"
             )
         if self.products.float8 != "none" and (self.dtype != "bfloat16" or self.train_model_mode != "full"):
             raise ConfigError(
@@ -206,4 +202,4 @@ class Training:
     @property
     def attention(self) -> str | None:
         """`attn_implementation`, or what `use_flash_attention` says."""
-        return "flash_attention_2" if self.use_flash_attention else self.attn_implementation
+        return self.body.attention

@@ -248,6 +248,11 @@ class TrainConfig:
         self._check_new()
         if self.run.trust_remote_code:
             self._check_pinned()
+        elif self.training.body.uses_hub_kernel:
+            raise ConfigError(
+                f"attn_implementation {self.training.attention} is compiled code that the hub sends, and it "
+                "runs only with trust_remote_code: set that, or attn_implementation to flash_attention_2"
+            )
 
     def _check_prefix(self) -> None:
         prefix, schedule = self.training.prefix, self.schedule

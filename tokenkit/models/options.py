@@ -9,7 +9,18 @@ from typing import Literal
 from tokenkit.options import OptionError, check_at_least, option
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Attention = Literal[
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+]
+HUB_KERNELS = "kernels-community/"
+"""Begins the names of kernels that are fetched from the hub, compiled, by the package `kernels`."""
 
 MOST_RANK = 2**16
 
@@ -52,3 +63,46 @@ class LoraOptions:
                 raise OptionError(
                     "{target_regex} {!r} is no regular expression: {}", self.target_regex, error
                 ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyOptions:
+    """How the layers of student and teacher are computed. None of it changes what is trained."""
+
+    compile: bool = False
+    """Compile each layer with torch.compile. The first steps take minutes longer, and each new length of
+    batch may take one of them again."""
+
+    use_liger_kernel: bool = False
+    """Use Liger's kernels for norms, gated layers and rotary embeddings, in the architectures that it knows.
+    Needs a GPU, and `pip install liger-kernel`."""
+
+    use_flash_attention: bool = False
+    """The same as attn_implementation flash_attention_2; needs the `flash` extra, a GPU and 16 bits."""
+
+    attn_implementation: Attention | None = None
+    """Attention of the models. None: the library's default (sdpa). flash and flex need a GPU; flash computes
+    in 16 bits and needs its package; kernels-community/NAME is compiled code from the hub, which needs the
+    package `kernels` and trust_remote_code."""
+
+    def __post_init__(self) -> None:
+        if self.use_flash_attention and self.attn_implementation not in (None, "flash_attention_2"):
+            raise OptionError(
+                "{use_flash_attention} contradicts {attn_implementation} {}: remove one",
+                self.attn_implementation,
+            )
+
+    @property
+    def attention(self) -> str | None:
+        """`attn_implementation`, or what `use_flash_attention` says."""
+        return "flash_attention_2" if self.use_flash_attention else self.attn_implementation
+
+    @property
+    def uses_hub_kernel(self) -> bool:
+        """Whether the attention is compiled code from the hub."""
+        return (self.attention or "").startswith(HUB_KERNELS)
+
+    @property
+    def computes_in_16_bits(self) -> bool:
+        """Whether the attention takes no float32."""
+        return "flash" in (self.attention or "") or self.uses_hub_kernel

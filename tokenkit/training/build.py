@@ -26,6 +26,7 @@ from tokenkit.export.huggingface import rehearse
 from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.losses import Loss, make_loss
 from tokenkit.losses.latents import Latents
+from tokenkit.models import blocks
 from tokenkit.models.causal_lm import (
     DTYPES,
     CausalLM,
@@ -126,6 +127,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         check_packing(student, share // config.schedule.gradient_accumulation_steps)
     prefix = prefix_options(config, student, teacher) if config.training.prefix.n_prefix_layers else None
     model = Distillation(student, teacher, losses, prefix=prefix)
+    _prepare_bodies(model, config, world)
     _place(model, world, config)
     run = Run(
         model=model,
@@ -349,6 +351,17 @@ def check_length(name: str, length: int, model_config: Any) -> None:
         raise ValueError(
             f"{name} is {length}, but the model has {limit} positions: set {name} to at most {limit}"
         )
+
+
+def _prepare_bodies(model: Distillation, config: TrainConfig, world: World) -> None:
+    if config.training.body.compile and "qkv" in model.collect:
+        raise ConfigError(
+            "compile hides what lies inside a layer, and latents_to_align qkv reads it there: set compile to "
+            "false, or latents_to_align to last_hidden_state or all_hidden_states"
+        )
+    for body in (model.student, model.teacher):
+        if isinstance(body, CausalLM):
+            blocks.prepare(body, config.training.body, world.device)
 
 
 def _place(model: Distillation, world: World, config: TrainConfig) -> None:

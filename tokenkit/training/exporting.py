@@ -25,6 +25,7 @@ from tokenkit.evaluation.bits_per_byte import BitsPerByte
 from tokenkit.export.card import CardFacts
 from tokenkit.export.huggingface import EXPANSION, ExportRequest, export_huggingface
 from tokenkit.models.causal_lm import DTYPES, CausalLM
+from tokenkit.models.options import BodyOptions
 from tokenkit.models.reading import model_fingerprint
 from tokenkit.parallel import World
 from tokenkit.run.checkpoint import State, check_whole, find_latest, load_tensors
@@ -281,7 +282,7 @@ def restore_student(
         ValueError, OSError: the base model or a tokenizer cannot be read.
     """
     training = dataclasses.replace(
-        config.training, use_flash_attention=False, attn_implementation=None, gradient_checkpointing=False
+        config.training, body=BodyOptions(), gradient_checkpointing=False
     )  # what makes steps fast needs a GPU, and changes no weight
     config = dataclasses.replace(config, training=training)
     tokenizers = load_tokenizers(config, needs_teacher=False)

@@ -23,6 +23,7 @@ from tokenkit.evaluation.report.comparable import text_of
 from tokenkit.evaluation.text_bits import bits_of_bytes, nats_of, summary
 from tokenkit.export.card import public_name
 from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.options import BodyOptions
 from tokenkit.pairing.align import align
 from tokenkit.pairing.view import cells, visible
 from tokenkit.tokenization.chat.documents import Document
@@ -229,8 +230,7 @@ def _plain(config: TrainConfig) -> TrainConfig:
     training = replace(
         config.training,
         dtype="float32",
-        use_flash_attention=False,
-        attn_implementation=None,
+        body=BodyOptions(),
         gradient_checkpointing=False,
     )
     return replace(config, training=training)
