@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
+from tokenkit.kernels.head.formed import formed_shapes, register_formed
 from tokenkit.kernels.head.logits import slope
 from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.sharded import vocab_size
@@ -197,7 +198,7 @@ class _Rows(NamedTuple):
 def _run(
     sides: tuple[Side, Side], rows_N: _Rows, pairs: Pairs | None, needs: str, measure: Measure
 ) -> list[Tensor]:
-    """Return the weighted sum, its gradient by log c, and those of x, w and b that `needs` names."""
+    """Return the weighted sum, and its gradients by x, w and b, empty where unwanted, and by log c."""
     student, teacher = sides
     dtype, cap = student.dtype, student.cap
     total = torch.zeros((), dtype=dtype, device=student.hidden_ND.device)
@@ -225,7 +226,8 @@ def _run(
         if slope_NV is not None:
             dz_NV.mul_(slope_NV)
         gradients.add(dz_NV.to(student.low), student.rows, rows)
-    return [total, dlog_scale_N, *(x for x in gradients.results() if x is not None)]
+    found = (total.new_empty(0) if x is None else x for x in gradients.results())
+    return [total, *found, dlog_scale_N]
 
 
 def _row_bytes(student: Side, teacher: Side, exact: bool) -> tuple[int, int]:
@@ -259,33 +261,10 @@ def _operation(
 
 @_operation.register_fake
 def _(student: Tensor, weight: Tensor, bias: Tensor | None, log_scale: Tensor, *packed: Any) -> list[Tensor]:
-    needs = unpack(*packed)["needs"]
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    wanted = {"x": student, "w": weight, "b": bias}
-    found = [wanted[name] for name in needs]
-    row_N = student.new_empty(student.shape[:1], dtype=dtype)
-    return [row_N.new_empty(()), row_N, *(row_N.new_empty(x.shape) for x in found if x is not None)]
+    return formed_shapes((student, weight, bias, log_scale), unpack(*packed)["needs"] + "s", "xwbs")
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = dict(zip("xwbs", (None if x is None else x.dtype for x in inputs[:4]), strict=True))
-    ctx.lists, ctx.needs = len(inputs[4]), unpack(*inputs[4:])["needs"]
-    ctx.save_for_backward(*output[1:])
-
-
-def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
-    upstream, none = upstreams[0], [None] * ctx.lists
-    if upstream is None:
-        return None, None, None, None, none, None, None
-    if torch.is_grad_enabled():
-        raise RuntimeError("hybrid_distance has no second derivative: call backward without create_graph")
-    found = zip("s" + ctx.needs, ctx.saved_tensors, strict=True)
-    owed = {name: (sums * upstream).to(ctx.dtypes[name]) for name, sums in found}
-    return *(owed.get(name) for name in "xwbs"), none, None, None
-
-
-_operation.register_autograd(_gradients, setup_context=_keep)
+register_formed(_operation, "hybrid_distance", 4)
 
 
 def hybrid_distance(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.head.call import head_fields, head_of, pack, unpack, wanted
+from tokenkit.kernels.head.formed import formed_shapes, register_formed
 from tokenkit.kernels.head.logits import base_triton, row_sums, slope, slope_triton
 from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.sharded import vocab_size
@@ -302,34 +303,10 @@ def _divergence(student: Tensor, weight: Tensor, bias: Tensor | None, *packed: A
 
 @_divergence.register_fake
 def _(student: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any) -> Any:
-    needs = unpack(*packed)["needs"]
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    shapes = zip("xwb", (student.shape, weight.shape, weight.shape[:1]), strict=True)
-    wanted_shapes = [shape if letter in needs else (0,) for letter, shape in shapes]
-    return [student.new_empty(shape, dtype=dtype) for shape in ((), *wanted_shapes)]
+    return formed_shapes((student, weight, bias), unpack(*packed)["needs"], "xwb")
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.lists, ctx.needs = len(inputs[3]), unpack(*inputs[3:])["needs"]
-    ctx.save_for_backward(*output[1:])
-
-
-def _gradients(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
-    upstream, none = upstreams[0], [None] * ctx.lists
-    if upstream is None:
-        return None, None, None, none, None, None
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "projected_divergence has no second derivative: call backward without create_graph"
-        )
-    found = zip("xwb", ctx.saved_tensors, ctx.dtypes, strict=True)
-    owed = ((g * upstream).to(dtype) if letter in ctx.needs else None for letter, g, dtype in found)
-    return *owed, none, None, None
-
-
-_divergence.register_autograd(_gradients, setup_context=_keep)
+register_formed(_divergence, "projected_divergence", 3)
 
 
 def projected_divergence(

@@ -5,8 +5,8 @@
           mass          x     x       each loss gets what it named, and 0 elsewhere
 
 A loss that a step runs says before what it will ask (`Loss.teacher_request`, `Loss.student_request`).
-Requests of one temperature and of one subset, or of none, share a call, forward and backward. Sizes are
-counted where the batch came from: nothing waits for the device.
+Requests of one temperature and of one subset, or of none, share a call, forward and backward. Rows are found
+on the CPU where the batch came from there: nothing waits for the device.
 
 Dimensions: B documents, T positions of the side that is asked, V vocabulary.
 """
@@ -14,7 +14,7 @@ Dimensions: B documents, T positions of the side that is asked, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenkit.kernels.launch import upload
 from tokenkit.kernels.linear_logprob import Subset
-from tokenkit.losses.score import score, scored_tokens, select_rows
+from tokenkit.losses.score import Rows, score, scored_tokens, select_rows
 from tokenkit.losses.shared_options import WORKSPACE_BYTES
 from tokenkit.structs import HiddenStates, Scores, Side
 
@@ -41,6 +41,11 @@ class LogprobRequest:
     temperature: float = 1.0
     """Divides the logits."""
     workspace_bytes: int = WORKSPACE_BYTES
+    rows: Rows = field(init=False)
+    """Found where `side` is when the request is made, in a first half: on a device that is a wait."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", select_rows(self.side, self.token_BT, self.mass_BT))
 
     @classmethod
     def of_scored(cls, side: Side, workspace_bytes: int) -> LogprobRequest:
@@ -75,8 +80,7 @@ def answer(states: HiddenStates, requests: Mapping[str, LogprobRequest | None]) 
 
 def ask(states: HiddenStates, request: LogprobRequest) -> Scores:
     """Ask the head for one request."""
-    rows = select_rows(request.side, request.token_BT, request.mass_BT)
-    device = states.hidden_BTD.device
+    rows, device = request.rows, states.hidden_BTD.device
     rows = rows._replace(row_N=upload(rows.row_N, device), target_N=upload(rows.target_N, device))
     return score(states, rows, request.subset, request.workspace_bytes, request.temperature)
 
