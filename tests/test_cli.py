@@ -13,7 +13,7 @@ import pytest
 from tokenkit import cli, train
 from tokenkit.cli import DOORS, EXIT_PIPE, exit_code, main, run
 from tokenkit.config import ConfigError
-from tokenkit.errors import DataError, ExitCode, blaming_data
+from tokenkit.errors import DataError, ExitCode, OtherRankError, blaming_data
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "triton", "transformers", "datasets", "peft", "numpy", "matplotlib", "wandb"}
@@ -278,8 +278,6 @@ def test_data_is_blamed_for_what_reading_it_raises():
 
 
 def test_exit_codes_are_those_that_the_outcome_records():
-    from tokenkit.errors import ExitCode, OtherRankError
-
     assert ExitCode(1) == ExitCode(17) == ExitCode.FAULT
     assert ExitCode(exit_code(KeyboardInterrupt())) == ExitCode.INTERRUPTED
     assert ExitCode(exit_code(OtherRankError("rank 1 failed"))) == ExitCode.OTHER_RANK
@@ -288,6 +286,21 @@ def test_exit_codes_are_those_that_the_outcome_records():
         ExitCode.DATA,
         ExitCode.NUMERICS,
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "failed", "speaks"),
+    [(0, 1, False), (1, 1, True), (2, 1, True), (3, 1, False), (0, 2, True), (1, 2, False), (3, None, True)],
+)
+def test_what_one_of_four_ranks_on_two_machines_says_is_heard_once_on_each(
+    rank, failed, speaks, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "PATIENCE", 0)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    own, others = OSError("no"), OtherRankError("a rank failed to load: no", failed)
+    cli.run(raising(own if rank == failed else others))
+    assert bool(capsys.readouterr().err) == speaks
 
 
 def test_an_interruption_is_130(capsys):

@@ -6,10 +6,11 @@ import importlib
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from tokenkit.errors import MEMORY_REMEDY, ExitCode, exit_code, is_out_of_memory, nearest
+from tokenkit.errors import MEMORY_REMEDY, ExitCode, OtherRankError, exit_code, is_out_of_memory, nearest
 from tokenkit.run.redaction import complain, redact_logs, shortened
 
 try:
@@ -125,6 +126,9 @@ _FILES = ("--config", "--config-name")
 
 STDOUT = 1
 LONGEST_LINE = 2000  # characters of an error; a value may have millions
+PATIENCE = (
+    2.0  # seconds: torchrun ends all processes once one is gone, and the one that speaks needs a moment
+)
 EXIT_PIPE = 141  # what a shell calls the end of a process by SIGPIPE
 
 EXTRAS = {
@@ -227,8 +231,9 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return EXIT_PIPE
         code = exit_code(error)
-        if _is_on_every_rank(error) and os.environ.get("RANK", "0") != "0":
-            return code  # one of them speaks
+        if _is_said_by_another(error):
+            time.sleep(PATIENCE)
+            return code
         is_told = code != 1 or getattr(error, "is_told", False)
         if debug or not is_told:
             complain(traceback.format_exc().rstrip())
@@ -260,6 +265,21 @@ def _nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
     return True
+
+
+def _is_said_by_another(error: BaseException) -> bool:
+    """Whether another rank of this machine says the same, or on another machine the one that failed.
+
+    Of what one rank has, the first rank of every other machine repeats the words: each has a log of its own.
+    """
+    if _is_on_every_rank(error):
+        return os.environ.get("RANK", "0") != "0"
+    failed = getattr(error, "rank", None)
+    if not isinstance(error, OtherRankError) or not isinstance(failed, int):
+        return False
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    return rank % here != 0 or rank // here == failed // here
 
 
 def _is_on_every_rank(error: BaseException) -> bool:

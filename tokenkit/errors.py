@@ -122,6 +122,11 @@ class OtherRankError(RuntimeError):
     exit_code = 69  # that rank says what was wrong, with a code of its own
     is_told = True
 
+    def __init__(self, words: str, rank: int | None = None):
+        """Args: words; rank: which one it was, where that is known."""
+        super().__init__(words)
+        self.rank = rank
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU; without importing torch."""

@@ -136,7 +136,7 @@ class World:
             raise error
         for rank, word in enumerate(words):
             if word is not None:
-                raise OtherRankError(f"rank {rank} failed to {what}: {word}")
+                raise OtherRankError(f"rank {rank} failed to {what}: {word}", rank)
 
 
 def start(

@@ -99,5 +99,5 @@ def test_a_missing_folder_is_named():
 
 
 def test_a_tokenizers_option_behind_a_folder_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'target=Qwen2' is an option of a tokenizer"):
+    with pytest.raises(FileNotFoundError, match="'target=Qwen2' is an option of tokenizer_name"):
         load_causal_lm(f"{tmp_path}:target=Qwen2", 10, LoadOptions())

@@ -168,7 +168,7 @@ def _cause(error: BaseException, state: Ending, beats: _Beats) -> BaseException:
     while time.monotonic() < deadline:
         said = read_outcome(state.folder)
         if said.get("outcome") != RUNNING and said.get("rank") not in (None, state.world.rank):
-            other = OtherRankError(f"rank {said['rank']} failed first: {said.get('reason')}")
+            other = OtherRankError(f"rank {said['rank']} failed first: {said.get('reason')}", said["rank"])
             other.exit_code = int(said.get("code", OtherRankError.exit_code))
             return other
         if any(GONE in words for words in beats.silent()):
