@@ -1,7 +1,9 @@
 """Sweeps: what makes an axis, what is run again, what is refused, and the table. Runs are a stand-in's."""
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,6 +138,33 @@ def test_another_sweep_or_other_files_are_not_written_over(here, capsys):
     (here / "out" / "sweep.json").unlink()
     assert sweep("--seed 1,2", "--slurm", "job") == ExitCode.DATA
     assert "is not empty" in capsys.readouterr().err
+
+
+def sbatch(script):
+    """Run the tasks of an array as Slurm would: each in a shell of its own, elsewhere, with its number."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.read_text().splitlines()]
+    options = dict(line.split("=", 1) for line in lines if "=" in line)
+    found = {}
+    for task in options["array"].split("%")[0].split(","):
+        with Path(shlex.split(options["output"])[0].replace("%a", task)).open("a") as log:
+            env = os.environ | {"SLURM_ARRAY_TASK_ID": task, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+            ran = subprocess.run(["bash", script], cwd="/", env=env, stdout=log, stderr=log, check=False)
+        found[int(task)] = ran.returncode
+    return found
+
+
+def test_the_tasks_of_an_array_run_what_is_left_each_time(here, capsys):
+    words = ["--slurm", "job", "--launch", f"{sys.executable} stub.py"]
+    (here / "fails.txt").touch()
+    assert sweep("--seed 1,2", *words) == 0
+    assert sbatch(here / "job" / "sweep.sbatch") == {0: 70, 1: 0}
+    assert (here / "out" / "logs" / "task_0.log").read_text() == "out of luck\n"
+    (here / "fails.txt").unlink()
+    assert sweep("--seed 1,2", *words) == 0
+    assert sbatch(here / "job" / "sweep.sbatch") == {0: 0}
+    assert (here / "started.txt").read_text().split() == ["000_seed-1", "001_seed-2", "000_seed-1"]
+    assert sweep("--seed 1,2", *words) == 0
+    assert "all 2 runs are done" in capsys.readouterr().out
 
 
 def test_an_array_job_has_a_task_for_each_run_that_is_not_done(here, capsys):

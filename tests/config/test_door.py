@@ -1,5 +1,6 @@
 """`tokenkit configs` and `tokenkit completion`: list, copy, convert, and what shells are told."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -159,6 +160,30 @@ def test_bash_offers_commands_flags_values_and_files(capsys):
     assert offered(script, ["tokenkit", "zett", "--config", "ze"]) == ["zett"]
     assert "--optimizer.learning-rate" in offered(script, ["tokenkit", "train", "--opt"])
     assert offered(script, ["tokenkit", "sweep", "--job"]) == ["--jobs"]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish here")
+def test_fish_offers_commands_flags_and_values(capsys, tmp_path):
+    main(["completion", "fish"])
+    (tmp_path / "offered.fish").write_text(capsys.readouterr().out, encoding="utf-8")
+
+    def offers(line):
+        words = ["fish", "--no-config", "-c", f"source offered.fish; complete -C '{line}'"]
+        ran = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return [shown.partition("\t")[0] for shown in ran.stdout.splitlines()]
+
+    assert offers("tokenkit tr") == ["train", "train-hypernet"]
+    assert sorted(offers("tokenkit train --dtype ")) == ["bfloat16", "float16", "float32"]
+    assert "--optimizer.learning-rate" in offers("tokenkit train --opt")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
+def test_zsh_takes_the_script(capsys, tmp_path):
+    main(["completion", "zsh"])
+    (tmp_path / "offered.zsh").write_text(capsys.readouterr().out, encoding="utf-8")
+    words = ["zsh", "-f", "-c", "source ./offered.zsh && whence -w _tokenkit && print $_comps[tokenkit]"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert ran.stdout == "_tokenkit: function\n_bash_complete -o default -F _tokenkit\n"
 
 
 def test_other_shells_have_a_script_too(capsys):

@@ -163,7 +163,8 @@ def fish() -> str:
         lines += [f"{seen} -f -a '{' '.join(WORDS[command])}'"] if WORDS.get(command) else []
         for flag, (choices, meaning) in flags(command).items():
             offered = f" -a '{' '.join(choices)}'" if choices else ""
-            lines.append(f"{seen} -r -l {flag[2:]}{offered} -d {_quoted(meaning.partition('. ')[0])}")
+            only = "-x" if choices and flag != "--config" else "-r"  # no files where the values are known
+            lines.append(f"{seen} {only} -l {flag[2:]}{offered} -d {_quoted(meaning.partition('. ')[0])}")
     return "\n".join(lines) + "\n"
 
 

@@ -288,8 +288,10 @@ def _splits(settings: dict[str, Any], files: dict[str, Path], rows: dict[str, An
     """Return what a task's settings say instead, of where its documents are."""
 
     def data_set(**_: Any) -> Any:
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
 
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         return {purpose: Dataset.from_list(own) for purpose, own in rows.items()}
 
     examples = "train" if "train" in rows else "test"  # lm-eval leaves the question itself out
