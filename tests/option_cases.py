@@ -4,9 +4,12 @@
 `tests/option_tests.py`, and in IDLE where it acts only beside others.
 """
 
+from tokenkit.commands.ablate import AblateConfig
 from tokenkit.commands.align import AlignOptions
 from tokenkit.commands.bits_per_byte import BitsPerByteConfig
+from tokenkit.commands.draft import DraftConfig
 from tokenkit.commands.eval import EvalConfig
+from tokenkit.commands.eval_ensemble import EvalEnsembleConfig
 from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
@@ -15,6 +18,7 @@ from tokenkit.commands.report import ReportConfig
 from tokenkit.commands.zett import ZettConfig
 from tokenkit.config import TrainConfig
 from tokenkit.config.hypernet import TrainHypernetConfig
+from tokenkit.config.pretrain import PretrainConfig
 
 NEEDED = {
     TrainConfig: {
@@ -38,6 +42,10 @@ NEEDED = {
     BitsPerByteConfig: {"text": "text.txt", "models": ["org/model"]},
     MergeLoraConfig: {"base_model": "org/model", "lora_model": ".", "output": "out"},
     ReportConfig: {"runs": ["."], "output": "out.html"},
+    AblateConfig: {"base_config": "base.yaml", "axes": ["data_mix"]},
+    DraftConfig: {"target_model": "org/a", "draft": "org/b", "text": "text.txt"},
+    EvalEnsembleConfig: {"models": ["org/a", "org/b"], "prompts": ["x"]},
+    PretrainConfig: {},
 }  # fmt: skip
 
 GOLD = {"losses": ["baseline_gold"]}
@@ -145,6 +153,7 @@ IDLE = {
     BitsPerByteConfig: {},
     MergeLoraConfig: {},
     ReportConfig: {},
+    AblateConfig: {}, DraftConfig: {}, EvalEnsembleConfig: {}, PretrainConfig: {},
 }  # fmt: skip
 
 ALM_ONLY = {"losses": ["alm_unconstrained"]}
@@ -249,6 +258,7 @@ NEVER = {
     },
     ZettConfig: {"clone_all_layers"},
     ExportConfig: {"with_pt", "device"},
+    PretrainConfig: {"eval_config.evals_registry_path"},
 }
 ROWS = {
     "method": ("mean", {}), "extend_output_embeddings": (False, {}),

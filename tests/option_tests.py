@@ -1,8 +1,11 @@
 """For every option that moves no number of a step: the test that shows what it does."""
 
+from tokenkit.commands.ablate import AblateConfig
 from tokenkit.commands.align import AlignOptions
 from tokenkit.commands.bits_per_byte import BitsPerByteConfig
+from tokenkit.commands.draft import DraftConfig
 from tokenkit.commands.eval import EvalConfig
+from tokenkit.commands.eval_ensemble import EvalEnsembleConfig
 from tokenkit.commands.export import ExportConfig
 from tokenkit.commands.merge_lora import MergeLoraConfig
 from tokenkit.commands.mined_mapping import MinedMappingConfig
@@ -11,6 +14,7 @@ from tokenkit.commands.report import ReportConfig
 from tokenkit.commands.zett import ZettConfig
 from tokenkit.config import TrainConfig
 from tokenkit.config.hypernet import TrainHypernetConfig
+from tokenkit.config.pretrain import PretrainConfig
 from tokenkit.config.schema import leaves
 
 ELSEWHERE = {
@@ -147,6 +151,52 @@ ELSEWHERE = {
     ReportConfig: dict.fromkeys(
         [leaf.name for leaf in leaves(ReportConfig)],
         "commands/test_report.py::test_all_parts_are_there_of_a_run_and_of_one_that_was_cut",
+    ),
+    AblateConfig: {
+        **dict.fromkeys(
+            ("base_config", "output_dir", "axes", "custom_datasets", "tokens", "list"),
+            "commands/test_ablate.py::test_each_combination_is_run_once_and_compared",
+        ),
+        **dict.fromkeys(
+            ("jobs", "launch", "slurm", "slurm_options"),
+            "commands/test_ablate.py::test_runs_are_started_as_those_of_a_sweep",
+        ),
+    },
+    DraftConfig: dict.fromkeys(
+        [leaf.name for leaf in leaves(DraftConfig)],
+        "commands/test_draft.py::test_what_is_asked_reaches_those_who_do_it",
+    )
+    | {"scores": "commands/test_draft.py::test_it_is_measured_before_and_after_the_move"}
+    | dict.fromkeys(("num_beams", "stop"), "commands/test_draft.py::test_a_mistake_is_one_line"),
+    EvalEnsembleConfig: {
+        **dict.fromkeys(
+            ("models", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "stop",
+             "seed", "dtype", "device", "trust_remote_code"),
+            "commands/test_eval_ensemble.py::test_what_is_asked_reaches_those_who_do_it",
+        ),
+        **dict.fromkeys(
+            ("text", "max_length", "stride", "batch_size", "limit", "weights", "output"),
+            "commands/test_eval_ensemble.py"
+            "::test_bits_per_byte_are_those_of_the_mean_and_members_those_of_the_other_door",
+        ),
+        **dict.fromkeys(
+            ("combine_strategy", "baseline_mined_mapping_paths"),
+            "commands/test_eval_ensemble.py::test_a_member_with_another_tokenizer_needs_a_mapping",
+        ),
+        **dict.fromkeys(
+            ("eval.tasks", "eval.task_data", "eval.limit", "eval.num_fewshot", "eval.batch_size"),
+            "commands/test_eval_ensemble.py::test_benchmarks_ask_the_ensemble",
+        ),
+        "eval.allow_code": "commands/test_eval.py::test_a_task_that_runs_programs_must_be_allowed_to",
+        **dict.fromkeys(
+            ("eval.max_length", "eval.add_bos", "eval.chat_template_mode", "eval.temperature",
+             "eval.num_beams", "eval.max_new_tokens"),
+            "commands/test_eval.py::test_options_become_what_is_asked",
+        ),
+    },
+    PretrainConfig: dict.fromkeys(
+        [leaf.name for leaf in leaves(PretrainConfig)],
+        "commands/test_pretrain.py::test_every_field_becomes_one_of_the_run",
     ),
     AlignOptions: dict.fromkeys(
         [leaf.name for leaf in leaves(AlignOptions)],

@@ -1,6 +1,7 @@
 """`tokenkit draft`: what is counted, and that a moved draft helps without changing a word."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,43 @@ def test_it_is_measured_before_and_after_the_move(root, tmp_path, capsys):
     assert "draft with" not in capsys.readouterr().out
     assert main(["draft", str(root / "target"), out, *words[3:], "--output", str(tmp_path / "x"), *more]) != 0
     assert "already" in capsys.readouterr().err
+
+
+def test_what_is_asked_reaches_those_who_do_it(root, tmp_path, monkeypatch):
+    seen = {}
+
+    def assisted(target, draft, prompts, sampling, number):
+        seen["asked"] = (
+            [ids.shape[1] for ids in prompts],
+            sampling,
+            number,
+            target.model.dtype,
+            str(target.device),
+        )
+        return SimpleNamespace(summary=lambda alone: {})
+
+    def trained(words):
+        seen["words"] = words
+        return ExitCode.NUMERICS
+
+    monkeypatch.setattr("tokenkit.evaluation.drafts.assist", assisted)
+    monkeypatch.setattr("tokenkit.train.main", trained)
+    words = {
+        "limit": 2, "prompt-tokens": 6, "num-assistant-tokens": 3, "max-new-tokens": 4, "temperature": 0.5,
+        "top-k": 7, "top-p": 0.9, "seed": 11, "dtype": "float16", "device": "cpu", "steps": 3,
+        "data": "d.txt", "learning-rate": 0.25, "output": tmp_path / "out", "trust-remote-code": "true",
+    }  # fmt: skip
+    pair = [str(root / "target"), str(root / "draft"), "--text", str(root / "text.jsonl")]
+    assert main(["draft", *pair, *(f"--{name}={value}" for name, value in words.items())]) == ExitCode.CONFIG
+    sampling = Sampling(max_new_tokens=4, temperature=0.5, top_k=7, top_p=0.9, seed=11)
+    assert seen["asked"] == ([6, 6], sampling, 3, torch.float16, "cpu")
+    said = " ".join(seen["words"])
+    for part in (
+        f"--student.pretrained-model-name-or-path {root / 'draft'}", f"--output {tmp_path / 'out'}",
+        f"--target-tokenizer-name {root / 'target'}", "--steps 3", "--data.dataset-name d.txt",
+        "--optimizer.learning-rate 0.25", "--trust-remote-code", "--losses clm alm_unconstrained",
+    ):  # fmt: skip
+        assert part in said
 
 
 def test_a_model_that_is_its_own_draft_keeps_all_that_it_proposes(root):

@@ -11,8 +11,10 @@ from tests.tiny import TEXT, byte_level_bpe, tiny_folder, tiny_model
 from tokenkit.cli import door, main
 from tokenkit.commands.eval_ensemble import ALIASES, EvalEnsembleConfig
 from tokenkit.config import parse_command_line
-from tokenkit.errors import ExitCode
+from tokenkit.errors import DataError, ExitCode
+from tokenkit.evaluation import members
 from tokenkit.evaluation.opened import open_model
+from tokenkit.evaluation.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,33 @@ def test_bits_per_byte_are_those_of_the_mean_and_members_those_of_the_other_door
         assert found[name]["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
     ensemble = found["ensemble (mean_prob)"]["bits_per_byte"]
     assert ensemble == pytest.approx(by_full_logits(root, (0.75, 0.25), 16, 5), rel=1e-4)
+
+
+def test_what_is_asked_reaches_those_who_do_it(root, tmp_path, monkeypatch):
+    seen = {}
+
+    def opening(models, mappings, **how):
+        seen["opened"] = [m.pretrained_model_name_or_path for m in models], list(mappings), how
+        return real(models, mappings, **how)
+
+    def writing(opened, ids_1T, sampling, *_):
+        seen["sampling"] = sampling
+        raise DataError("seen")
+
+    real = members.open_members
+    monkeypatch.setattr(members, "open_members", opening)
+    monkeypatch.setattr("tokenkit.evaluation.generation.generate", writing)
+    words = {
+        "prompts": "The cat", "max-new-tokens": 4, "temperature": 0.5, "top-k": 7, "top-p": 0.9, "seed": 11,
+        "num-beams": 2, "stop": "x", "dtype": "bfloat16", "device": "cpu", "trust-remote-code": "true",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in words.items()]
+    assert main(["eval-ensemble", *names(root, "a", "b"), *flags]) == ExitCode.DATA
+    how = {"dtype": torch.bfloat16, "device": "cpu", "trust_remote_code": True}
+    assert seen["opened"] == (names(root, "a", "b"), [None, None], how)
+    assert seen["sampling"] == Sampling(
+        max_new_tokens=4, temperature=0.5, top_k=7, top_p=0.9, seed=11, num_beams=2, stop=("x",)
+    )
 
 
 def by_full_logits(root, weights, window, stride):
@@ -89,11 +118,14 @@ def test_benchmarks_ask_the_ensemble(root, tmp_path, capsys):
     (tmp_path / "data" / "lambada_openai.jsonl").write_text(lines)
     shutil.copytree(root / "a", tmp_path / "again")
     asked = ["--eval.tasks", "lambada_openai", "--eval.task-data", str(tmp_path / "data")]
+    asked += ["--eval.limit", "2", "--eval.num-fewshot", "1", "--eval.batch-size", "2"]
     out = tmp_path / "out"
     words = [str(root / "a"), str(tmp_path / "again"), *asked, "--output", str(out)]
     assert main(["eval-ensemble", *words]) == 0
     found = json.loads((out / "results.json").read_text())
     assert found["combine_strategy"] == "mean_prob"
+    assert found["n-samples"]["lambada_openai"]["effective"] == 2
+    assert found["n-shot"]["lambada_openai"] == 1
     alone = [word.replace("--eval.", "--") for word in asked]
     assert main(["eval", str(root / "a"), *alone, "--output", str(tmp_path / "alone")]) == 0
     wanted = json.loads((tmp_path / "alone" / "results.json").read_text())["results"]["lambada_openai"]
