@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.faults.registry import fault
 from tests.ranks import run_ranks, start_ranks, wait_ranks
 from tokenkit import parallel
 
@@ -181,6 +182,12 @@ def desynchronised(world):
     return True
 
 
+@fault(
+    "A rank skips a batch, or takes one more",
+    "every rank stops at that step",
+    code=1,
+    kept="the last checkpoint",
+)
 def test_a_rank_at_another_step_stops_every_rank():
     assert all(run_ranks(desynchronised, 4))
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from tests.faults.registry import fault
 from tokenkit.data.batches import Batches
 from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import open_data
@@ -61,6 +62,12 @@ def test_ranks_and_micro_batches_split_the_same_documents(
         assert [text for batches in micro_batches for text in texts(byte_tokenizer, batches)] == expected
 
 
+@fault(
+    "Killed with documents read ahead",
+    "the state counts what was taken: no row is lost or comes twice",
+    code="-9",
+    kept="the last checkpoint",
+)
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_what_was_read_ahead_is_not_consumed(make, byte_tokenizer, prefetch):
     whole = steps(byte_tokenizer, make(), 9)
@@ -96,6 +103,12 @@ def test_a_closed_reader_goes_on_without_its_thread(make, byte_tokenizer):
     assert first + steps(byte_tokenizer, batches, 3) == whole
 
 
+@fault(
+    "The thread that reads ahead fails",
+    "the loop gets its error with the next step",
+    code="its own",
+    kept="the last checkpoint",
+)
 def test_an_error_in_the_background_reaches_the_loop(make, monkeypatch):
     batches = make(prefetch=2)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.faults.registry import fault
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import BadRowOptions, DataOptions, HeldoutOptions, SourceOptions
 from tokenkit.data.sources import hash64, is_heldout
@@ -178,6 +179,12 @@ def test_documents_above_the_limit_are_skipped(tmp_path):
     assert list(mix.skipped) == ["too long"]
 
 
+@fault(
+    "Rows that are no documents",
+    "left out and counted by reason; over data.bad_rows.quota the run ends",
+    code="-, 65",
+    kept="the last checkpoint",
+)
 def test_more_bad_rows_than_the_quota_are_an_error(tmp_path):
     rows = [{"text": "good"}] + [{"text": "good"}, {"text": None}] * 50
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -347,6 +354,12 @@ def test_options_out_of_range_are_refused_when_made(options, message):
         options()
 
 
+@fault(
+    "The hub cannot be reached",
+    "one line, before anything is loaded",
+    code=65,
+    kept="nothing is begun",
+)
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route")

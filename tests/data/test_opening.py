@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_files import rows, texts
+from tests.faults.registry import fault
 from tokenkit.data.files import BadRow
 from tokenkit.data.options import BadRowOptions
 
@@ -73,6 +74,12 @@ def test_a_file_that_is_not_packed_may_be_named_so(tmp_path):
     assert texts(path) == ["naïve", "日本"]
 
 
+@fault(
+    "A packed file of data is damaged",
+    "named, with its row",
+    code=65,
+    kept="the last checkpoint",
+)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_damaged_archives_are_named(tmp_path, packing, damage):
@@ -88,6 +95,12 @@ def test_damaged_archives_are_named(tmp_path, packing, damage):
         rows(path)
 
 
+@fault(
+    "A small archive unpacks to a huge file",
+    "refused at data.bad_rows.max_file_bytes",
+    code=65,
+    kept="the last checkpoint",
+)
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_small_archives_of_huge_files_are_refused(tmp_path, packing):
     path = tmp_path / ("a.txt" + packing)

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from tests.data.test_mix import NONE_OUT, texts, write_jsonl
+from tests.faults.registry import fault
 from tokenkit.data.files import data_files, format_of, read_rows
 from tokenkit.data.mix import local_files, open_data, read_documents
 from tokenkit.data.options import BadRowOptions, DataOptions, SourceOptions
@@ -177,6 +178,12 @@ CHANGES = {
 }
 
 
+@fault(
+    "Data is not what it was when the run was saved",
+    "refused on `--resume`",
+    code=65,
+    kept="everything",
+)
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_data_that_changed_between_runs_is_refused(tmp_path, streaming, change):
@@ -196,6 +203,12 @@ def test_data_that_changed_between_runs_is_refused(tmp_path, streaming, change):
     restored.load_state_dict(state)
 
 
+@fault(
+    "A file is cut while it is streamed",
+    "an error that names it",
+    code=65,
+    kept="the last checkpoint",
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_stream_that_is_cut_while_it_is_read_is_an_error(tmp_path, packed):
     path = tmp_path / ("a.jsonl.bz2" if packed else "a.jsonl")

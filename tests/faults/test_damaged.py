@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.faults import tiny_run
+from tests.faults.registry import fault
 from tests.ranks import run_ranks
 from tokenkit import parallel
 from tokenkit.errors import CheckpointError
@@ -73,6 +74,12 @@ def link_shard(folder):
     (folder / "__0_0.distcp").symlink_to(folder.parent / "elsewhere")
 
 
+@fault(
+    "A file of the newest checkpoint is torn, empty, missing or a link",
+    "the one before is used; the damaged one is kept as .quarantine-*, and said",
+    code="-",
+    kept="everything",
+)
 @pytest.mark.parametrize(
     "spoil",
     [truncate, grow, empty_plan, lose_shard, lose_manifest, tear_manifest, swap_step, link_shard],
@@ -91,6 +98,12 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_kept(sp
     assert "is damaged" in caplog.text
 
 
+@fault(
+    "A bit of a checkpoint flips on the disk",
+    "seen by its digest; as for a torn file",
+    code="-",
+    kept="everything",
+)
 def test_every_single_flipped_bit_is_seen(root):
     folder = root / "step_00000002"
     files = sorted(folder.iterdir())
@@ -113,6 +126,12 @@ def test_a_reader_moves_nothing(root):
     assert sorted(os.listdir(root)) == before
 
 
+@fault(
+    "No checkpoint is whole",
+    "refused: a run never begins again by itself",
+    code=65,
+    kept="everything",
+)
 def test_where_none_is_intact_the_run_stops_and_nothing_is_moved(root):
     for folder in ("step_00000001", "step_00000002"):
         truncate(root / folder)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from tests.faults.registry import fault
 from tokenkit import parallel
 from tokenkit.errors import CheckpointError
 from tokenkit.run import checkpoint, safe_dcp
@@ -79,6 +80,12 @@ def test_the_forgery_itself_is_sound(folder):
     checkpoint.load(folder, new_state(), ALONE)
 
 
+@fault(
+    "A checkpoint that holds code, leads out of its folder or declares a terabyte",
+    "refused before anything is run, opened or allocated",
+    code=65,
+    kept="everything",
+)
 def test_a_pickle_in_the_plan_is_not_run(folder, canary):
     forge(folder, Payload(canary))
     refuse(folder, r"asks for (posix|os).mkdir, which no checkpoint needs")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.faults import tiny_run
+from tests.faults.registry import fault
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tokenkit import parallel
 from tokenkit.run import checkpoint
@@ -45,6 +46,12 @@ def run_with_kills(folder, world_size, kills, seconds, rng):
     return landed
 
 
+@fault(
+    "SIGKILL of one rank or of all at random moments, saves included",
+    "resumed, the curve and the weights are the unbroken run's, bit for bit",
+    code="-9",
+    kept="the last checkpoint",
+)
 def test_a_run_killed_at_random_moments_is_the_unbroken_run(tmp_path):
     """TOKENKIT_KILLS=500 makes it a night's work."""
     start = time.monotonic()
@@ -115,6 +122,12 @@ def check_survivor(root, digests):
     return folder.name
 
 
+@fault(
+    "SIGKILL before any one file operation of a save, or of the deletion behind it",
+    "the old checkpoint is whole, or the new one; leftovers are swept",
+    code="-9",
+    kept="the last checkpoint",
+)
 def test_a_save_killed_before_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path):
     digests = {step: digest_at(step) for step in (2, 3)}
     survivors = []

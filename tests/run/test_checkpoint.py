@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.faults import tiny_run
+from tests.faults.registry import fault
 from tests.ranks import run_ranks
 from tokenkit import parallel
 from tokenkit.errors import CheckpointError
@@ -61,6 +62,12 @@ def load_one(world, root):
     return tiny_run.digest(state)
 
 
+@fault(
+    "Another number of ranks on `--resume` (1, 2, 4)",
+    "the same parameters, moments and data; losses to float32 rounding",
+    code="-",
+    kept="everything",
+)
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 2), (2, 4), (4, 1)])
 def test_other_numbers_of_ranks_load_the_same_parameters_and_moments(saved_by, loaded_by, tmp_path):
     digest, _ = run_ranks(save_one, saved_by, tmp_path, saved_by == 2)[0]
@@ -145,6 +152,12 @@ def test_keeping_one_checkpoint_is_refused(tmp_path):
         save_steps(tmp_path, 1, keep_last=1)
 
 
+@fault(
+    "The step that is to be saved is there already",
+    "refused; nothing is written into it",
+    code=65,
+    kept="everything",
+)
 def test_a_step_that_is_there_is_never_overwritten(tmp_path):
     save_steps(tmp_path, 1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "step_00000001").iterdir()}
@@ -154,6 +167,12 @@ def test_a_step_that_is_there_is_never_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["step_00000001"]
 
 
+@fault(
+    "A link among the checkpoints when old ones are deleted",
+    "left alone, with what it points to",
+    code="-",
+    kept="everything",
+)
 def test_purging_leaves_links_and_what_they_point_to_alone(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     save_steps(elsewhere, 1)

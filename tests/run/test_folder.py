@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.faults.registry import fault
 from tokenkit import disk as file_locks
 from tokenkit.disk import free_bytes, write_durably
 from tokenkit.run import folder as run_folder
@@ -50,6 +51,12 @@ def test_a_file_is_not_a_folder(tmp_path):
         prepare_output(tmp_path / "file", resume=False)
 
 
+@fault(
+    "The output folder is read-only",
+    "refused before anything is loaded",
+    code=65,
+    kept="nothing is begun",
+)
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.faults.registry import fault
 from tokenkit.errors import ExitCode
 from tokenkit.run import curves, metrics
 from tokenkit.run.ending import Outcome, write_outcome
@@ -46,6 +47,12 @@ def test_every_line_is_strict_json(tmp_path):
     assert line == {"step": 1, "loss": "nan", "grad_norm": "-inf", "note": "é"}
 
 
+@fault(
+    "metrics.jsonl is torn, or ahead of the checkpoint",
+    "cut back to the checkpoint: each step stands there once",
+    code="-",
+    kept="everything",
+)
 def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
@@ -230,6 +237,12 @@ class Broken:
         raise SystemError("worse")
 
 
+@fault(
+    "A tracker (wandb) that is missing, or raises",
+    "said once, and counted; training goes on",
+    code="-",
+    kept="everything",
+)
 def test_a_tracker_that_fails_is_counted_and_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(metrics._OPENERS, "wandb", Broken)
     tracker = Trackers(["wandb"], tmp_path, {}, is_main=True)

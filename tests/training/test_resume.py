@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.faults.registry import fault
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tokenkit import parallel
 from tokenkit.errors import ExitCode
@@ -145,6 +146,12 @@ def test_the_loss_scale_is_restored(make_config, tmp_path, monkeypatch):
     assert [(run.loss_scale.value, run.loss_scale.good_steps) for run in seen] == [(2.0**17, 2)]
 
 
+@fault(
+    "Another configuration, tokenizer or base model on `--resume`",
+    "refused, with each difference",
+    code=64,
+    kept="everything",
+)
 def test_another_configuration_is_refused_with_the_difference(make_config, tmp_path):
     loop.train(make_config(steps=2, output_dir=tmp_path / "run"))
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02"):

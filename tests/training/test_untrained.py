@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 
+from tests.faults.registry import fault
 from tests.ranks import run_ranks
 from tokenkit.errors import DataError
 from tokenkit.parallel import World
@@ -72,6 +73,12 @@ def test_so_does_one_of_the_prefix_stage(make_config):
     assert number == 1
 
 
+@fault(
+    "No token of a step is trained, on one rank or on all",
+    "a rank without one adds nothing; a step without one is skipped and counted, ten in a row end the run",
+    code="-, 65",
+    kept="the last checkpoint",
+)
 @pytest.mark.parametrize("only_rank", [None, 1])
 def test_ranks_decide_alike(make_config, only_rank):
     """All of them skip, or, where one has an empty share, none."""
