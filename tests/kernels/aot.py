@@ -26,6 +26,7 @@ from tests.kernels.aot_fused import fused_launches
 from tests.kernels.aot_fused import launches as fused_variants
 from tests.kernels.aot_peer import peer_launches
 from tokenkit.kernels import alm_difference, chunk_likelihood, projected_divergence
+from tokenkit.kernels.linear_ensemble import tile as ensemble_tile
 from tokenkit.kernels.linear_logprob import tiled as logprob_tile
 from tokenkit.kernels.sorted_distance import tile as sorted_tile
 
@@ -72,6 +73,7 @@ def launches(architecture):
     yield from projected_launches()
     yield from peer_launches()
     yield from divergence_launches()
+    yield from ensemble_launches()
 
 
 def sweep(architecture):
@@ -83,6 +85,7 @@ def sweep(architecture):
     yield from sorted_launches(dtypes, (128_256, 151_665))
     yield from projected_launches(dtypes, (128_256, 151_665))
     yield from divergence_launches(dtypes, (128_256, 151_665))
+    yield from ensemble_launches((2, 3, 5), (8192, 4093))
 
 
 def logprob_launches(dtypes=(BF16,), sizes=(8192,)):
@@ -147,6 +150,14 @@ def projected_launches(dtypes=(BF16,), sizes=(128_256,)):
             words = f"{'' if cap is None else ' softcap'} {dtype} {V}".replace("torch.", "")
             arguments = (F32, F32, F32, I64, I64, F32, F32, F32, dtype, V, V, V, V, 1.0, cap)
             yield f"projected pull{words}", projected_divergence._pull_kernel, arguments, {"BLOCK_V": block}
+
+
+def ensemble_launches(heads=(2,), sizes=(8192,)):
+    """Yield what `linear_ensemble` launches beside `fold`."""
+    for K, V, is_sum in product(heads, sizes, (False, True)):
+        name = f"ensemble combine {'mean' if is_sum else 'max'} {K} heads {V}"
+        options = {"K": K, "IS_SUM": is_sum, "BLOCK_V": ensemble_tile.BLOCK_V}
+        yield name, ensemble_tile._combine_kernel, (F32, F32, I64, F32, F32, F32, 1024, V), options
 
 
 def resources(compiled):

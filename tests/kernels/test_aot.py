@@ -43,6 +43,7 @@ def test_every_kernel_compiles_for_every_architecture(records):
         "dlogits",
         *([] if HOW == ["--sweep"] else ["rescale", "span_sum", "difference", "peer"]),
         "sorted",
+        "ensemble",
         "divergence",
         "projected",
         "head",
