@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python bench/ensembles.py --save bench/results/cpu/ensembles.json
 
-Two random Llamas over one vocabulary. `scoring` asks for log p of every token (bits per byte), `answers` for
-whether it is the likeliest too, as lm-eval does, and `writing` for new tokens behind a prompt, greedily, with
-caches. Times are those of the processor.
+Two random Llamas over one vocabulary. `scoring` asks for log p of every token, `with members` also for that
+of each member alone (bits per byte), `answers` for whether it is the likeliest too, as lm-eval does, and
+`writing` for new tokens behind a prompt, greedily, with caches. The members do the same alone, one after the
+other: their kernel says with each log p whether it is the likeliest. Times are those of the processor.
 """
 
 from __future__ import annotations
@@ -80,7 +81,14 @@ def measure(members: list[Any], arguments: argparse.Namespace) -> dict[str, dict
 
     asked: dict[str, dict[str, Any]] = {
         "scoring": {"members": each(lambda s: s.score(ids_BT, at, target_N))}
-        | {k: lambda e=e: e.likelihoods(ids_BT, at, target_N, asks_top=False) for k, e in kinds.items()},
+        | {
+            k: lambda e=e: e.likelihoods(ids_BT, at, target_N, asks_top=False, asks_members=False)
+            for k, e in kinds.items()
+        }
+        | {
+            f"{k} with members": lambda e=e: e.likelihoods(ids_BT, at, target_N, asks_top=False)
+            for k, e in kinds.items()
+        },
         "answers": {"members": each(lambda s: s.score(ids_BT, at, target_N))}
         | {k: lambda e=e: e.score(ids_BT, at, target_N) for k, e in kinds.items()},
         "writing": {"members": each(lambda s: s.generate(prompts, never, options))}

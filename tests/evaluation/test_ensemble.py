@@ -44,7 +44,7 @@ def test_a_pair_worked_out_by_hand(combination):
     found = ensemble.likelihoods(torch.zeros(1, 2, dtype=torch.int64), at, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(found.logp_N.exp(), torch.tensor(BY_HAND[combination]), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.members_KN.exp(), torch.tensor([FIRST, SECOND]))
-    assert found.is_top_N.tolist() == [False, True, False]
+    assert found.is_top1_N.tolist() == [False, True, False]
 
 
 def test_weights_and_a_mapping_by_hand():
@@ -107,33 +107,12 @@ def test_it_is_what_full_logits_give(members, combination, workspace_bytes):
     torch.testing.assert_close(
         found.logp_N, wanted_NV.gather(-1, target_N[:, None])[:, 0], rtol=1e-4, atol=1e-4
     )
-    assert found.is_top_N.tolist() == (wanted_NV.argmax(-1) == target_N).tolist()
+    assert found.is_top1_N.tolist() == (wanted_NV.argmax(-1) == target_N).tolist()
     fast = ensemble.likelihoods(ids_BT, at, target_N, asks_top=False)
     torch.testing.assert_close(fast.logp_N, found.logp_N, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast.members_KN, found.members_KN, rtol=1e-4, atol=1e-4)
     assert ensemble.positions == 126
     assert len(ensemble.score(ids_BT, (at[0][:0], at[1][:0]), target_N[:0])[0]) == 0
-
-
-@torch.no_grad()
-def test_a_mean_of_logits_is_one_head(members):
-    ids_BT = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
-    at = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 7, 2, 5])
-    target_N = ids_BT[at[0], at[1] + 1]
-    other = SimpleNamespace(**vars(members[2].opened))
-    other.causal = CausalLM(tiny_model(seed=3), 300)
-    other.causal.output.bias = torch.nn.Parameter(torch.randn(300))
-    pair = Ensemble([members[0], Member(other)], "mean_logits", [0.7, 0.3])
-    target_N[0] = next_by_full_logits([members[0]], [1.0], "max", ids_BT)[0, 1].argmax()
-    wanted = pair.likelihoods(ids_BT, at, target_N)
-    logp_N, is_top_N = pair.score(ids_BT, at, target_N)
-    assert pair._joined_head is not None
-    torch.testing.assert_close(logp_N, wanted.logp_N, rtol=1e-4, atol=1e-4)
-    assert is_top_N.tolist() == wanted.is_top_N.tolist()
-    fast = pair.likelihoods(ids_BT, at, target_N, asks_top=False)
-    torch.testing.assert_close(fast.logp_N, wanted.logp_N, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fast.members_KN, wanted.members_KN, rtol=1e-4, atol=1e-4)
-    assert Ensemble(members, "mean_logits")._joined_head is None  # one has a softcap
 
 
 def never(ids):

@@ -29,31 +29,48 @@ class Lockstep:
 
     def __init__(self, ensemble: Ensemble, is_text_BT: Tensor):
         self._ensemble, self._is_text_BT = ensemble, is_text_BT
-        self._followers = [Follower(member) for member in ensemble.members[1:]]
+        self._mask_BT: Tensor | None = None
+        """Of all that was read, each text once for each beam."""
+        self._followers = [Follower(member, ensemble.vocab_size) for member in ensemble.members[1:]]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return log p of the next tokens to the ensemble; ids that are none get −∞.
+        """Return log p of the next tokens to the ensemble, without beams up to a constant of each row.
+
+        Ids that are none get −∞.
 
         Args:
             input_ids: int64 [B, T] of the pivot, the prompt included.
             scores: [B, W] the pivot's logits, or log-probabilities.
         """
         V, (B, T) = self._ensemble.vocab_size, input_ids.shape
-        mask_BT = self._is_text_BT.repeat_interleave(B // len(self._is_text_BT), 0)  # once for each beam
-        mask_BT = torch.nn.functional.pad(mask_BT, (0, T - mask_BT.shape[1]), value=1)
-        logits = [scores[:, :V].float().clone()]
-        logits += [follower.logits(input_ids, mask_BT).to(scores.device) for follower in self._followers]
+        beams = B // len(self._is_text_BT)
+        if self._mask_BT is None:
+            self._mask_BT = self._is_text_BT.repeat_interleave(beams, 0)
+        new_BT = self._mask_BT.new_ones(B, T - self._mask_BT.shape[1])
+        self._mask_BT = torch.cat([self._mask_BT, new_BT], 1)
+        logits = [scores[:, :V].float()]
+        logits += [
+            follower.logits(input_ids, self._mask_BT).to(scores.device) for follower in self._followers
+        ]
+        said_BV = self._ensemble.next_logp(logits, is_normalised=beams > 1)  # only beams add up rows' numbers
+        if scores.shape[1] == V and said_BV.dtype == scores.dtype:
+            return said_BV
         result = torch.full_like(scores, -torch.inf)
-        result[:, :V] = self._ensemble.next_logp(logits)
+        result[:, :V] = said_BV
         return result
 
 
 class Follower:
-    """A member that reads what another one writes."""
+    """A member that reads what another one writes.
 
-    def __init__(self, member: Member):
-        self._member, self._cache = member, None
+    Args:
+        member: with a cache of its own.
+        vocab_size: of the pivot.
+    """
+
+    def __init__(self, member: Member, vocab_size: int):
+        self._member, self._vocab_size, self._cache = member, vocab_size, None
         self._read_BT: Tensor | None = None
         model = member.opened.model
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -78,8 +95,7 @@ class Follower:
         found = opened.model(**{**inputs, **self._last}, return_dict=True)
         self._cache = getattr(found, "past_key_values", None)
         self._read_BT = ids_BT
-        own_BW = found.logits[:, -1, : opened.tokenizer.vocab_size].float()
-        return self._member.says(own_BW).clone()
+        return self._member.says(found.logits[:, -1].float(), self._vocab_size)
 
     def _follow_beams(self, ids_BT: Tensor) -> None:
         """Let each row of the cache be that of the row that now begins as it did: beams change places."""

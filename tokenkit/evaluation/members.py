@@ -157,6 +157,7 @@ def nats_of_all(ensemble: Ensemble, side: Side) -> Tensor:
     row_N = rows.row_N.to(device)
     at = torch.div(row_N, T, rounding_mode="floor"), row_N % T
     found = ensemble.likelihoods(side.ids_BT.to(device), at, rows.target_N.to(device), asks_top=False)
+    assert found.members_KN is not None
     logp = torch.cat([found.logp_N[None].float(), found.members_KN.float()])
     placed = logp.new_zeros(len(logp), B * T + 1).index_copy(1, row_N + 1, logp)
     return -placed[:, :-1].view(-1, B, T)
