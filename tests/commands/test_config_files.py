@@ -2,7 +2,8 @@
 
 import pytest
 
-from tokenkit.config import ConfigError
+from tokenkit.commands.eval_ensemble import EvalEnsembleConfig
+from tokenkit.config import ConfigError, TrainConfig, parse_command_line
 from tokenkit.config.forms import split_commas
 from tokenkit.config.shipped import SHIPPED, find_config, read_configs, shipped_names
 
@@ -58,3 +59,18 @@ def test_commas_inside_brackets_and_quotes_part_nothing():
     for wrong in ("a,,b", "[a,b", "a,'b"):
         with pytest.raises(ConfigError, match="cannot be cut"):
             split_commas(wrong)
+
+
+@pytest.mark.parametrize(
+    "words", [["models/gemma_llama_qwen"], ["models=gemma_llama_qwen"], ["+models=gemma_llama_qwen"]]
+)
+def test_a_file_of_models_serves_a_training_and_an_ensemble(words):
+    config = parse_command_line(
+        EvalEnsembleConfig, ["--config", "eval_lockstep", *words], program="", finds_paths=False
+    )
+    names = [source.pretrained_model_name_or_path for source in config.models]
+    assert names == ["Qwen/Qwen2.5-1.5B", "outputs/gemma2_to_qwen2/export", "outputs/llama3_to_qwen2/export"]
+    config = parse_command_line(
+        TrainConfig, ["--config", "cross_tokenizer_distill", *words], program="", finds_paths=False
+    )
+    assert config.teacher.pretrained_model_name_or_path == "meta-llama/Llama-3.2-3B-Instruct"

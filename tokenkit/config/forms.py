@@ -137,6 +137,10 @@ def _take_setting(argument: str, schema: type, words: Words, known: Callable[[st
     written, _, value = argument.lstrip("+").partition("=")
     value = unquoted(value)
     name = known(written.replace("-", "_"))
+    members = find_config(f"models/{value}", words.folders) if name == written == "models" else None
+    if members is not None and not Path(value).exists():  # a list that is a file of that name
+        words.files.append(str(members))
+        return
     if name in {leaf.name for leaf in leaves(schema)} and written + "." not in group_prefixes(schema):
         words.flags.append(f"--{written}={value}")
         return

@@ -84,7 +84,8 @@ def read_config(
         ConfigError: one line that names the field, where it was set, and what to do.
     """
     say = say or _warn
-    written = [*read_configs(files, folders), ("", dict(overrides or {}))]
+    of_files = [(source, _own_part(schema, content)) for source, content in read_configs(files, folders)]
+    written = [*of_files, ("", dict(overrides or {}))]
     given, origin, variables = _gather(schema, written, aliases or {}, say)
     for note in translate(schema, given, {name for name, source in origin.items() if source}):
         say(note)
@@ -102,6 +103,18 @@ def read_config(
     if (idle := without_effect(config, typed)) is not None:
         say(idle)
     return config
+
+
+OF_TRAINING = ("student", "teacher", "target_tokenizer_name")
+
+
+def _own_part(schema: type, content: dict[str, Any]) -> dict[str, Any]:
+    """Of a file with a training's models and the members of an ensemble, those that `schema` asks for."""
+    if "models" not in content or not any(name in content for name in OF_TRAINING):
+        return content
+    is_ensemble = any(leaf.name == "models" for leaf in leaves(schema))
+    left_out = OF_TRAINING if is_ensemble else ("models",)
+    return {name: value for name, value in content.items() if name not in left_out}
 
 
 def _gather(
