@@ -1,15 +1,19 @@
 """Benchmarks inside a training: the figures of `tokenkit eval` on the exported model, on any ranks."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import TEXT
 from tokenkit.cli import main
 from tokenkit.config.benchmarks import LmEval
 from tokenkit.errors import ConfigError
-from tokenkit.training.benchmarks import Benchmarks
+from tokenkit.evaluation.lm_eval import Asking, language_model
+from tokenkit.parallel import World
+from tokenkit.training.benchmarks import Benchmarks, StudentScorer
 from tokenkit.training.build import build
 from tokenkit.training.loop import train
 
@@ -66,7 +70,41 @@ def test_ranks_share_the_work_of_a_sharded_student(make_config, data):
     assert first == pytest.approx(alone, rel=1e-5)
 
 
-def test_answers_that_are_written_are_for_checkpoints(tmp_path):
+def test_beams_are_for_checkpoints(tmp_path):
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
-    with pytest.raises(ConfigError, match="ask for it with `tokenkit eval` on a checkpoint"):
-        Benchmarks.load(LmEval(tasks=("gsm8k",), task_data=str(tmp_path)))
+    with pytest.raises(
+        ConfigError, match=r"num_beams 3, .*: ask for it with `tokenkit eval` on a checkpoint"
+    ):
+        Benchmarks.load(LmEval(tasks=("gsm8k",), task_data=str(tmp_path), num_beams=3))
+    Benchmarks.load(LmEval(tasks=("gsm8k",), task_data=str(tmp_path)))
+
+
+TEXTS = ["The cat", "Once upon a time there", "A", "The dog ran home and", "It"]
+
+
+def written(world, config):
+    parts = build(config, world)
+    model, tokenizer = parts.run.model.eval(), parts.tokenizers.target
+    asking = Asking(batch_size=2, seed=3)
+    scorer = StudentScorer(model, 64, world)
+    lm = language_model(scorer, tokenizer.to_huggingface(), asking, world)
+    greedy = {"until": ["zzz"], "max_gen_toks": 6, "do_sample": False}
+    drawn = greedy | {"do_sample": True, "temperature": 0.7}
+    found = [
+        lm.generate_until([SimpleNamespace(args=(text, how)) for text in TEXTS]) for how in (greedy, drawn)
+    ]
+    if world.mesh is None:
+        for text, got in zip(TEXTS, found[0], strict=True):
+            ids_1T = torch.tensor([lm.tok_encode(text)])
+            how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            new = model.student.causal_lm.generate(ids_1T, **how)[0, ids_1T.shape[1] :]
+            assert got == lm.tokenizer.decode(new, skip_special_tokens=True)
+    return found
+
+
+def test_ranks_write_what_one_process_writes(make_config):
+    """Greedily also what transformers' `generate` writes with a cache; drawn, whatever the processes."""
+    config = make_config(train_model_mode="full")
+    alone = written(World(rank=0, world_size=1, device=torch.device("cpu"), mesh=None), config)
+    assert run_ranks(written, 2, config) == [alone, alone]
+    assert any(alone[0])

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenkit.kernels.linear_logprob import linear_logprob
 from tokenkit.kernels.not_finite import NotFiniteError
 from tokenkit.losses import Loss, Measured
 from tokenkit.losses.latents import Latents
@@ -39,6 +38,7 @@ from tokenkit.structs import (
 from tokenkit.training.requests import (
     PREFIX,
     Evaluate,
+    NextToken,
     Request,
     Score,
     Settle,
@@ -110,8 +110,8 @@ class Distillation(nn.Module):
                 return self._losses(self._states_for(request), batch, prepared, is_prefix=is_prefix)
             case Evaluate():
                 return self._evaluate(request)
-            case Score(ids_BT, at_N, target_N):
-                return self._score(ids_BT, at_N, target_N)
+            case Score() | NextToken():
+                return self._score(request)
             case WrittenRows():
                 return self._rows()
         raise TypeError(f"no request: {type(request).__name__}")
@@ -243,12 +243,10 @@ class Distillation(nn.Module):
         return torch.stack([student, teacher])
 
     @torch.no_grad()
-    def _score(self, ids_BT: Tensor, at_N: tuple[Tensor, Tensor], target_N: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast(ids_BT):
-            states = self.student(ids_BT)
-        states = self._in_compute_dtype(states)
-        found = linear_logprob(states.hidden_BTD[at_N], states.head, target_N)
-        return found.logp_N, found.is_top1_N
+    def _score(self, request: Score | NextToken) -> Any:
+        with self._autocast(request.ids_BT):
+            states = self.student(request.ids_BT)
+        return request.answer(self._in_compute_dtype(states))
 
     @torch.no_grad()
     def _prefix_teacher(self, batch: Batch) -> dict[str, Any]:

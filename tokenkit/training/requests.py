@@ -16,7 +16,10 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tokenkit.structs import Batch, LossTerm
+from tokenkit.kernels.head.side import side_of
+from tokenkit.kernels.head.tiles import Buffer
+from tokenkit.kernels.linear_logprob import linear_logprob
+from tokenkit.structs import Batch, HiddenStates, LossTerm
 
 PREFIX = "prefix"
 """The loss of a prefix stage, and its phase in metrics.jsonl."""
@@ -78,6 +81,28 @@ class Score(Request[tuple[Tensor, Tensor]]):
     at_N: tuple[Tensor, Tensor]
     """Row and position of the token before each target."""
     target_N: Tensor
+
+    def answer(self, states: HiddenStates) -> tuple[Tensor, Tensor]:
+        """Read it off the student's states."""
+        found = linear_logprob(states.hidden_BTD[self.at_N], states.head, self.target_N)
+        return found.logp_N, found.is_top1_N
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken(Request[Tensor]):
+    """The student's logits of the token behind each text, float32 [B, V], padding rows left out."""
+
+    ids_BT: Tensor
+    """Padded on the right."""
+    last_B: Tensor
+    """int64, position of each text's last token."""
+
+    def answer(self, states: HiddenStates) -> Tensor:
+        """Read it off the student's states."""
+        hidden_BD = states.hidden_BTD[torch.arange(len(self.last_B), device=self.last_B.device), self.last_B]
+        side = side_of("hidden_BD", hidden_BD, states.head)
+        z_BV, factor = side.logits(Buffer(hidden_BD), slice(0, len(hidden_BD)))
+        return z_BV * factor
 
 
 @dataclass(frozen=True, slots=True)
