@@ -76,6 +76,7 @@ IDLE = {
         "eval.task_data": (LOCAL, {}), "eval.temperature": (0.5, ASKED), "eval.num_beams": (2, ASKED),
         "eval.max_new_tokens": (3, ASKED), "eval.allow_code": (True, ASKED),
         "sync_interval": (7, {}), "distributed_backend": ("gloo", {}), "n_data_parallel": (1, {}),
+        "reshard_after_forward": (False, {}), "teacher_sharding": ("replicated", {}),
         "warmup_steps": (5, {"optimizer.schedule": "constant"}),
         "optimizer.lr_min_ratio": (0.5, {"optimizer.lr_scheduler_type": "constant_with_warmup"}),
         "max_length_teacher": (9, {**CLM, **NO_HELDOUT}), "uncertainty_s_init": (1.0, {}),

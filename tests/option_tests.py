@@ -56,6 +56,10 @@ ELSEWHERE = {
         "data.bad_rows.unencodable":
             "data/test_unwritable.py::test_the_row_or_its_characters_are_left_out",
         "hang_timeout": "test_parallel.py::test_a_rank_that_hangs_is_noticed_after_the_timeout",
+        **dict.fromkeys(
+            ("reshard_after_forward", "teacher_sharding"),
+            "training/test_gathers.py::test_a_step_gathers_each_vocabulary_once",
+        ),
         "n_data_parallel": "test_parallel.py::test_sizes_and_backends_that_cannot_work_are_refused",
         **dict.fromkeys(
             ("compile", "use_liger_kernel"),

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -275,6 +275,7 @@ def shard(
     reduce_dtype: torch.dtype | None = torch.float32,
     reshard_after_forward: bool = True,
     kept: Collection[nn.Parameter] = (),
+    groups: Iterable[nn.Module] = (),
 ) -> nn.Module:
     """Shard `module` in place with FSDP2, each of `layers` gathered on its own; return it.
 
@@ -289,7 +290,9 @@ def shard(
         param_dtype: dtype of compute and of the gathered weights; None: the parameters' own.
         reduce_dtype: dtype in which gradients are added over ranks; None: `param_dtype`.
         reshard_after_forward: free a layer's gathered weights between forward and backward.
-        kept: parameters that stay as they are, because they are cut over ranks in another way.
+        kept: parameters that stay as they are: cut over ranks in another way, or whole on each.
+        groups: children of `module` whose own weights, those of no layer, are not gathered by its forward,
+            but by their own or by `gather`, and stay so until `release` or the end of a backward.
     """
     if world.mesh is None:
         return module
@@ -299,8 +302,15 @@ def shard(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
     how: dict[str, Any] = {"mesh": world.mesh, "ignored_params": set(kept)}
+    layers = list(layers)
     for layer in layers:
         fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard_after_forward, **how)
+    for group in groups:
+        fully_shard(group, mp_policy=root_policy, reshard_after_forward=False, **how)
+        first = next((part for part in group.modules() if part in layers), None)
+        if isinstance(first, FSDPModule):
+            # its backward would fetch what ran before the group did: another model's vocabulary
+            first.set_modules_to_backward_prefetch([cast(FSDPModule, group)])
     fully_shard(module, mp_policy=root_policy, **how)
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -308,6 +318,18 @@ def shard(
             # gloo has no pre-multiplied sum, which a factor alone would ask for
             part.set_force_sum_reduction_for_comms(True)
     return module
+
+
+def gather(group: nn.Module | None) -> None:
+    """Show the whole weights of one of `shard`'s groups; nothing where it is none, or shows them."""
+    if isinstance(group, FSDPModule):
+        group.unshard()
+
+
+def release(group: nn.Module | None) -> None:
+    """Free what `gather` gathered."""
+    if isinstance(group, FSDPModule):
+        group.reshard()
 
 
 def set_gradient_sync(module: nn.Module, is_last: bool, *, layers: Iterable[nn.Module] | None = None) -> None:
@@ -319,10 +341,12 @@ def set_gradient_sync(module: nn.Module, is_last: bool, *, layers: Iterable[nn.M
         layers: those that this backward reaches, where it does not reach all: what was never gathered has no
             gradient to hold back, and FSDP2 fails where it is told to.
     """
-    parts = [module] if layers is None else [module, *layers]
-    for part in parts:
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(is_last, recurse=layers is None)
+    children = list(module.children())
+    for part in module.modules() if layers is None else [module, *children, *layers]:
+        if isinstance(part, FSDPModule) and any(p.requires_grad for p in part.parameters()):
+            part.set_requires_gradient_sync(is_last, recurse=False)
+            if part in children:  # one of `groups`: the next micro-batch reads the same weights
+                part.set_reshard_after_backward(is_last, recurse=False)
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:

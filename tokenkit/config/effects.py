@@ -215,8 +215,8 @@ TRAIN = (
     ),
     Rule(("special_tokens_mode",), "by losses that compare chunks", _pairs_chunks),
     Rule(
-        ("sync_interval", "distributed_backend", "n_data_parallel"), "with several processes (torchrun)",
-        _several_processes,
+        ("sync_interval", "distributed_backend", "n_data_parallel", "reshard_after_forward",
+         "teacher_sharding"), "with several processes (torchrun)", _several_processes,
     ),
     Rule(("warmup_steps",), "by every optimizer.schedule but constant", lambda v: SCHEDULES[_schedule(v)][0]),
     Rule(

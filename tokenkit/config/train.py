@@ -195,6 +195,12 @@ class Parallel:
     n_model_parallel: int = 1
     """Processes that share one vocabulary and its layers."""
 
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights between forward and backward: half the memory, twice the gathers."""
+
+    teacher_sharding: Literal["sharded", "replicated"] = "sharded"
+    """replicated: each process holds the whole teacher, which is then not gathered layer by layer."""
+
     hang_timeout: float = 600.0
     """Seconds that a step, another process or the next documents may keep a process waiting. Then the run
     ends and says who was waited for."""

@@ -82,6 +82,8 @@ class Loss(Generic[O]):
     """
 
     needs_teacher: ClassVar[bool] = True
+    reads_teacher_head: ClassVar[bool] = False
+    """`loss` reads `context.teacher_head`; where no loss does, it is freed before the student runs."""
 
     def __init__(self, options: O):
         self.options = options
@@ -242,6 +244,7 @@ class Own(Loss[None]):
         super().__init__(None)
         self.name, self.function = name, function
         self.needs_teacher = getattr(function, "needs_teacher", True)  # type: ignore[misc]
+        self.reads_teacher_head = self.needs_teacher  # type: ignore[misc]
 
     @property
     def chunks(self) -> ChunkKind | None:

@@ -188,6 +188,8 @@ def _targets(side: Side, row_N: Tensor) -> Tensor:
 class Dskd(Measured[DskdOptions]):
     """Each model in the other's space."""
 
+    reads_teacher_head = True
+
     @property
     def chunks(self) -> ChunkKind | None:
         """Those that say what has been read."""

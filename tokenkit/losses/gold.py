@@ -100,6 +100,8 @@ class Gold(Loss[GoldOptions]):
         teacher_index: int64 [P], their partners; `tokenkit.pairing.matching.published_pairs` finds them.
     """
 
+    reads_teacher_head = True
+
     def __init__(
         self, options: GoldOptions, student_index: Tensor | None = None, teacher_index: Tensor | None = None
     ):

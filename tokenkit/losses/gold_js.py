@@ -85,6 +85,8 @@ class GoldJs(Loss[GoldJsOptions]):
         teacher_index: int64 [P], their partners, none twice; `tokenkit.pairing.matching` finds them.
     """
 
+    reads_teacher_head = True
+
     def __init__(self, options: GoldJsOptions, student_index: Tensor, teacher_index: Tensor):
         super().__init__(options)
         check_pairs(student_index, teacher_index)

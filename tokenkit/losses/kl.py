@@ -48,6 +48,8 @@ class KlPrepared:
 class Kl(Loss[KlOptions]):
     """Next-token distributions of two models on one tokenization."""
 
+    reads_teacher_head = True
+
     @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT

@@ -84,6 +84,8 @@ class Mined(Loss[MinedOptions]):
         teacher_index: int64 [V], the teacher's id for each id of the student's vocabulary.
     """
 
+    reads_teacher_head = True
+
     def __init__(self, options: MinedOptions, teacher_index: Tensor):
         super().__init__(options)
         if teacher_index.ndim != 1 or teacher_index.dtype != torch.int64:

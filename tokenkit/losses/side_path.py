@@ -72,6 +72,8 @@ class SidePath(Loss[SidePathOptions]):
         teacher_index: int64 [P], their partners; `tokenkit.pairing.matching` finds pairs.
     """
 
+    reads_teacher_head = True
+
     def __init__(self, options: SidePathOptions, student_index: Tensor, teacher_index: Tensor):
         super().__init__(options)
         check_pairs(student_index, teacher_index)

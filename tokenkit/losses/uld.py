@@ -64,6 +64,8 @@ def _predicting(student_BT: Tensor, teacher_BS: Tensor) -> RowPairs:
 class Uld(Loss[UldOptions]):
     """Sorted probabilities of positions or groups that face each other."""
 
+    reads_teacher_head = True
+
     @without_gradient
     def prepare(
         self, teacher: HiddenStates | None, batch: Batch, context: Context = NO_CONTEXT

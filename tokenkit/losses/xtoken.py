@@ -50,6 +50,8 @@ class XToken(Loss[XTokenOptions]):
         projection: made by `tokenkit.kernels.projected_divergence.make_projection`.
     """
 
+    reads_teacher_head = True
+
     def __init__(self, options: XTokenOptions, projection: Projection):
         super().__init__(options)
         self.projection = projection

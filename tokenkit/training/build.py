@@ -373,7 +373,22 @@ def _place(model: Distillation, world: World, config: TrainConfig) -> None:
         layers += model.teacher.layers
     if world.mesh is not None:
         tables = cut_tables(model, world.mesh)
-        shard(model, layers, world, param_dtype=None if compute is torch.float32 else compute, kept=tables)
+        how = config.parallel
+        groups: list[nn.Module] = [model.student]
+        if model.teacher is not None and how.teacher_sharding == "sharded":
+            groups.append(model.teacher)
+        elif model.teacher is not None:
+            layers, whole = list(model.student.layers), model.teacher.to(world.device, compute)
+            tables = [*tables, *whole.parameters()]
+        shard(
+            model,
+            layers,
+            world,
+            param_dtype=None if compute is torch.float32 else compute,
+            reshard_after_forward=how.reshard_after_forward,
+            kept=tables,
+            groups=groups,
+        )
         return
     model.to(world.device)
     if compute is not torch.float32:

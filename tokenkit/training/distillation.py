@@ -8,8 +8,8 @@ Where a loss divides by a scale of the whole step, a call between the two counts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenkit.losses.score import in_dtype, token_nats
 from tokenkit.models.causal_lm import CausalLM, OwnVocabulary, Rows, Vocabulary
 from tokenkit.models.lora import as_teacher
 from tokenkit.models.prefix import prefix_states
+from tokenkit.parallel import gather, release
 from tokenkit.structs import (
     NO_CONTEXT,
     Batch,
@@ -35,6 +36,7 @@ from tokenkit.structs import (
     Side,
     StateKind,
 )
+from tokenkit.training.graphs import connected, graph_from, with_frozen_head
 from tokenkit.training.requests import (
     PREFIX,
     Evaluate,
@@ -90,6 +92,7 @@ class Distillation(nn.Module):
         self.compute_dtype = compute_dtype
         self.prefix = prefix
         self.collect = frozenset[StateKind]().union(*(loss.states for loss in losses.values()))
+        self.reads_teacher_head = any(loss.reads_teacher_head for loss in losses.values())
         self.parts = self._make_parts()
 
     def train(self, mode: bool = True) -> Distillation:
@@ -101,6 +104,7 @@ class Distillation(nn.Module):
 
     def forward(self, request: Request[Any]) -> Any:
         """Answer a request; see `requests` for what each is answered with."""
+        self._gather(request)
         match request:
             case TeacherHalf(batch, is_prefix):
                 return self._prefix_teacher(batch) if is_prefix else self._teacher_half(batch)
@@ -115,6 +119,27 @@ class Distillation(nn.Module):
             case WrittenRows():
                 return self._rows()
         raise TypeError(f"no request: {type(request).__name__}")
+
+    def _gather(self, request: Request[Any]) -> None:
+        """Show the vocabularies that a request reads, and free the teacher's where the student runs without.
+
+        The student's stays until the step's last backward, the teacher's from one micro-batch to the next.
+        """
+        gather(self.student)
+        match request:
+            case StudentHalf(_, _, is_prefix):
+                if is_prefix or not self.reads_teacher_head:
+                    release(self.teacher)
+                else:
+                    gather(self.teacher)
+            case TeacherHalf(_, is_prefix) if is_prefix or self._needs_teacher:
+                gather(self.teacher)
+            case Evaluate():
+                gather(self.teacher)
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return any(loss.needs_teacher for loss in self.losses.values())
 
     @property
     def last_layer(self) -> nn.Module:
@@ -141,8 +166,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def _teacher_half(self, batch: Batch) -> dict[str, Any]:
-        needed = any(loss.needs_teacher for loss in self.losses.values())
-        states = self._teacher_states(batch, self.collect) if needed else None
+        states = self._teacher_states(batch, self.collect) if self._needs_teacher else None
         at_once = [loss for loss in self.losses.values() if not isinstance(loss, Measured)]
         context = self._teacher_context(batch, states, at_once)
         asked = {name: loss.teacher_request(batch) for name, loss in self.losses.items()}
@@ -188,7 +212,7 @@ class Distillation(nn.Module):
         self, states: HiddenStates, batch: Batch, prepared: Mapping[str, Any], *, is_prefix: bool
     ) -> dict[str, LossTerm]:
         losses, context = self.losses_of(is_prefix=is_prefix), NO_CONTEXT
-        if not is_prefix and self.teacher is not None:
+        if not is_prefix and self.teacher is not None and self.reads_teacher_head:
             # read here: what the teacher's half read is freed under FSDP2
             context = Context(teacher_head=self._head(self.teacher.head(), states))
         asked = {name: loss.student_request(prepared[name]) for name, loss in losses.items()}
@@ -209,9 +233,18 @@ class Distillation(nn.Module):
                 term = _nan_term(states.hidden_BTD, ready.count)
             terms[name] = _spoil(term, states.spoiled, prepared.get(TEACHER))
         inside = {name for name, loss in losses.items() if loss.states}
-        return {
-            name: _connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
+        terms = {
+            name: connected(name, term, states, reads_layers=name in inside) for name, term in terms.items()
         }
+        for term in terms.values():
+            if term.total.requires_grad:  # a second backward comes behind the end of the first, which frees
+                term.total.register_hook(self._gather_again)
+        return terms
+
+    def _gather_again(self, _: Tensor) -> None:
+        gather(self.student)
+        if self.reads_teacher_head:
+            gather(self.teacher)
 
     def _make_parts(self) -> nn.ModuleDict:
         """Build what the losses train, from the widths of both models; in float32, as all that is trained."""
@@ -272,7 +305,7 @@ class Distillation(nn.Module):
             return self._student_states(batch, self.collect)
         with graph_from(self.last_layer):
             states = self._student_states(batch, self.collect)
-        return _with_frozen_head(states)
+        return with_frozen_head(states)
 
     def _student_states(
         self, batch: Batch, collect: frozenset[StateKind] = frozenset(), own: OwnVocabulary | None = None
@@ -315,21 +348,6 @@ class Distillation(nn.Module):
         return in_dtype(head, dtype)
 
 
-@contextmanager
-def graph_from(layer: nn.Module) -> Iterator[None]:
-    """Run a body without a graph up to `layer`, its last one, and with one from there on."""
-
-    def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
-        torch.set_grad_enabled(True)
-
-    handle = layer.register_forward_pre_hook(begin, prepend=True)  # FSDP2's own hook looks at the mode
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        handle.remove()
-
-
 def _without_spoiled(states: HiddenStates, side: Side) -> HiddenStates:
     """Put 0 in place of states that are not finite, which kernels refuse, and remember that there were some.
 
@@ -364,29 +382,3 @@ def _spoil(term: LossTerm, *spoiled: Tensor | None) -> LossTerm:
     for nan in spoiled:
         total = total if nan is None else total + nan
     return LossTerm(total, term.count)
-
-
-def _with_frozen_head(states: HiddenStates) -> HiddenStates:
-    head = states.head
-    bias_V = None if head.bias_V is None else head.bias_V.detach()
-    return replace(states, head=replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V))
-
-
-def _connected(name: str, term: LossTerm, states: HiddenStates, *, reads_layers: bool) -> LossTerm:
-    """Give some totals a gradient of zero to the last hidden states.
-
-    Those that depend on no parameter (nothing to compare in this batch): every rank must take part in the
-    backward of every loss. Those that read what lies inside the layers: FSDP2 gathers a layer's weights
-    for the backward when a gradient arrives at the layer's end.
-
-    Raises:
-        ValueError: a total without a graph is not 0: it would have a gradient, were the head not left out.
-    """
-    if not torch.is_grad_enabled() or (term.total.requires_grad and not reads_layers):
-        return term
-    if not term.total.requires_grad and bool((term.total != 0).any()):
-        raise ValueError(
-            f"loss {name} sends no gradient to the student's layers: losses cannot be compared there, use "
-            "gradmag, gradclip:MAX or pcgrad as multitask_aggregation_fn"
-        )
-    return LossTerm(term.total + 0 * states.hidden_BTD[:1, :1].sum(), term.count)

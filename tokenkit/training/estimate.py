@@ -1,7 +1,7 @@
 """What a training takes, before it is started: memory by part, communication, time. No weight is read.
 
     memory = weights + gradients + optimizer / ranks, + what is gathered + activations + what the losses hold
-    bytes  = 2 gathers of a student layer, 1 of a teacher layer, 2 of the vocabularies, a micro-batch;
+    bytes  = 2 gathers of a student layer, 1 of a teacher layer, a micro-batch; 1 of the vocabularies, a step;
              1 reduction of the gradients a step; each times (ranks - 1) / ranks
              tables of experts that are cut by columns stay where they are: tokens travel (`expert_costs.py`)
 
@@ -93,8 +93,8 @@ def estimate(config: TrainConfig, ranks: int, gpu: Gpu | None = None, *, mfu: fl
         begin += parts["gradients"]
     peak = kept + max(begin, parts["gradients"] + counted.embedding_gradient)
     of_others = (ranks - 1) / ranks
-    gathers = 2 * counted.layers + counted.teacher_layers + 2 * counted.vocabularies
-    traffic = of_others * (counted.micro_batches * gathers + counted.gradients - counted.tables)
+    gathers = counted.micro_batches * (2 * counted.layers + counted.teacher_layers) + counted.vocabularies
+    traffic = of_others * (gathers + counted.gradients - counted.tables)
     traffic += counted.micro_batches * counted.exchanged
     seconds = tokens = None
     if gpu is not None:

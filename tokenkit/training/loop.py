@@ -43,7 +43,8 @@ MAY_DIFFER = (  # of the configuration, on resume: what moves no number
     "data.num_workers",
     "eval_batch_size", "wandb.project", "wandb.entity", "wandb.log_model",
     *(f"eval.{option.name}" for option in fields(LmEval)),
-    "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout",
+    "use_distributed", "distributed_backend", "n_data_parallel", "hang_timeout", "reshard_after_forward",
+    "teacher_sharding",
 )  # fmt: skip
 
 
