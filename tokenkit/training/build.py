@@ -377,6 +377,8 @@ def _place(model: Distillation, world: World, config: TrainConfig) -> None:
         groups: list[nn.Module] = [model.student]
         if model.teacher is not None and how.teacher_sharding == "sharded":
             groups.append(model.teacher)
+            if model.student.projector is not None:  # it reads rows that are the teacher's too: one group
+                groups = []
         elif model.teacher is not None:
             layers, whole = list(model.student.layers), model.teacher.to(world.device, compute)
             tables = [*tables, *whole.parameters()]
