@@ -330,7 +330,7 @@ def _check(query: Tensor, keys: Sequence[Tensor], K: int, gate: str) -> None:
         )
     if not 1 <= K <= min(shape[1] for shape in shapes):
         raise ValueError(f"K must be between 1 and the fewest keys of a part: got {K} of {shapes}")
-    if math.prod(shape[1] for shape in shapes) >= 2**31:
+    if math.prod([shape[1] for shape in shapes]) >= 2**31:
         raise ValueError(f"there may be at most 2^31 - 1 experts: the keys make more, {shapes}")
     if not query.is_floating_point() or any(key.dtype != query.dtype for key in keys):
         raise ValueError(

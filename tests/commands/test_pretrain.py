@@ -79,7 +79,8 @@ OTHERS = {
     "train_config.gradient_accumulation_steps": 2, "train_config.num_train_epochs": None,
     "train_config.steps_per_epoch": None,
     "eval_config.evals_registry_path": None, "eval_config.evals": None,
-    "eval_config.eval_batch_size": None, "eval_config.limit": None,
+    "eval_config.eval_batch_size": None, "eval_config.limit": None, "eval_config.num_fewshot": None,
+    "eval_config.task_data": None,
 }  # fmt: skip
 """Another value of a field; None: tests below look at it, or nothing here reads it."""
 
@@ -115,6 +116,14 @@ def test_sections_become_numbers_of_the_loop(monkeypatch):
     assert made.training.dtype == "float16"
     assert made.student.from_config["model_type"] == "peer_mla"
     assert made.run.report_to == "none"
+
+
+def test_benchmarks_are_those_of_training():
+    asked = {"evals": ["piqa"], "eval_batch_size": 3, "limit": 5, "num_fewshot": 2, "task_data": "documents"}
+    found = train_config(read(**{f"eval_config__{name}": value for name, value in asked.items()}))
+    made = found.evaluation.eval
+    assert (made.tasks, made.batch_size, made.limit) == (("piqa",), 3, 5)
+    assert (made.num_fewshot, made.task_data) == (2, "documents")
 
 
 @pytest.mark.parametrize(

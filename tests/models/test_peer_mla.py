@@ -309,6 +309,20 @@ def test_recomputed_layers_give_the_same_gradients_and_are_counted_once(ids):
         torch.testing.assert_close(one, two)
 
 
+def test_a_layer_of_experts_is_one_graph_under_compile(ids):
+    """2 s of tracing: nothing else runs the whole layer so."""
+
+    def gradients(compiles):
+        model = tiny_peer(num_hidden_layers=1, peer_start_layer=0).train()
+        if compiles:
+            model.model.layers[0].compile(backend="aot_eager", fullgraph=True)
+        model(ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    for one, two in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_autocast_to_bfloat16_trains(ids):
     model = tiny_peer().train()
     with torch.autocast("cpu", torch.bfloat16):

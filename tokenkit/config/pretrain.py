@@ -78,6 +78,12 @@ class EvalSection:
     limit: int | None = None
     """Documents of a benchmark. None: all."""
 
+    num_fewshot: int | None = None
+    """Examples in front of a question. None: the benchmark's own number."""
+
+    task_data: str | None = None
+    """Folder of JSON files with the benchmarks' documents (docs/evaluation.md). None: from the hub."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSection:
@@ -225,6 +231,8 @@ def train_config(config: PretrainConfig, steps_per_epoch: int | None = None) -> 
             "eval.tasks": list(config.eval_config.evals),
             "eval.batch_size": config.eval_config.eval_batch_size,
             "eval.limit": config.eval_config.limit,
+            "eval.num_fewshot": config.eval_config.num_fewshot,
+            "eval.task_data": config.eval_config.task_data,
         }
     if (wandb := config.wandb_config) is not None:
         settings |= {
