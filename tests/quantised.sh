@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need torchao, in an environment of its own over the main one (.venvs/quantised): it slows every import of peft.
+# The tests that need torchao (quantised exports, float8), in an environment of its own over the main one (.venvs/quantised): it slows every import of peft.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,4 +15,4 @@ if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.vers
   "$main" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check --no-deps "$pin"
 fi
 PYTHONPATH="$root" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
-  exec "$venv/bin/python" -m pytest tests/export/test_quantised.py "$@"
+  exec "$venv/bin/python" -m pytest tests/export/test_quantised.py tests/models/test_float8.py "$@"
