@@ -139,6 +139,7 @@ def lines(folder):
 
 
 def test_pretrain_over_two_processes_counts_resumes_and_goes_on_with_one(tmp_path, workspace):
+    """9 s of a CPU, four small runs: packing, usage, states and export meet several ranks nowhere else."""
     byte_level_bpe(tmp_path / "tokenizer")
     shutil.copy(workspace / "data.jsonl", tmp_path)
 
