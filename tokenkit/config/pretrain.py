@@ -226,14 +226,7 @@ def train_config(config: PretrainConfig, steps_per_epoch: int | None = None) -> 
         "data.heldout.documents": data.heldout_documents,
         "data.heldout.dataset_name": data.eval_dataset,
     }
-    if config.eval_config.evals:
-        settings |= {
-            "eval.tasks": list(config.eval_config.evals),
-            "eval.batch_size": config.eval_config.eval_batch_size,
-            "eval.limit": config.eval_config.limit,
-            "eval.num_fewshot": config.eval_config.num_fewshot,
-            "eval.task_data": config.eval_config.task_data,
-        }
+    settings |= _benchmarks(config.eval_config)
     if (wandb := config.wandb_config) is not None:
         settings |= {
             "report_to": "wandb",
@@ -243,6 +236,19 @@ def train_config(config: PretrainConfig, steps_per_epoch: int | None = None) -> 
         }
         settings |= {} if wandb.name is None else {"name": wandb.name}
     return from_dict(TrainConfig, settings)
+
+
+def _benchmarks(asked: EvalSection) -> dict[str, Any]:
+    """Return what training calls these settings."""
+    if not asked.evals:
+        return {}
+    return {
+        "eval.tasks": list(asked.evals),
+        "eval.batch_size": asked.eval_batch_size,
+        "eval.limit": asked.limit,
+        "eval.num_fewshot": asked.num_fewshot,
+        "eval.task_data": asked.task_data,
+    }
 
 
 def _resumes(train: TrainSection) -> bool:
