@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from tokenkit.kernels.head.products import Gradients
-from tokenkit.kernels.head.subset import REST, SUBSET
 from tokenkit.kernels.language import triton
 from tokenkit.kernels.launch import on_device, runs_triton
 from tokenkit.kernels.linear_logprob import plan as plans
-from tokenkit.kernels.linear_logprob.plan import Plan, Sums
+from tokenkit.kernels.linear_logprob.plan import REST, SUBSET, Plan, Sums
 from tokenkit.kernels.linear_logprob.programs import _frozen_kernel, _gradient_kernel, _statistics_kernel
 
 if TYPE_CHECKING:

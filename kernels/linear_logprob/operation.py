@@ -41,18 +41,21 @@ from tokenkit.kernels.head.call import head_fields, pack, unpack, wanted
 from tokenkit.kernels.head.products import Gradients
 from tokenkit.kernels.head.sharded import check_cover, local_rows, reduce_max, reduce_sum, vocab_size
 from tokenkit.kernels.head.side import check_side
-from tokenkit.kernels.head.subset import REST, SUBSET, Subset, split_vocabulary
 from tokenkit.kernels.launch import refuse_forward_mode
 from tokenkit.kernels.linear_logprob import fused, tiled
 from tokenkit.kernels.linear_logprob.plan import (
+    REST,
+    SUBSET,
     Mode,
     Plan,
+    Subset,
     Sums,
     check_targets,
     fits_cache,
     kept_dtype,
     make_plan,
     masses,
+    split_vocabulary,
 )
 from tokenkit.structs import Head
 

@@ -25,11 +25,10 @@ from torch import Tensor
 from tokenkit.kernels.head import logits
 from tokenkit.kernels.head.logits import base_triton, logits_triton, slope_triton
 from tokenkit.kernels.head.products import Gradients, add_product, operand
-from tokenkit.kernels.head.subset import BOTH, Tile
 from tokenkit.kernels.head.tiles import Buffer
 from tokenkit.kernels.language import tl, triton
 from tokenkit.kernels.launch import on_device, runs_triton
-from tokenkit.kernels.linear_logprob.plan import Plan, Sums
+from tokenkit.kernels.linear_logprob.plan import BOTH, Plan, Sums, Tile
 
 FOLD_BLOCK_V = 8192  # columns that one program of _fold_kernel holds
 BLOCK_V = 2048  # columns of one program of _dlogits_kernel

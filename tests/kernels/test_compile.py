@@ -11,9 +11,9 @@ from torch._dynamo import config
 from tests.losses.example import make_batch, make_states
 from tokenkit.kernels import alm_difference, chunk_likelihood
 from tokenkit.kernels.head import call as calls
-from tokenkit.kernels.head import subset as vocabulary
 from tokenkit.kernels.linear_logprob import IGNORE
 from tokenkit.kernels.linear_logprob import operation as linear_logprob
+from tokenkit.kernels.linear_logprob import plan as vocabulary
 from tokenkit.losses import alm_loss, clm_loss, make_loss
 from tokenkit.structs import Head, HiddenStates
 

@@ -1,4 +1,6 @@
-"""LoRA through PEFT, and the switch that makes one body serve as teacher and student.
+"""What of a student moves: adapters (LoRA through PEFT), all of it, or its embeddings alone.
+
+And the switch that makes one body serve as teacher and student.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -9,13 +11,52 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from tokenkit.models.causal_lm import CausalLM
+from tokenkit.models.causal_lm import CausalLM, effective_weight
 from tokenkit.models.options import LoraOptions
+
+
+def make_trainable(
+    student: CausalLM,
+    mode: Literal["lora", "full", "none"],
+    lora: LoraOptions,
+    *,
+    train_embeddings: bool,
+    recomputes: bool,
+) -> None:
+    """Choose the parameters that move, in place; embeddings that do are float32.
+
+    Args:
+        student: with the rows that it ends with.
+        mode: what of the body moves: adapters, all, nothing.
+        lora: of the adapters.
+        train_embeddings: of input, output and an expansion.
+        recomputes: layers compute their activations again in the backward pass instead of storing them.
+
+    Raises:
+        ValueError: see `add_lora`.
+    """
+    if train_embeddings:
+        norms = [module for module in student.modules() if isinstance(module, nn.LayerNorm)]
+        # a CPU's layer norm refuses the float32 that comes from the embeddings if it is not itself
+        vocabulary = (*student.vocabulary_modules, student.expansion)
+        for module in (*norms, *(one for one in vocabulary if one is not None)):
+            module.float()
+    if mode == "lora":
+        add_lora(student, lora)
+    else:
+        student.model.requires_grad_(mode == "full")
+    if student.expansion is not None:
+        student.expansion.requires_grad_(train_embeddings)
+    if mode != "lora" or train_embeddings:  # else a head that adapters or modules_to_save name is trained
+        for module in student.vocabulary_modules:  # adapters may have put others in their place
+            effective_weight(module).requires_grad_(train_embeddings)
+    if recomputes:
+        student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def add_lora(student: CausalLM, options: LoraOptions) -> None:

@@ -39,7 +39,7 @@ from tokenkit.models.check import check_packing
 from tokenkit.models.expansion import InputExpansion
 from tokenkit.models.expert_tables import cut_tables
 from tokenkit.models.float8 import use_float8
-from tokenkit.models.lora import add_lora
+from tokenkit.models.lora import make_trainable
 from tokenkit.models.new import new_causal_lm
 from tokenkit.models.precision import compute_in
 from tokenkit.models.reading import model_fingerprint
@@ -261,24 +261,20 @@ def build_models(config: TrainConfig, tokenizers: Tokenizers, *, needs_teacher: 
             output_embeddings=output_mode,
         )
     rehearse(student, tokenizers.target)
-    if config.training.train_embeddings:
-        for module in student.vocabulary_modules:
-            module.float()
-        if student.expansion is not None:
-            student.expansion.float()
-        _float_norms(student)
     _check_lengths(config, student, teacher)
-    if mode == "lora":
-        add_lora(student, config.training.lora)
-    set_trainable(student, config)
+    make_trainable(
+        student,
+        mode,
+        config.training.lora,
+        train_embeddings=config.training.train_embeddings,
+        recomputes=config.training.gradient_checkpointing,
+    )
     if config.training.hypernet is not None and old:
         student.projector = build_projector(
             config.training.hypernet, student, old, tokenizers.old, tokenizers.target
         )
     if config.training.products.float8 != "none":
         use_float8(student, config.training.products.float8)
-    if config.training.gradient_checkpointing:
-        student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return Models(student, teacher, report, was_tied)
 
 
@@ -304,26 +300,6 @@ def _load(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, dtype:
         return new_causal_lm(name, source.new_model, tokenizer.vocab_size, options)
     with blaming_data():
         return load_causal_lm(source.pretrained_model_name_or_path, tokenizer.vocab_size, options)
-
-
-def _float_norms(student: CausalLM) -> None:
-    """Keep layer norms in float32: a CPU's refuses the float32 that comes from the embeddings otherwise."""
-    for module in student.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.float()
-
-
-def set_trainable(student: CausalLM, config: TrainConfig) -> None:
-    """Choose the parameters that move."""
-    mode = config.training.train_model_mode
-    if student.expansion is not None:
-        student.expansion.requires_grad_(config.training.train_embeddings)
-    if mode != "lora":
-        student.model.requires_grad_(mode == "full")
-    elif not config.training.train_embeddings:
-        return  # a head that model_lora_targets or modules_to_save name is trained all the same
-    for module in student.vocabulary_modules:
-        effective_weight(module).requires_grad_(config.training.train_embeddings)
 
 
 def _check_lengths(config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None) -> None:

@@ -23,13 +23,12 @@ from tokenkit.errors import blaming_data
 from tokenkit.evaluation.parameters import count_parameters
 from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.models.causal_lm import DTYPES, CausalLM, LoadOptions
-from tokenkit.models.lora import add_lora
+from tokenkit.models.lora import make_trainable
 from tokenkit.models.new import new_model
 from tokenkit.models.precision import compute_in
 from tokenkit.models.reading import blank_model
 from tokenkit.optim import ROWWISE, is_table
 from tokenkit.tokenization.tokenizer import Tokenizer, load_tokenizer
-from tokenkit.training.build import set_trainable
 from tokenkit.training.expert_costs import cut_tables_of
 
 HEAD_PASSES = 4
@@ -236,14 +235,13 @@ def _move(student: CausalLM, config: TrainConfig, rows: int) -> None:
     own = student.embedding.weight
     embedding_VD = torch.empty(rows, own.shape[1], dtype=own.dtype)
     student.replace_vocabulary(embedding_VD, None if was_tied else torch.empty_like(embedding_VD), None, rows)
-    if training.train_embeddings:
-        for module in student.vocabulary_modules:
-            module.float()
-    if training.train_model_mode == "lora":
-        add_lora(student, training.lora)
-    set_trainable(student, config)
-    if training.gradient_checkpointing:
-        student.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    make_trainable(
+        student,
+        training.train_model_mode,
+        training.lora,
+        train_embeddings=training.train_embeddings,
+        recomputes=training.gradient_checkpointing,
+    )
 
 
 def _teacher(config: TrainConfig) -> CausalLM | None:
