@@ -30,6 +30,10 @@ class Side(NamedTuple):
     head: Head
     rows: Rows
     """Rows of the head's weight that are columns, of this process."""
+    columns: int
+    """How many these are."""
+    first: int
+    """The id of the head's first row that is here."""
     bias_V: Tensor | None
     """Of the columns."""
     alpha: float
@@ -38,11 +42,6 @@ class Side(NamedTuple):
     """Softcap over temperature."""
     dtype: torch.dtype
     """Of logits and sums: float32, or float64 for float64."""
-
-    @property
-    def columns(self) -> int:
-        """How many columns there are."""
-        return number_of(self.rows)
 
     @property
     def low(self) -> torch.dtype:
@@ -115,6 +114,8 @@ def side_of(
         hidden_ND=hidden_ND,
         head=head,
         rows=rows,
+        columns=number_of(rows),
+        first=start,
         bias_V=None if head.bias_V is None else head.bias_V[rows],
         alpha=head.scale / temperature,
         cap=None if head.softcap is None else head.softcap / temperature,

@@ -87,7 +87,7 @@ def _operation(
     words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logp, subset_logp (or nothing), is_top1, lse; for the backward sums, kept, shift."""
-    plan = make_plan((hidden_ND, weight_VD, bias_V), target_N, subset, unpack([], numbers, words))
+    plan = _plan((hidden_ND, weight_VD, bias_V), target_N, subset, (numbers, words))
     check_targets(target_N, vocab_size(plan.side.head))
     with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands
         sums, sums_5N, kept, shift = _forward(plan)
@@ -139,7 +139,7 @@ def _backward_operation(
     assert hidden_ND is not None
     assert weight_VD is not None
     target_N, sums_5N, kept, shift = saved
-    plan = make_plan((hidden_ND, weight_VD, bias_V), target_N, subset, unpack([], numbers, words))
+    plan = _plan((hidden_ND, weight_VD, bias_V), target_N, subset, (numbers, words))
     sums = Sums(sums_5N[:2], sums_5N[2:4], sums_5N[4])
     with torch.autocast(hidden_ND.device.type, enabled=False):
         found = _backward(upstream, (sums, kept, shift), plan, needs)
@@ -189,6 +189,15 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
 
 
 _operation.register_autograd(_differentiate, setup_context=_save)
+
+
+def _plan(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    target_N: Tensor,
+    subset: Sequence[Tensor],
+    packed: tuple[Sequence[float], str],
+) -> Plan:
+    return make_plan(tensors, target_N, subset, unpack([], *packed))
 
 
 def _forward(plan: Plan) -> tuple[Sums, Tensor, Tensor, Tensor]:

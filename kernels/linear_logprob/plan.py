@@ -25,7 +25,7 @@ from torch import Tensor
 from tokenkit.kernels import deferred
 from tokenkit.kernels.head import tiles
 from tokenkit.kernels.head.call import head_of
-from tokenkit.kernels.head.sharded import local_rows, vocab_size
+from tokenkit.kernels.head.sharded import vocab_size
 from tokenkit.kernels.head.side import Side, side_of
 from tokenkit.kernels.launch import runs_triton
 
@@ -264,7 +264,7 @@ def make_plan(
     side = side_of("hidden_ND", hidden_ND, head, call["temperature"])
     if not deferred.waits(target_N):  # the check has not ended anything: look up ids alone
         target_N = target_N.where(_in_range(target_N, vocab_size(head)), IGNORE)
-    start, end = local_rows(head)
+    start, end = side.first, side.first + side.columns
     scored_N = target_N != IGNORE
     row_N = torch.where(scored_N, target_N - start, -1)
     if head.shard is not None:

@@ -35,7 +35,7 @@ PADDING = re.compile(r"(?i)^[<\[|\s]*(?:finetune_right_|finetune_|right_)?pad(?:
 
 def sample_ids(tokenizer: Tokenizer) -> NDArray[np.int32]:
     """Return the ids of a text in several scripts."""
-    return tokenizer.encode(writable_text(SAMPLE, [tokenizer])[0]).ids
+    return tokenizer.encode(_writable(SAMPLE, tokenizer)).ids
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, has_own_class: bool) -> None:
@@ -91,9 +91,13 @@ def _samples(tokenizer: Tokenizer) -> Iterator[str]:
     words = [tokenizer.token_bytes[token_id].decode("utf-8", "ignore") for token_id in added]
     around = [f"a {word}b{word} {word}" for word in words]
     for text in (SAMPLE, *OTHER_SAMPLES, *around):
-        canonical, _ = writable_text(text, [tokenizer])
+        canonical = _writable(text, tokenizer)
         if canonical and not any(string in canonical for string in tokenizer.control):
             yield canonical
+
+
+def _writable(text: str, tokenizer: Tokenizer) -> str:
+    return writable_text(text, [tokenizer])[0]
 
 
 def padding_id(tokenizer: Tokenizer) -> int | None:

@@ -128,18 +128,16 @@ def staging_folder(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool | None]:
+def _held(folder: Path, *, wait: bool = False) -> Iterator[bool | None]:
     """Hold the kernel's lock on a folder; gives what `_lock` returns."""
     with opened(folder) as handle:
-        yield _lock(handle)
+        yield _lock(handle, wait=wait)
 
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep processes apart while they read and write the same file. It ends with the process."""
-    with opened(folder) as handle:
-        with contextlib.suppress(OSError):  # some network disks have no such locks
-            lock(handle, wait=True)
+    with _held(folder, wait=True):  # but on network disks without such locks
         yield
 
 
@@ -248,10 +246,10 @@ def owned(folder: Path, *, resume: bool) -> Iterator[RunLock]:
         yield lock
 
 
-def _lock(file: int | None) -> bool | None:
+def _lock(file: int | None, *, wait: bool = False) -> bool | None:
     """True: locked; None: somebody else has it; False: this disk has no locks."""
     try:
-        lock(file)
+        lock(file, wait=wait)
     except BlockingIOError:
         return None
     except OSError:

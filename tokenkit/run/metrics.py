@@ -85,11 +85,17 @@ def _plain(value: Value) -> float | int | str:
     return value
 
 
-def truncate_metrics(path: Path, step: int | None) -> None:
-    """Drop the lines after `step`, which a resumed run will write again, and a torn last one; None: all."""
-    if path.exists():
-        kept = [values for values in read_metrics(path) if step is not None and values["step"] <= step]
-        write_durably(path, "".join(_line(values) for values in kept))
+def truncate_metrics(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """Drop the lines after `step`, which a resumed run will write again, and a torn last one; None: all.
+
+    Returns:
+        the lines that are left, oldest first.
+    """
+    if not path.exists():
+        return []
+    kept = [values for values in read_metrics(path) if step is not None and values["step"] <= step]
+    write_durably(path, "".join(_line(values) for values in kept))
+    return kept
 
 
 def _line(values: Mapping[str, Value]) -> str:
@@ -109,8 +115,10 @@ class MetricsFile:
     def __init__(self, folder: Path, *, step: int | None, is_main: bool):
         self.path = folder / METRICS_NAME
         self._file = None
+        self.before: list[dict[str, Any]] = []
+        """The lines that were there, oldest first; none on ranks that do not write."""
         if is_main:
-            truncate_metrics(self.path, step)
+            self.before = truncate_metrics(self.path, step)
             # unbuffered: a line that the disk would not take must not come again, as an error, when it closes
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o640)
             self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
@@ -173,9 +181,10 @@ class Record:
         self._file = MetricsFile(folder, step=step, is_main=is_main)
         self.trackers = Trackers([report_to], folder, config, is_main=is_main)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Return what is there, oldest first; nothing on ranks that do not write."""
-        return read_metrics(self._file.path) if self.is_main else []
+    @property
+    def before(self) -> list[dict[str, Any]]:
+        """The lines that were there when it was opened, oldest first; none on ranks that do not write."""
+        return self._file.before
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Append one line, and send its numbers."""

@@ -101,7 +101,7 @@ class Reports(AbstractContextManager["Reports"]):
     def open(cls, record: Record, steps: int) -> Reports:
         """Open the reports of a run of so many steps, which may go on from some step of its record."""
         reports = cls(record, Progress(steps, record.step or 0, is_main=record.is_main))
-        measured = measurements(record.lines())
+        measured = measurements(record.before)
         reports.first_bits_per_byte = measured.get(0)
         reports.bits_per_byte = measured[max(measured)] if measured else None
         return reports
