@@ -49,6 +49,8 @@ def test_it_writes_what_transfer_reads(root):
     lines = figures(root, "first")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[0]["loss/lexical"] < 1e-12 < lines[-1]["loss/lexical"], "it begins as FVT"
+    assert lines[0]["count/clm"] > 1 == lines[0]["count/lexical"], "bytes, and one distance"
+    assert lines[0]["loss"] == pytest.approx(lines[0]["loss/clm"] + 0.1 * lines[0]["loss/lexical"])
     assert (root / "first" / "curves.png").is_file()
     old, new = load_tokenizer(str(root / "model")), load_tokenizer(str(root / "target"))
     made = {}
@@ -180,6 +182,7 @@ def test_the_warm_up_learns_fvt_s_rows(root):
     assert main(flags(root, "identity", *words, "--hypernet.architecture", "mlp")) == 0
     lines = figures(root, "identity")
     assert "loss/clm" not in lines[-1]
+    assert lines[-1]["phase"] == "identity"
     assert lines[-1]["loss/identity"] < 0.7 * lines[0]["loss/identity"]
     assert not load_hypernet(root / "identity")[0].options.residual
 
