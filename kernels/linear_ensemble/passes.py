@@ -15,11 +15,10 @@ from torch import Tensor
 from tokenkit.kernels.head import logits, tiles
 from tokenkit.kernels.head.products import operand, part_of
 from tokenkit.kernels.head.side import Side
-from tokenkit.kernels.head.subset import REST, Tile
 from tokenkit.kernels.head.tiles import Buffer
 from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.linear_ensemble.tile import Totals, combine
-from tokenkit.kernels.linear_logprob.plan import COLUMNS, Mode, Plan, Sums, masses, widths
+from tokenkit.kernels.linear_logprob.plan import COLUMNS, REST, Mode, Plan, Sums, Tile, masses, widths
 from tokenkit.kernels.linear_logprob.tiled import fold
 from tokenkit.structs import Head
 
