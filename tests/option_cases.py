@@ -75,6 +75,7 @@ IDLE = {
         "eval.max_length": (9, {}), "eval.chat_template_mode": ("surround_instruct", {}),
         "eval.task_data": (LOCAL, {}), "eval.temperature": (0.5, ASKED), "eval.num_beams": (2, ASKED),
         "eval.max_new_tokens": (3, ASKED), "eval.allow_code": (True, ASKED),
+        "group_by_length": (True, {}),
         "sync_interval": (7, {}), "distributed_backend": ("gloo", {}), "n_data_parallel": (1, {}),
         "reshard_after_forward": (False, {}), "teacher_sharding": ("replicated", {}),
         "warmup_steps": (5, {"optimizer.schedule": "constant"}),

@@ -47,6 +47,27 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """The documents of one side in fewer, fuller rows, as a model reads them (`data.lockstep`)."""
+
+    ids_RP: Tensor
+    """int64."""
+    position_RP: Tensor
+    """int64, from 0 on in each document, and in the padding behind the last."""
+    place_BT: Tensor
+    """int64, where each token of each document lies among the R x P; any place where there is no token."""
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Packed:
+        """Return the same rows with `move` applied to each tensor."""
+        return Packed(move(self.ids_RP), move(self.position_RP), move(self.place_BT))
+
+    def unpack(self, states_RPD: Tensor) -> Tensor:
+        """Return [B, T, D], the states of each document in a row of its own."""
+        B, T = self.place_BT.shape
+        return states_RPD.flatten(0, 1).index_select(0, self.place_BT.flatten()).view(B, T, -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """One tokenization of a batch's documents, padded on the right."""
 
@@ -64,6 +85,13 @@ class Side:
     row is a document."""
     ids_mean: str | None = None
     """`Tokenizer.meaning` of the ids; None: nobody said."""
+    packed: Packed | None = None
+    """How a model reads these documents where not row by row; everything else does."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that a model computes, padding included; known without a wait."""
+        return (self.ids_BT if self.packed is None else self.packed.ids_RP).numel()
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Side:
         """Return the same side with `move` applied to each tensor."""
@@ -74,6 +102,7 @@ class Side:
             trained_BT=move(self.trained_BT),
             space_V=None if self.space_V is None else move(self.space_V),
             position_BT=None if self.position_BT is None else move(self.position_BT),
+            packed=None if self.packed is None else self.packed.map(move),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -244,6 +273,16 @@ class HiddenStates:
     spoiled: Tensor | None = None
     """float32 scalar, 0, or NaN where a state of a real token is not finite. Whoever makes it has put 0 in
     place of such states, and adds it to every total."""
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> HiddenStates:
+        """Return the same states with `move` applied to each tensor [B, T, ·]."""
+        return replace(
+            self,
+            hidden_BTD=move(self.hidden_BTD),
+            embedded_BTD=None if self.embedded_BTD is None else move(self.embedded_BTD),
+            layers_BTD=tuple(map(move, self.layers_BTD)),
+            qkv=tuple((move(q), move(k), move(v)) for q, k, v in self.qkv),
+        )
 
 
 StateKind = Literal["embedded", "layers", "qkv"]

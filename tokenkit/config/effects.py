@@ -223,6 +223,7 @@ TRAIN = (
         ("optimizer.lr_min_ratio",), "by schedules that decay",
         lambda v: SCHEDULES[_schedule(v)][1] != "constant",
     ),
+    Rule(("group_by_length",), "with several micro-batches", lambda v: v["gradient_accumulation_steps"] > 1),
     Rule(
         ("max_length_teacher",), "by losses with a teacher, and by measurements on held-out text",
         lambda v: _needs_teacher(v) or _heldout(v),

@@ -290,6 +290,10 @@ class TrainConfig:
                 "student.from_config begins with random weights, which teach nothing: name a teacher, or use "
                 "the loss clm alone"
             )
+        if self.schedule.pack and (self.text.pack_documents or self.text.group_by_length):
+            raise ConfigError(
+                "pack leaves no padding, which pack_documents and group_by_length save: set pack, or them"
+            )
         if self.schedule.pack and (named or {*self.objective.losses} - {"clm", "sft"}):
             raise ConfigError(
                 f"pack joins documents, and the losses {', '.join(self.objective.losses)} of a student and a "

@@ -94,6 +94,7 @@ class Batches:
         rank: this process's number.
         world: number of processes that share the documents of a step.
         prefetch: steps that are tokenized ahead, in a background thread that reads all.
+        size_of: of a document: this rank's are put in this order before they are cut into micro-batches.
 
     Raises:
         ValueError: if the documents of a step do not divide evenly.
@@ -109,6 +110,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         prefetch: int = 1,
+        size_of: Callable[[Any], int] | None = None,
     ) -> None:
         if batch_size < 1 or accumulation < 1 or batch_size % (world * accumulation):
             raise ValueError(
@@ -120,7 +122,7 @@ class Batches:
         self._mix, self._collator = mix, collator
         self._batch_size, self._accumulation = batch_size, accumulation
         self._rank, self._world = rank, world
-        self._prefetch = prefetch
+        self._prefetch, self._size_of = prefetch, size_of
         self._consumed = mix.state_dict()
         self._untokenized = Counter(collator.skipped)
         self._pending: deque[Future[_Step]] = deque()
@@ -176,6 +178,8 @@ class Batches:
         with blaming_data():
             documents = self._mix.take(self._batch_size)
             mine = documents[self._rank * share : (self._rank + 1) * share]
+            if self._size_of is not None:
+                mine = sorted(mine, key=self._size_of)
             batches = [self._collator.collate(mine[start : start + size]) for start in range(0, share, size)]
         return _Step(batches, self._mix.state_dict(), Counter(self._collator.skipped))
 

@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenkit.data.lockstep import lay_out, packed_rows
 from tokenkit.data.options import TextOptions
 from tokenkit.options import check_at_least
 from tokenkit.pairing.align import Alignment, PairRule, SideRules, align_kinds
-from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Side
+from tokenkit.structs import UNPAIRED, Batch, ChunkKind, Chunks, Packed, Side
 from tokenkit.tokenization.chat.documents import Document, document_from_row
 from tokenkit.tokenization.chat.encode import CANNOT_SPELL, encode_flat
 from tokenkit.tokenization.ragged import FlatTokens, cut, joined, split
@@ -108,6 +109,7 @@ class AlignedCollator(TextOptions):
         """
         sides = self._tokenize(rows)
         kinds = self._align(*sides)
+        packed = self._packed(sides) if self.pack_documents else (None, None)
         student, teacher = (Rows(flat, self.pad_to_multiple_of) for flat in sides)
         chunks: dict[str, Chunks] = {
             kind: Chunks(
@@ -116,7 +118,15 @@ class AlignedCollator(TextOptions):
             )
             for kind, alignment in kinds.items()
         }
-        return Batch(self._side(0, student), self._side(1, teacher), chunks)
+        return Batch(self._side(0, student, packed[0]), self._side(1, teacher, packed[1]), chunks)
+
+    def _packed(self, sides: tuple[FlatTokens, FlatTokens]) -> tuple[Packed, ...]:
+        length_BK = np.stack([side.length_B for side in sides], 1)
+        row_B, start_BK = lay_out(length_BK, self._lengths)
+        return tuple(
+            packed_rows(side.ids_N, side.length_B, row_B, start_BK[:, number], self._pads[number])
+            for number, side in enumerate(sides)
+        )
 
     def nothing_trained(self, rows: int) -> str:
         """Return the message for a batch of so many rows without a trained token."""
@@ -219,7 +229,7 @@ class AlignedCollator(TextOptions):
             student, teacher, self.chunk_kinds, *self._rules, self.special_tokens_mode, self.unbiased
         )
 
-    def _side(self, number: int, rows: Rows) -> Side:
+    def _side(self, number: int, rows: Rows, packed: Packed | None) -> Side:
         return Side(
             ids_BT=rows.pad(rows.flat.ids_N.astype(np.int64), self._pads[number]),
             length_B=torch.from_numpy(rows.length_B),
@@ -227,6 +237,7 @@ class AlignedCollator(TextOptions):
             space_V=self._space[number],
             eos_id=self._eos[number],
             ids_mean=self._meanings[number],
+            packed=packed,
         )
 
 
@@ -292,7 +303,7 @@ def beginning(document: Document, lengths: Sequence[int], encode: Encode) -> Doc
         encode: gives the sides of some documents.
     """
     size = max(_LEAST, CHARACTERS * max(lengths))
-    total = _size(document)
+    total = size_of(document)
     while _WORTH * size <= total:
         try:
             longer = _cut(document, 2 * size)
@@ -315,7 +326,8 @@ def _begin_alike(sides: Sequence[FlatTokens], lengths: Sequence[int]) -> bool:
     return True
 
 
-def _size(document: Document) -> int:
+def size_of(document: Document) -> int:
+    """Return the characters of a document."""
     if document.text is not None:
         return len(document.text)
     return sum(len(message.content) for message in document.messages or ())

@@ -103,6 +103,13 @@ class TextOptions:
     space_mask_mode: str = "space+tab+newline+special"
     """Tokens that count as beginning with whitespace: space, tab, newline, special, joined with `+`."""
 
+    pack_documents: bool = False
+    """Lay the documents of a micro-batch out in fewer, fuller rows for the models, the same ones in student
+    and teacher; they do not see each other, and losses see each by itself. At most 5 % stays padding."""
+
+    group_by_length: bool = False
+    """Put documents of like length into one micro-batch, so that less is padding; a step keeps its own."""
+
     def __post_init__(self) -> None:
         """Check what does not need a tokenizer."""
         check_at_least(self, 1, "max_length_teacher", "max_length_student", largest=MOST_TOKENS)

@@ -115,7 +115,7 @@ def settle(model: CausalLM, name: str) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: CausalLM, rows: int) -> None:
+def check_packing(model: CausalLM, rows: int, field: str = "pack") -> None:
     """Compare a document behind another one in its row with the same document alone.
 
     transformers builds the mask from positions: a document is where they rise by one. With that, eager, sdpa
@@ -125,6 +125,7 @@ def check_packing(model: CausalLM, rows: int) -> None:
     Args:
         model: in evaluation mode, whole.
         rows: of a micro-batch.
+        field: of the configuration, that asked for it.
 
     Raises:
         ValueError: they differ, or the attention keeps documents apart in single rows alone.
@@ -132,8 +133,8 @@ def check_packing(model: CausalLM, rows: int) -> None:
     chosen = getattr(model.causal_lm.config, "_attn_implementation", None) or ""
     if "flash" in chosen and rows > 1:
         raise ValueError(
-            f"pack: {chosen} keeps documents apart only in micro-batches of one row, and these have {rows}: "
-            "set attn_implementation to sdpa or flex_attention, or raise gradient_accumulation_steps"
+            f"{field}: {chosen} keeps documents apart only in micro-batches of one row, and these have "
+            f"{rows}: set attn_implementation to sdpa or flex_attention, or raise gradient_accumulation_steps"
         )
     ids_BT = _sample(model)[:2]
     T = ids_BT.shape[1]
@@ -143,15 +144,14 @@ def check_packing(model: CausalLM, rows: int) -> None:
         try:
             together_TD = model(packed_BT, position_BT=position_BT).hidden_BTD[0, T:].float()
         except TypeError as error:
-            raise ValueError(
-                f"pack: {type(model.causal_lm).__name__} takes no positions ({error}): set pack to false"
-            ) from error
+            kind = type(model.causal_lm).__name__
+            raise ValueError(f"{field}: {kind} takes no positions ({error}): set {field} to false") from error
         alone_TD = model(ids_BT).hidden_BTD[1].float()
     off = (together_TD - alone_TD).abs().max() / alone_TD.abs().max().clamp(min=1e-30)
     if not off <= 16 * _tolerance(model):
         raise ValueError(
-            f"pack: documents of one row see each other in {type(model.causal_lm).__name__}: what it "
-            f"computes for one behind another differs by {off:.2g} of its size; set pack to false"
+            f"{field}: documents of one row see each other in {type(model.causal_lm).__name__}: what it "
+            f"computes for one behind another differs by {off:.2g} of its size; set {field} to false"
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tokenkit.config import TrainConfig
 from tokenkit.config.models import ModelSource
 from tokenkit.data.batches import Batches
-from tokenkit.data.collate import AlignedCollator
+from tokenkit.data.collate import AlignedCollator, size_of
 from tokenkit.data.mix import open_data, read_documents
 from tokenkit.data.options import SourceOptions
 from tokenkit.data.packing import PackedRows
@@ -117,14 +117,13 @@ def build(config: TrainConfig, world: World) -> Parts:
         rank=world.rank,
         world=world.world_size,
         prefetch=config.data.num_workers,
+        size_of=size_of if config.text.group_by_length else None,
     )
     heldout = heldout_batches(documents, collator, config.evaluation.eval_batch_size) if documents else []
 
     needs_teacher = reads_teacher(config, losses, measures=bool(heldout))
     student, teacher, transfer, was_tied = build_models(config, tokenizers, needs_teacher=needs_teacher)
-    if config.schedule.pack:
-        share = config.schedule.batch_size // world.world_size
-        check_packing(student, share // config.schedule.gradient_accumulation_steps)
+    check_rows(config, student, teacher, config.schedule.batch_size // world.world_size)
     prefix = prefix_options(config, student, teacher) if config.training.prefix.n_prefix_layers else None
     model = Distillation(student, teacher, losses, prefix=prefix)
     _prepare_bodies(model, config, world)
@@ -140,6 +139,21 @@ def build(config: TrainConfig, world: World) -> Parts:
     )
     fingerprints = tokenizers.fingerprints | _model_fingerprints(config, student, teacher)
     return Parts(run, student, tokenizers, batches, collator, heldout, fingerprints, transfer, was_tied)
+
+
+def check_rows(
+    config: TrainConfig, student: CausalLM, teacher: CausalLM | Vocabulary | None, share: int
+) -> None:
+    """See that documents of one row do not see each other, where rows hold several; see `check_packing`.
+
+    `share`: documents of one step and process.
+    """
+    if config.schedule.pack:
+        check_packing(student, share // config.schedule.gradient_accumulation_steps)
+    if config.text.pack_documents:
+        for model in (student, teacher):
+            if isinstance(model, CausalLM):
+                check_packing(model, share, "pack_documents")
 
 
 def reads_teacher(config: TrainConfig, losses: Mapping[str, Loss[Any]], *, measures: bool) -> bool:

@@ -323,7 +323,11 @@ class Distillation(nn.Module):
         self, model: CausalLM, batch: Batch, side: Side, rows: Rows | None, collect: frozenset[StateKind]
     ) -> HiddenStates:
         with self._autocast(batch.student.ids_BT):
-            states = model(side.ids_BT, rows, collect, side.position_BT)
+            if side.packed is None:
+                states = model(side.ids_BT, rows, collect, side.position_BT)
+            else:
+                states = model(side.packed.ids_RP, rows, collect, side.packed.position_RP)
+                states = states.map(side.packed.unpack)
         return _without_spoiled(self._in_compute_dtype(states), side)
 
     def _autocast(self, ids_BT: Tensor) -> AbstractContextManager[Any]:

@@ -17,12 +17,18 @@ from tokenkit.data.mix import open_data
 from tokenkit.errors import ExitCode, blaming_data
 from tokenkit.losses import Loss
 from tokenkit.models.causal_lm import LoadOptions
-from tokenkit.models.check import check_packing
 from tokenkit.models.reading import read_configuration, stops
 from tokenkit.objective.weights import Objective
 from tokenkit.tokenization.tokenizer import Tokenizer
 from tokenkit.training.benchmarks import Benchmarks
-from tokenkit.training.build import build_collator, build_losses, build_models, check_length, reads_teacher
+from tokenkit.training.build import (
+    build_collator,
+    build_losses,
+    build_models,
+    check_length,
+    check_rows,
+    reads_teacher,
+)
 from tokenkit.training.doctor.findings import Findings
 from tokenkit.training.doctor.machine import (
     check_device,
@@ -209,8 +215,6 @@ def _load_models(config: TrainConfig, tokenizers: Tokenizers, losses: dict[str, 
     """Load models as the training does: it compares and rehearses them on the way."""
     torch.manual_seed(config.run.seed)
     measures = config.data.heldout.documents > 0 or config.evaluation.ppl_eval_data is not None
-    student = build_models(
-        config, tokenizers, needs_teacher=reads_teacher(config, losses, measures=measures)
-    ).student
-    if config.schedule.pack:
-        check_packing(student, config.schedule.batch_size // config.schedule.gradient_accumulation_steps)
+    needs_teacher = reads_teacher(config, losses, measures=measures)
+    models = build_models(config, tokenizers, needs_teacher=needs_teacher)
+    check_rows(config, models.student, models.teacher, config.schedule.batch_size)

@@ -19,8 +19,6 @@ from tokenkit.training.doctor.findings import Findings
 from tokenkit.training.estimate import GIB, RESERVED, Estimate
 
 PACKAGE = "tokenkit-torch"
-KEPT = 2
-"""Checkpoints that a run leaves (`run.checkpoint.save`)."""
 _FAST = {
     "flash_attn": ("flash attention", "pip install 'tokenkit-torch[flash]', then use_flash_attention"),
     "liger_kernel": ("Liger's fused layers", "pip install liger-kernel"),
@@ -117,9 +115,10 @@ def check_room(config: TrainConfig, said: Estimate, found: Findings) -> None:
     folder = Path(config.run.output_dir).expanduser().absolute()
     free = free_bytes(next(place for place in (folder, *folder.parents) if place.exists()))
     one, export = said.checkpoint, float(said.counted.weights)
-    needed = (KEPT + 1) * one + export  # the next is written before the oldest goes
+    kept = config.schedule.keep_checkpoints
+    needed = (kept + 1) * one + export  # the next is written before the oldest goes
     words = (
-        f"{free / GIB:,.1f} GiB are free for {folder}; a checkpoint takes {one / GIB:,.2f} GiB, {KEPT} are "
+        f"{free / GIB:,.1f} GiB are free for {folder}; a checkpoint takes {one / GIB:,.2f} GiB, {kept} are "
         f"kept while the next is written, and the export takes {export / GIB:,.2f} GiB"
     )
     if free < one + export:
