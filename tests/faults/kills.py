@@ -20,10 +20,9 @@ from pathlib import Path
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tests.training.conftest import config_in, write_workspace
 from tokenkit import parallel
+from tokenkit.run.metrics import without_times
 from tokenkit.training import loop
 
-TIMES = ("tokens_per_second", "save_seconds")
-"""What differs between two runs of one curve."""
 STEPS = 40
 
 
@@ -35,7 +34,7 @@ def train_in_rank(world, config):
 def what_is_left(folder):
     """Return the curve without its times, and the bytes of the model."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    curve = [without_times(line) for line in lines]
     return curve, (folder / "export" / "model.safetensors").read_bytes()
 
 

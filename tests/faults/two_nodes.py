@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.kills import TIMES
 from tests.training.conftest import config_in, write_workspace
 from tokenkit.config import to_yaml
+from tokenkit.run.metrics import without_times
 
 ROOT = Path(__file__).parents[2]
 NAMES, ADDRESSES, PORT = ("tokenkit-a", "tokenkit-b"), ("10.77.0.1", "10.77.0.2"), 29411
@@ -55,7 +55,7 @@ def start(config, output, run_id):
 def curve(output):
     path = output / "metrics.jsonl"
     lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 def main():

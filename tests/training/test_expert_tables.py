@@ -22,6 +22,7 @@ from tokenkit.commands.pretrain import main as pretrain
 from tokenkit.config import TrainConfig, read_config
 from tokenkit.errors import ConfigError
 from tokenkit.parallel import World
+from tokenkit.run.metrics import without_times
 from tokenkit.training.build import build
 from tokenkit.training.reports import Reports
 from tokenkit.training.step import train_step
@@ -135,7 +136,7 @@ def pretrained(world, folder, output, rows, more):
 
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
+    return [without_times(line) for line in found]
 
 
 def test_pretrain_over_two_processes_counts_resumes_and_goes_on_with_one(tmp_path, workspace):

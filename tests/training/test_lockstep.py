@@ -12,6 +12,7 @@ from tokenkit.config import ConfigError
 from tokenkit.data.lockstep import PADDING, lay_out, packed_rows
 from tokenkit.parallel import World
 from tokenkit.training.build import build
+from tokenkit.training.clock import Clock
 from tokenkit.training.step import train_step
 
 SINGLE = World(0, 1, torch.device("cpu"), None)
@@ -79,3 +80,30 @@ def test_every_loss_is_the_same_however_documents_lie(config_of, files):
 def test_what_leaves_no_padding_is_not_packed_twice(config_of):
     with pytest.raises(ConfigError, match="pack leaves no padding"):
         config_of(losses=["clm"], pack="true", pack_documents="true", target_tokenizer_name=None)
+
+
+def test_a_clock_reads_what_the_device_has_passed(monkeypatch):
+    """Events that are not passed stay for the next time; nothing waits."""
+    passed, now = [], [0.0]
+
+    class Event:
+        def __init__(self):
+            self.at = now[0] = now[0] + 1.0
+
+        def query(self):
+            return self.at <= passed[-1]
+
+        def elapsed_time(self, other):
+            return 1000 * (other.at - self.at)
+
+    clock = Clock()
+    monkeypatch.setattr(Clock, "_now", lambda self: Event())
+    passed.append(2.0)
+    clock.begin(torch.device("cpu"))
+    clock.mark("teacher")
+    clock.mark("student")
+    clock.add("data", 0.5)
+    assert clock.take() == {"data": 0.5, "teacher": 1.0}
+    passed.append(9.0)
+    assert clock.take() == {"student": 1.0}
+    assert clock.take() == {}

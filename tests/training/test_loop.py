@@ -41,6 +41,12 @@ def test_a_run_lowers_its_losses_and_exports_a_model_that_loads(make_config, tmp
     assert tokenizer.decode(out[0], skip_special_tokens=True).startswith("The cats sat")
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "curves.png", "outcome.json", "checkpoints", "export"} <= names
+    for part in ("data", "teacher", "student", "optimizer"):
+        assert len(measured(run, f"seconds/{part}")) == 12
+    assert all(
+        0 < share < 0.9 for side in ("student", "teacher") for share in measured(run, f"padding/{side}")
+    )
+    assert measured(run, "peak_memory_gib")[-1] > 0
 
 
 def test_adapters_and_embeddings_alone_keep_one_copy_of_the_body(make_config):

@@ -15,6 +15,7 @@ from tests.faults.registry import fault
 from tests.ranks import KILLED, run_ranks, start_ranks, wait_ranks
 from tokenkit import parallel
 from tokenkit.errors import ExitCode
+from tokenkit.run.metrics import without_times
 from tokenkit.training import build, loop
 from tokenkit.training.reports import Reports
 from tokenkit.training.step import LossScale
@@ -35,12 +36,9 @@ def run_in_rank(world, config, die_at):
     return int(loop.train(config))
 
 
-TIMES = ("tokens_per_second", "save_seconds")
-
-
 def curve(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ written so that they read back exactly; those that JSON has no word for are the 
     bits_per_byte/<model>         on held-out text
     task_score/<task>/<metric>    of benchmarks, from 0 to 1; task_cost: perplexities and bits
     grad_norm, learning_rate, tokens_per_second
+    padding/<side>                share of the positions that the models read in this step, of rank 0
+    seconds/<part>                a step's mean since the line before, of rank 0: data (waiting for it),
+                                  teacher (and counts), student (and losses, both ways), optimizer (and norm)
+    peak_memory_gib               of rank 0 so far: of its GPU, or else of its process
     save_seconds                  that training stood still for checkpoints since the line before
     expert_usage/..., experts/... of PEER layers, a window of log_freq steps (`models.expert_usage`)
     rows_left_out                 no documents, or not tokenizable, since the run began; with each checkpoint
@@ -40,6 +44,8 @@ from tokenkit.errors import DiskError
 from tokenkit.run.redaction import redact, redact_config
 
 METRICS_NAME = "metrics.jsonl"
+TIMES = ("tokens_per_second", "save_seconds", "seconds/", "peak_memory_gib")
+"""How names begin of what two runs of one curve differ in."""
 Value = float | int | str | Tensor
 UNNAMED = "tokenkit"
 """The default of `name`, which names no run."""
@@ -71,6 +77,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from error
         found.append(values)
     return found
+
+
+def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line without what the machine decides."""
+    return {name: value for name, value in line.items() if not name.startswith(TIMES)}
 
 
 def _number(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -248,7 +249,10 @@ def _before_steps(training: Training) -> None:
 def _is_ready(training: Training) -> bool:
     """Wait for the data of the next step; False: a signal came."""
     stop_request, timeout = training.session.stop, training.config.parallel.hang_timeout
-    return training.parts.batches.ready(timeout, lambda: stop_request.asked is not None)
+    began = time.perf_counter()
+    is_ready = training.parts.batches.ready(timeout, lambda: stop_request.asked is not None)
+    training.parts.run.clock.add("data", time.perf_counter() - began)
+    return is_ready
 
 
 def _one_step(training: Training) -> None:
@@ -290,7 +294,8 @@ def take(
     if report.skipped in ("untrained", "nonfinite"):
         number = run.untrained_steps if report.skipped == "untrained" else run.nonfinite_steps
         reports.skipped(run.step, report.skipped, number)
-    reports.step(run.step, report, micro_batches, figures(report), is_due=_due(run.step, *logged))
+    is_due, more = _due(run.step, *logged), figures(report)
+    reports.step(run.step, report, micro_batches, more, is_due=is_due, clock=run.clock)
 
 
 def _due(step: int, interval: int, always: bool) -> bool:

@@ -15,6 +15,7 @@ from tokenkit.run.curves import draw_curves
 from tokenkit.run.metrics import Record
 from tokenkit.run.redaction import complain
 from tokenkit.structs import Batch
+from tokenkit.training.clock import Clock
 from tokenkit.training.step import StepReport
 
 SKIPPED = {
@@ -114,6 +115,7 @@ class Reports(AbstractContextManager["Reports"]):
         figures: Mapping[str, float],
         *,
         is_due: bool,
+        clock: Clock,
     ) -> None:
         """Show one step; write a line of metrics where one is due, with `figures` beside the report's."""
         self.tokens += sum(int(batch.student.length_B.sum()) for batch in micro_batches)
@@ -141,7 +143,7 @@ class Reports(AbstractContextManager["Reports"]):
                 values["phase"] = report.phase
             if self.save_seconds:
                 values["save_seconds"] = round(self.save_seconds, 4)
-            self.record.write(step, {**values, **figures})
+            self.record.write(step, {**values, **figures, **padding(micro_batches), **times(clock)})
             self.tokens, self.seconds, self.save_seconds = 0, 0.0, 0.0
         self.since = time.perf_counter()
 
@@ -197,6 +199,24 @@ class Reports(AbstractContextManager["Reports"]):
             if error is None:
                 raise
             complain(f"tokenkit: {trouble}")
+
+
+def padding(micro_batches: Sequence[Batch]) -> dict[str, float]:
+    """Return the share of padding in what models read of a step here; the teacher's where chunks are."""
+    found = {}
+    for name in ("student", *(("teacher",) if micro_batches[0].chunks else ())):
+        sides = [getattr(batch, name) for batch in micro_batches]
+        positions = sum(side.num_positions for side in sides)
+        tokens = sum(int(side.length_B.sum()) for side in sides)
+        found[f"padding/{name}"] = round(1 - tokens / positions, 4)
+    return found
+
+
+def times(clock: Clock) -> dict[str, float]:
+    """Return the mean seconds of a step by part since the last line, and the most memory so far."""
+    found = {f"seconds/{part}": round(seconds, 5) for part, seconds in clock.take().items()}
+    peak = clock.peak_memory()
+    return found if peak is None else {**found, "peak_memory_gib": round(peak, 3)}
 
 
 def measurements(lines: Iterable[Mapping[str, Any]]) -> dict[int, BitsPerByte]:

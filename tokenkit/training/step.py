@@ -19,6 +19,7 @@ from tokenkit.objective.weights import Objective
 from tokenkit.optim import set_learning_rate
 from tokenkit.parallel import World, clip_grad_norm
 from tokenkit.structs import Batch
+from tokenkit.training.clock import Clock
 from tokenkit.training.gradients import Passes, Sums, accumulate, trained_parameters
 from tokenkit.training.requests import step_counts, teacher_halves
 
@@ -113,6 +114,7 @@ class Run:
     """Such steps, of all stages."""
     has_compared: bool = False
     """The gradients of the losses were compared, which happens once."""
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def stage(self) -> Stage:
@@ -180,6 +182,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         DataError: no token of this step is trained, nor of the `MOST_UNTRAINED` - 1 steps before it.
     """
     stage, device = run.stage, run.world.device
+    run.clock.begin(device)
     batches = [batch.to(device) for batch in micro_batches]
     try:
         prepared = prepare(run, batches)
@@ -187,6 +190,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         raise _teacher_error(run, error) from error
     teacher_flags = deferred.take(device)
     counts = global_counts(prepared, run)
+    run.clock.mark("teacher")
     passes = Passes(
         model=run.model,
         objective=stage.objective,
@@ -203,6 +207,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     # zero_grad: after a forward, FSDP2's root shows whole weights, and the shards' would add up over steps
     run.optimizer.zero_grad(set_to_none=True)
     sums = accumulate(passes, with_shares=is_first)
+    run.clock.mark("student")
     run.has_compared |= is_first
     grads = list(stage.moving) or trained_parameters(run.model)
     _unscale(grads, run.loss_scale)
@@ -214,6 +219,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     if report.skipped is None:
         set_learning_rate(stage.optimizer, report.learning_rate)
         stage.optimizer.step()
+    run.clock.mark("optimizer")
     return report
 
 
