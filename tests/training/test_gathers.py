@@ -59,3 +59,16 @@ def test_a_replicated_teacher_teaches_the_same(make_config, losses):
         make_config(**changes, teacher_sharding="replicated", reshard_after_forward="false"),
     )
     assert_close(run_ranks(steps, 2, other, 2)[0], run_ranks(steps, 2, plain, 2)[0])
+
+
+def types_of_the_teacher(world, config):
+    teacher = build(config, world).run.model.teacher
+    return [[str(t.dtype) for t in tensors] for tensors in (teacher.parameters(), teacher.buffers())]
+
+
+def test_a_replicated_teacher_of_16_bits_turns_by_angles_in_float32(make_config):
+    """As from_pretrained leaves them: rounded, the angles of far positions are off by a radian."""
+    config = make_config(**FULL, dtype="bfloat16", teacher_sharding="replicated")
+    ((weights, buffers),) = run_ranks(types_of_the_teacher, 1, config)
+    assert set(weights) == {"torch.bfloat16"}
+    assert set(buffers) == {"torch.float32"}

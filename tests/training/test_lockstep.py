@@ -77,6 +77,14 @@ def test_every_loss_is_the_same_however_documents_lie(config_of, files):
             assert others[name] == pytest.approx(value, rel=2e-5), name
 
 
+def test_rows_are_fuller_under_adapters_in_16_bits(config_of):
+    """Float32 embeddings before a body of 16 bits, when documents of one row are looked at."""
+    runs = [build(config_of(dtype="bfloat16", pack_documents=packs), SINGLE) for packs in ("false", "true")]
+    plain, packed = (measured(parts, next(parts.batches)) for parts in runs)
+    assert packed[1] == plain[1]
+    assert packed[0] == pytest.approx(plain[0], rel=1e-2)
+
+
 def test_what_leaves_no_padding_is_not_packed_twice(config_of):
     with pytest.raises(ConfigError, match="pack leaves no padding"):
         config_of(losses=["clm"], pack="true", pack_documents="true", target_tokenizer_name=None)

@@ -132,15 +132,19 @@ def check_packing(model: CausalLM, rows: int, field: str = "pack") -> None:
     """
     chosen = getattr(model.causal_lm.config, "_attn_implementation", None) or ""
     if "flash" in chosen and rows > 1:
+        more = ", or raise gradient_accumulation_steps" if field == "pack" else f", or {field} to false"
         raise ValueError(
             f"{field}: {chosen} keeps documents apart only in micro-batches of one row, and these have "
-            f"{rows}: set attn_implementation to sdpa or flex_attention, or raise gradient_accumulation_steps"
+            f"{rows}: set attn_implementation to sdpa or flex_attention{more}"
         )
     ids_BT = _sample(model)[:2]
     T = ids_BT.shape[1]
     packed_BT = ids_BT.reshape(1, -1).repeat(2, 1)  # a mask of one row might be shared by all
     position_BT = torch.arange(T, device=ids_BT.device).repeat(2)[None].repeat(2, 1)
-    with _plain_attention(model.causal_lm):
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    lowest = min(types, key=lambda dtype: torch.finfo(dtype).bits)  # before it is placed, a body may be of 16
+    mixed = torch.autocast(ids_BT.device.type, lowest, enabled=len(types) > 1)  # bits, what moves of 32
+    with _plain_attention(model.causal_lm), mixed:
         try:
             together_TD = model(packed_BT, position_BT=position_BT).hidden_BTD[0, T:].float()
         except TypeError as error:

@@ -148,12 +148,13 @@ def check_rows(
 
     `share`: documents of one step and process.
     """
+    rows = share // config.schedule.gradient_accumulation_steps
     if config.schedule.pack:
-        check_packing(student, share // config.schedule.gradient_accumulation_steps)
+        check_packing(student, rows)
     if config.text.pack_documents:
         for model in (student, teacher):
-            if isinstance(model, CausalLM):
-                check_packing(model, share, "pack_documents")
+            if isinstance(model, CausalLM):  # held-out documents are laid out like that, too
+                check_packing(model, max(rows, config.evaluation.eval_batch_size), "pack_documents")
 
 
 def reads_teacher(config: TrainConfig, losses: Mapping[str, Loss[Any]], *, measures: bool) -> bool:
@@ -370,7 +371,9 @@ def _place(model: Distillation, world: World, config: TrainConfig) -> None:
             if model.student.projector is not None:  # it reads rows that are the teacher's too: one group
                 groups = []
         elif model.teacher is not None:
-            layers, whole = list(model.student.layers), model.teacher.to(world.device, compute)
+            layers, whole = list(model.student.layers), model.teacher.to(world.device)
+            for parameter in whole.parameters():  # not the buffers: positions turn by angles in float32
+                parameter.data = parameter.data.to(compute)
             tables = [*tables, *whole.parameters()]
         shard(
             model,
