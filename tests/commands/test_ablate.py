@@ -72,10 +72,10 @@ def test_each_combination_is_run_once_and_compared(words, tmp_path, monkeypatch,
 
 
 def test_runs_are_started_as_those_of_a_sweep(words, tmp_path, capsys):
-    more = ["--slurm", str(tmp_path / "job"), "--slurm-options=--gres=gpu:1", "--jobs", "2"]
+    more = ["--slurm", str(tmp_path / "job"), "--slurm-options", "--gres=gpu:1 --time=8:00:00", "--jobs", "2"]
     assert main([*words, *AXES, *more, "--launch", "torchrun --nproc-per-node 4"]) == 0
     lines = (tmp_path / "job" / "sweep.sbatch").read_text().splitlines()
-    assert {"#SBATCH --array=0,1%2", "#SBATCH --gres=gpu:1"} <= set(lines)
+    assert {"#SBATCH --array=0,1%2", "#SBATCH --gres=gpu:1", "#SBATCH --time=8:00:00"} <= set(lines)
     assert lines[-1].startswith("exec torchrun --nproc-per-node 4 -m tokenkit.train --config ")
     assert "2 of 2 runs to do" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tokenkit.cli import run
 from tokenkit.commands.sweep import MOST_POINTS, Point, Sweep, SweepOptions, print_table, write_points
 from tokenkit.config import ConfigError, parse_command_line, read_config
+from tokenkit.config.command_line import take_own
 from tokenkit.config.pretrain import PretrainConfig, train_config
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.errors import at_least, nearest
@@ -74,7 +75,7 @@ class AblateConfig:
     """Start nothing: write FOLDER/sweep.sbatch, an array of all runs that are not done."""
 
     slurm_options: str = ""
-    """Its further options."""
+    """Its further options in one word, such as "--gres=gpu:1 --time=8:00:00"."""
 
     list: bool = False
     """Show the runs and stop."""
@@ -93,9 +94,19 @@ class AblateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run(
-        lambda: ablate(parse_command_line(AblateConfig, words, program="tokenkit ablate", aliases=ALIASES))
-    )
+    return run(lambda: ablate(read_words(words)))
+
+
+def read_words(words: Sequence[str]) -> AblateConfig:
+    """Read the command line; as at `tokenkit sweep`, one word behind --slurm-options may begin with dashes.
+
+    Raises:
+        ConfigError: one line that says what is wrong.
+        FileNotFoundError: a path that leads nowhere.
+    """
+    own, rest = take_own(words, {"slurm-options": str}, "tokenkit ablate")
+    rest += [f"--slurm-options={value}" for value in own.values()]
+    return parse_command_line(AblateConfig, rest, program="tokenkit ablate", aliases=ALIASES)
 
 
 def ablate(config: AblateConfig) -> int:

@@ -22,8 +22,9 @@ from tokenkit.config import ALIASES, ConfigError, TrainConfig, read_config, to_d
 from tokenkit.config.command_line import WITH_COMMAS, canonical_flag, from_words
 from tokenkit.config.forms import Words, short_forms, sort_words, split_commas
 from tokenkit.config.paths import check_paths
-from tokenkit.config.read import canonical, unknown_field
+from tokenkit.config.read import canonical
 from tokenkit.config.schema import leaves
+from tokenkit.config.unknown import unknown_field
 from tokenkit.config.yaml_files import read_yaml
 from tokenkit.disk import check_vacant
 from tokenkit.errors import at_least

@@ -16,8 +16,9 @@ from typing import Annotated, Any, TypeVar
 from tokenkit.config.forms import short_forms, sort_words, split_commas
 from tokenkit.config.later import feature_of, spell
 from tokenkit.config.paths import check_paths
-from tokenkit.config.read import Changes, canonical, read_config, to_yaml, unknown_field
+from tokenkit.config.read import Changes, canonical, read_config, to_yaml
 from tokenkit.config.schema import Leaf, heading, leaves, main_field, options
+from tokenkit.config.unknown import unknown_field
 from tokenkit.config.values import describe
 from tokenkit.config.yaml_files import load_yaml
 from tokenkit.errors import ConfigError

@@ -35,8 +35,9 @@ def describe(parts: Parts, config: TrainConfig) -> str:
     own = [p.numel() for name, p in parts.run.model.named_parameters() if name.startswith("parts.")]
     if own:
         lines.append(f"losses: {sum(own):,} parameters of their own are trained beside the student")
-    pair, mode = (tokenizers.target, tokenizers.teacher), text.chat_template_mode
-    lines += explain_pair(*pair, mode, use_chat_template=text.use_chat_template)
+    teacher = None if parts.run.model.teacher is None else tokenizers.teacher
+    mode, uses_template = text.chat_template_mode, text.use_chat_template
+    lines += explain_pair(tokenizers.target, teacher, mode, use_chat_template=uses_template)
     return "\n".join([*lines, *_idle(parts, config)])
 
 

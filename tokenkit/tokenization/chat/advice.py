@@ -180,10 +180,15 @@ SPECS = "(docs/tokenizer_specs.md)"
 
 
 def explain_pair(
-    student: Tokenizer, teacher: Tokenizer, mode: str, *, use_chat_template: bool = True
+    student: Tokenizer, teacher: Tokenizer | None, mode: str, *, use_chat_template: bool = True
 ) -> list[str]:
-    """Return all there is to know of a pair before a run; see `explain_one_sided_bos` for the arguments."""
-    notes = [explain_one_sided_bos(student, teacher, mode, use_chat_template=use_chat_template)]
+    """Return all there is to know of a pair before a run; see `explain_one_sided_bos` for the arguments.
+
+    A `teacher` of None: no loss reads one.
+    """
+    notes: list[str | None] = []
+    if teacher is not None:
+        notes.append(explain_one_sided_bos(student, teacher, mode, use_chat_template=use_chat_template))
     notes += [explain_template(student)] if use_chat_template else []
     return [note for note in (*notes, explain_saving(student)) if note is not None]
 
