@@ -44,7 +44,7 @@ def test_nothing_is_wrong(capsys, root):
     code, found = examined(capsys, root, f"--target={root / 'target'}")
     assert code == ExitCode.DONE
     assert not [f for f in found if f["severity"] == "error"]
-    assert "documents: " in said(found, "note", "data")
+    assert "of the student's" in said(found, "note", "data")
     assert "torch" in said(found, "note", "machine")
     assert "are free for" in said(found, "note", "disk")
     assert not (root / "out").exists()

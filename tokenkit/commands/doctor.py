@@ -83,6 +83,8 @@ def to_json(found: Findings) -> str:
 
 def table(found: Findings) -> str:
     """Return the findings in lines, the worst first."""
+    from tokenkit.training.doctor.findings import many
+
     lines = []
     for one in found.sorted():
         says = one.says.replace("\n", "\n" + " " * 20)
@@ -90,7 +92,7 @@ def table(found: Findings) -> str:
         if one.do:
             lines.append(" " * 20 + f"-> {one.do}")
     number = {kind: sum(one.severity == kind for one in found.found) for kind in ("error", "warning", "note")}
-    counts = ", ".join(f"{many} {kind}{'' if many == 1 else 's'}" for kind, many in number.items())
+    counts = ", ".join(many(count, kind) for kind, count in number.items())
     end = f"a run would end with {found.code}" if found.code else "nothing here would stop a run"
     return "\n".join([*lines, f"{counts}: {end}"])
 

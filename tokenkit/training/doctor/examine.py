@@ -29,7 +29,7 @@ from tokenkit.training.build import (
     check_rows,
     reads_teacher,
 )
-from tokenkit.training.doctor.findings import Findings
+from tokenkit.training.doctor.findings import Findings, many
 from tokenkit.training.doctor.machine import (
     check_device,
     check_folder,
@@ -86,7 +86,7 @@ def examine(config: TrainConfig, *, documents: int = 256, weights: bool = True) 
         with found.trying("data"), blaming_data():
             mix, heldout = open_data(config.data, config.run.seed)
             check_data(mix, collator, config, documents, found, has_teacher=reads)
-            found.note("data", f"{len(heldout):,} documents are held out and measured")
+            found.note("data", f"held out and measured: {many(len(heldout), 'document')}")
     is_read = _check_configurations(config, sides, reads, found)
     if is_read:
         with found.trying("models"):

@@ -42,6 +42,11 @@ CHECKS = {
 """Name: what it looks at."""
 
 
+def many(count: int, what: str) -> str:
+    """Return `1 document`, `2 documents`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 @dataclass
 class Findings:
     """The list that all checks fill."""
@@ -76,7 +81,7 @@ class Findings:
             if exit_code(error) == 1 and not getattr(error, "is_told", False):
                 raise
             says = " ".join(str(error).split()) or type(error).__name__
-            if all(one.says != says for one in self.found):  # two checks may meet the same fault
+            if all(says not in one.says for one in self.found):  # two checks may meet the same fault
                 self.error(check, says, code=exit_code(error))
 
     @property

@@ -15,7 +15,7 @@ from tokenkit.disk import check_vacant, free_bytes
 from tokenkit.errors import MEMORY_REMEDY, DiskError
 from tokenkit.run.facts import versions
 from tokenkit.run.folder import check_output
-from tokenkit.training.doctor.findings import Findings
+from tokenkit.training.doctor.findings import Findings, many
 from tokenkit.training.estimate import GIB, RESERVED, Estimate
 
 PACKAGE = "tokenkit-torch"
@@ -62,7 +62,7 @@ def check_device(config: TrainConfig, found: Findings) -> None:
                 "machine", "dtype bfloat16 is only imitated by this GPU, which is slow", "dtype float16"
             )
     else:
-        found.note("machine", f"no GPU: {torch.get_num_threads()} threads of the processor compute")
+        found.note("machine", f"no GPU: {many(torch.get_num_threads(), 'thread')} on the processor")
     for module, (name, way) in _FAST.items():
         has = importlib.util.find_spec(module) is not None
         found.note(

@@ -12,7 +12,7 @@ from tokenkit.data.collate import AlignedCollator
 from tokenkit.data.mix import Mix
 from tokenkit.structs import Side
 from tokenkit.tokenization.chat.documents import Document
-from tokenkit.training.doctor.findings import Findings
+from tokenkit.training.doctor.findings import Findings, many
 
 CUT_MUCH = 0.2
 """Of the documents: more that lose their end are worth a word."""
@@ -121,10 +121,11 @@ def _say_trained(counts: _Counts, collator: AlignedCollator, found: Findings) ->
             "answers lie behind max_length_new, or are masked (loss_mask_mode)",
             "raise max_length_new, or leave them out of the data",
         )
+    documents, total = many(counts.documents, "document"), counts.tokens["student"]
     found.note(
         "data",
-        f"{counts.documents:,} documents: {counts.trained / counts.tokens['student']:.0%} of the student's "
-        f"{counts.tokens['student']:,} tokens are trained; the teacher has {counts.tokens['teacher']:,}",
+        f"{documents}: {counts.trained / total:.0%} of the student's {total:,} tokens "
+        f"are trained; the teacher has {counts.tokens['teacher']:,}",
     )
     for kind, number in counts.in_chunks.items():
         share = number / counts.trained
@@ -145,5 +146,9 @@ def _say_lengths(counts: _Counts, config: TrainConfig, sides: Sequence[str], fou
                 f"{share:.0%} of the documents reach {fields[name]}: what is behind it is cut off",
             )
         padded = 1 - counts.tokens[name] / counts.positions[name]
-        if padded > PADDED_MUCH and not config.schedule.pack:
-            found.note("data", f"{padded:.0%} of the {name}'s positions are padding")
+        if padded > PADDED_MUCH and not (config.schedule.pack or config.text.pack_documents):
+            found.note(
+                "data",
+                f"{padded:.0%} of the {name}'s positions are padding",
+                "pack_documents lays documents out in fuller rows (docs/data.md)",
+            )
