@@ -54,7 +54,7 @@ STAGES = (
     Stage("kernels", 45, "which epilogue to mend", 7),
     Stage("logprob", 70, "defaults of linear_logprob", 6, falls_back=True),
     Stage("divergence", 70, "defaults of divergences and sorted distances", 5, falls_back=True),
-    Stage("correctness", 90, "a release", 4),
+    Stage("correctness", 100, "a release", 4),
     Stage("waits", 50, "where a step waits for the device", 3),
     Stage("peers", 70, "the README's table", 2),
     Stage("autotune", 60, "the table BLOCKS", 1),

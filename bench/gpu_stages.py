@@ -149,8 +149,12 @@ def kernels(stage: Stage) -> None:
 
 
 def operations(stage: Stage, N: int, V: int, D: int) -> dict[str, Callable[[], Tensor]]:
-    """Return forward and backward of each operation; each returns the gradient of the hidden states."""
+    """Return forward and backward of each operation; each returns the gradient of the hidden states.
+
+    An ensemble has no backward, and returns log p.
+    """
     from tokenkit.kernels.linear_divergence import linear_divergence
+    from tokenkit.kernels.linear_ensemble import Part, linear_ensemble
     from tokenkit.kernels.linear_logprob import linear_logprob
     from tokenkit.kernels.sorted_distance import sorted_distance
     from tokenkit.structs import Head
@@ -172,6 +176,10 @@ def operations(stage: Stage, N: int, V: int, D: int) -> dict[str, Callable[[], T
         assert found.subset_logp_N is not None
         return found.logp_N + found.subset_logp_N
 
+    def ensemble(combination: Any) -> Tensor:
+        parts = [Part(hidden, Head(weight), 0.5), Part(other, Head(theirs), 0.5)]
+        return linear_ensemble(parts, target, combination).logp_N
+
     steps = {
         "logprob recompute": partial(differentiated, partial(logprob, budget=256 * MIB)),
         "logprob cached": partial(differentiated, partial(logprob, budget=1 << 36)),
@@ -179,6 +187,7 @@ def operations(stage: Stage, N: int, V: int, D: int) -> dict[str, Callable[[], T
         "sorted distance": partial(
             differentiated, lambda x, head: sorted_distance(x, head, other, Head(theirs))
         ),
+        **{f"ensemble {how}": partial(ensemble, how) for how in ("mean_prob", "mean_logits", "max")},
     }
     for kind in (
         ("kl",) if stage.dry_run else ("kl", "rkl", "js", "akl")

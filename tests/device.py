@@ -115,6 +115,8 @@ class _Functions(TorchFunctionMode):
             self.device.note(func.__name__)
         elif func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             self.device.note("torch.tensor(..., device)")
+        elif func is Tensor.new_tensor and self.device.holds(args[0]):
+            self.device.note("new_tensor")
         elif func is Tensor.to and not self.device.holds(args[0]) and _moves(args, kwargs):
             self.device.note("a copy of pageable memory")
         found = func(*args, **kwargs)

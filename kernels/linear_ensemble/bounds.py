@@ -32,6 +32,7 @@ from tokenkit.kernels.linear_ensemble.passes import (
     products_of,
     some_rows,
     tiles_of,
+    weights_as,
 )
 from tokenkit.kernels.linear_logprob.plan import Masses, Sums, masses
 from tokenkit.kernels.linear_logprob.tiled import fold
@@ -52,11 +53,11 @@ def find_top(
         some, target_R = [some_rows(side, rows) for side in sides], target_N[rows]
         found = [_sums(side, target_R, buffer, asks_top=asks_top) for side in some]
         of_heads = [masses(sums, torch.ones_like(target_R, dtype=torch.bool), None) for sums, _ in found]
-        for side, one in zip(some, of_heads, strict=True):
+        for side, one in zip(sides, of_heads, strict=True):
             side.check_finite(one.lse_N, rows.start)
         logps.append(torch.stack([one.logp_N for one in of_heads]))
         if asks_top:
-            weight_K = logps[0].new_tensor(weights)
+            weight_K = weights_as(weights, logps[0])
             seen = Seen(
                 weight_K,
                 torch.stack([one.lse_N for one in of_heads]),
@@ -133,7 +134,7 @@ def _decide(sides: Sequence[Side], target_N: Tensor, seen: Seen, workspace_bytes
     if len(row_R):
         some = [some_rows(side, row_R) for side in sides]
         kept = kept_rows(some, target_N[row_R], seen.weight_K.tolist(), workspace_bytes)
-        is_top_N[row_R] = kept.at_target_N >= kept.others_N
+        is_top_N[row_R] = kept.at_target_N >= kept.most_N
     return is_top_N
 
 

@@ -32,7 +32,7 @@ from tokenkit.kernels.head.side import Side, check_hidden, check_side, side_of
 from tokenkit.kernels.head.tiles import default_workspace
 from tokenkit.kernels.launch import runs_triton
 from tokenkit.kernels.linear_ensemble.bounds import find_top
-from tokenkit.kernels.linear_ensemble.passes import Part, blended, kept_rows
+from tokenkit.kernels.linear_ensemble.passes import Part, blended, kept_rows, weights_as
 from tokenkit.kernels.linear_logprob.plan import masses
 
 Combination = Literal["mean_prob", "mean_logits", "max"]
@@ -120,7 +120,7 @@ def _of_mean_prob(
     found: tuple[Tensor, Tensor | None]
     if asks_top and runs_triton(sides[0].hidden_ND):
         kept = kept_rows(sides, target_N, weights, workspace_bytes)
-        found = kept.logp_KN, kept.at_target_N >= kept.others_N
+        found = kept.logp_KN, kept.at_target_N >= kept.most_N
     else:
         found = find_top(sides, target_N, weights, workspace_bytes, asks_top=asks_top)
     return EnsembleLogprob(_mean(found[0], weights), *found)
@@ -128,7 +128,7 @@ def _of_mean_prob(
 
 def _mean(logp_KN: Tensor, weights: list[float]) -> Tensor:
     """Return log Σ w p; where all are sure, 1 − p is a sum of theirs and no difference."""
-    weight_K1 = logp_KN.new_tensor(weights)[:, None]
+    weight_K1 = weights_as(weights, logp_KN)[:, None]
     top_N = logp_KN.amax(0)
     gap_KN = logp_KN - top_N
     less_N = (weight_K1 * gap_KN.expm1()).sum(0)

@@ -16,7 +16,7 @@ from tokenkit.kernels.head import logits, tiles
 from tokenkit.kernels.head.products import operand, part_of
 from tokenkit.kernels.head.side import Side
 from tokenkit.kernels.head.tiles import Buffer
-from tokenkit.kernels.launch import runs_triton
+from tokenkit.kernels.launch import runs_triton, upload
 from tokenkit.kernels.linear_ensemble.tile import Totals, combine
 from tokenkit.kernels.linear_logprob.plan import COLUMNS, REST, Mode, Plan, Sums, Tile, masses, widths
 from tokenkit.kernels.linear_logprob.tiled import fold
@@ -50,8 +50,8 @@ class Kept(NamedTuple):
     z_target_KN: Tensor
     at_target_N: Tensor
     """Σ w p of the target; 0 for a maximum."""
-    others_N: Tensor
-    """The largest Σ w p elsewhere; 0 for a maximum."""
+    most_N: Tensor
+    """The largest Σ w p; 0 for a maximum."""
     sum_N: Tensor
     """Σ max p over all ids; 0 for a mean."""
 
@@ -82,6 +82,11 @@ def finished(side: Side, tile: Tile, z_NV: Tensor) -> float:
     side.products(z_NV, operand(side.head.weight_VD[tile.rows], side.dtype))
     bias_V = None if side.bias_V is None else side.bias_V[tile.start : tile.end]
     return logits.finish(z_NV, bias_V, side.alpha, side.cap)
+
+
+def weights_as(weights: Sequence[float], like: Tensor) -> Tensor:
+    """Return weights in the dtype and on the device of a tensor; the host does not wait."""
+    return upload(torch.tensor(weights, dtype=like.dtype), like.device)
 
 
 def fresh_sums(side: Side) -> Sums:
@@ -198,7 +203,7 @@ def _kept_chunk(
     scored_R = torch.ones_like(target_R, dtype=torch.bool)
     of_heads = [masses(one, scored_R, None) for one in sums]
     lse_KR = torch.stack([one.lse_N for one in of_heads])
-    factor_KR = lse_KR.new_ones(K, 1) if weights is None else lse_KR.new_tensor(weights)[:, None]
+    factor_KR = lse_KR.new_ones(K, 1) if weights is None else weights_as(weights, lse_KR)[:, None]
     totals = Totals.fresh(lse_KR[0])
     for i, tile in enumerate(cut[0]):
         part_KR, place_R = (shift[i] - lse_KR).exp() * factor_KR, target_R - tile.start

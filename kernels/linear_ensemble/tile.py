@@ -2,7 +2,7 @@
 
     t(v) = Σ_k f_k e_k(v)   or   max_k f_k e_k(v)        e_k = exp(z_k − m_k),  f_k = w_k exp(m_k − lse_k)
 
-Folded into numbers of a row: of the sum, t at the target and the largest elsewhere; of the largest, Σ t.
+Folded into numbers of a row: of the sum, t at the target and the largest t; of the largest, Σ t.
 
 Dimensions: K heads, N tokens, V columns of the tile.
 """
@@ -25,7 +25,7 @@ class Totals(NamedTuple):
     """Running numbers of each row, those of the other combination 0."""
 
     at_target_N: Tensor
-    others_N: Tensor
+    most_N: Tensor
     sum_N: Tensor
 
     @classmethod
@@ -36,7 +36,7 @@ class Totals(NamedTuple):
 
 @triton.jit
 def _combine_kernel(
-    kept_ptr, factor_ptr, place_ptr, target_ptr, others_ptr, sum_ptr,
+    kept_ptr, factor_ptr, place_ptr, target_ptr, most_ptr, sum_ptr,
     N, V,
     K: tl.constexpr, IS_SUM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _combine_kernel(
     n = tl.program_id(0).to(tl.int64)  # K * N * V passes 2**31 at 131k rows of 8192 columns
     place = tl.load(place_ptr + n)
     at_target = tl.load(target_ptr + n)
-    others = tl.load(others_ptr + n)
+    most = tl.load(most_ptr + n)
     total = tl.load(sum_ptr + n)
     for first in range(0, V, BLOCK_V):
         offs_v = first + tl.arange(0, BLOCK_V)
@@ -55,14 +55,13 @@ def _combine_kernel(
             e *= tl.load(factor_ptr + k * N + n)
             t = t + e if IS_SUM else tl.maximum(t, e)
         if IS_SUM:
-            is_target = offs_v == place
-            at_target += tl.sum(tl.where(is_target, t, 0.0), axis=0)
-            others = tl.maximum(others, tl.max(tl.where(is_target, 0.0, t), axis=0))
+            at_target += tl.sum(tl.where(offs_v == place, t, 0.0), axis=0)
+            most = tl.maximum(most, tl.max(t, axis=0))
         else:
             total += tl.sum(t, axis=0)
     if IS_SUM:
         tl.store(target_ptr + n, at_target)
-        tl.store(others_ptr + n, others)
+        tl.store(most_ptr + n, most)
     else:
         tl.store(sum_ptr + n, total)
 
@@ -100,7 +99,5 @@ def combine(
         return
     column_N1 = place_N[:, None].clamp(0, V - 1)
     inside_N1 = (place_N >= 0)[:, None] & (place_N < V)[:, None]
-    at_N1 = total_NV.gather(1, column_N1)
-    totals.at_target_N.add_(torch.where(inside_N1, at_N1, 0)[:, 0])
-    total_NV.scatter_(1, column_N1, at_N1.masked_fill(inside_N1, 0))
-    torch.maximum(totals.others_N, total_NV.amax(1), out=totals.others_N)
+    totals.at_target_N.add_(torch.where(inside_N1, total_NV.gather(1, column_N1), 0)[:, 0])
+    torch.maximum(totals.most_N, total_NV.amax(1), out=totals.most_N)

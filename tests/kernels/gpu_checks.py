@@ -19,6 +19,12 @@ from tests.kernels.gpu_divergence import (  # noqa: F401
     check_divergences_match_float64,
     check_divergences_repeat_bit_for_bit,
 )
+from tests.kernels.gpu_ensemble import (  # noqa: F401
+    check_ensemble_memory,
+    check_ensembles_do_not_wait_for_the_device,
+    check_ensembles_match_float64,
+    check_ensembles_repeat_bit_for_bit,
+)
 from tests.kernels.gpu_sorted import (  # noqa: F401
     check_sorted_distance_memory,
     check_sorted_distances_do_not_wait_for_the_device,
