@@ -31,6 +31,11 @@ def test_a_hub_name_that_cannot_be_read_says_so(monkeypatch):
 def test_an_empty_folder_says_what_it_must_hold(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold tokenizer.json, tokenizer.model"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "export").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"folder of a run, and its tokenizer is in .*export: name that"
+    ):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_file_is_not_a_tokenizer(tmp_path):

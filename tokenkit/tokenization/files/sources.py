@@ -152,6 +152,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _converted(folder: Path, name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     if not (folder / "vocab.json").is_file() and not trust_remote_code:
+        if (export := folder / "export").is_dir():
+            raise FileNotFoundError(
+                f"{folder} is the folder of a run, and its tokenizer is in {export}: name that"
+            )
         files = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
             f"{folder} must hold tokenizer.json, {', '.join(SENTENCEPIECE_FILES)} or vocab.json: got {files}"
