@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import MambaConfig, MambaForCausalLM
 
 from tests.integrations.material import distance, gradients
 from tests.integrations.test_trainer import LOSSES, one_batch
@@ -33,6 +34,22 @@ def test_a_plain_loop(models, make_collator, rows):
     again = distiller.backward(models[0], [collator.collate(rows[i : i + 2]) for i in range(0, 8, 2)])
     assert distance(gradients(models[0]), wanted) < 1e-5
     assert again == pytest.approx(values, rel=1e-5)
+
+
+def test_a_plain_loop_over_fuller_rows(models, make_collator, rows):
+    """Padding to a multiple moves no document, and a model without positions is not given two in a row."""
+    values, wanted = one_batch(models, make_collator(), rows)
+    collator = make_collator(pack_documents=True, pad_to_multiple_of=8)
+    again = Distiller(*models, collator, LOSSES).backward(models[0], [collator.collate(rows)])
+    assert distance(gradients(models[0]), wanted) < 1e-5
+    assert again == pytest.approx(values, rel=1e-5)
+    sizes = {"vocab_size": models[0].config.vocab_size, "hidden_size": 16, "num_hidden_layers": 1}
+    recurrent = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    with pytest.raises(ValueError, match="pack_documents: documents of one row see each other in Mamba"):
+        Distiller(recurrent, models[1], collator, LOSSES)
+    assert recurrent.training
+    with pytest.raises(ValueError, match="flat tensors"):
+        FlatCollator(collator)
 
 
 def _accelerated(world, models, make_collator, rows, precision):

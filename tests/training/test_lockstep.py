@@ -31,7 +31,7 @@ def test_rows_hold_the_same_documents_and_little_padding(number, most):
     for side in range(2):
         length_B = length_B2[:, side]
         ids_N = np.arange(length_B.sum()) + 1
-        packed = packed_rows(ids_N, length_B, row_B, start_B2[:, side], 0)
+        packed = packed_rows(ids_N, length_B, most[side], row_B, start_B2[:, side], 0)
         back_BT = packed.unpack(packed.ids_RP[..., None].double())[..., 0]
         at = 0
         for b, length in enumerate(length_B):

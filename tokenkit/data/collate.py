@@ -109,8 +109,8 @@ class AlignedCollator(TextOptions):
         """
         sides = self._tokenize(rows)
         kinds = self._align(*sides)
-        packed = self._packed(sides) if self.pack_documents else (None, None)
         student, teacher = (Rows(flat, self.pad_to_multiple_of) for flat in sides)
+        packed = self._packed((student, teacher)) if self.pack_documents else (None, None)
         chunks: dict[str, Chunks] = {
             kind: Chunks(
                 student.chunks(alignment.student_N, alignment.offset_B),
@@ -120,12 +120,11 @@ class AlignedCollator(TextOptions):
         }
         return Batch(self._side(0, student, packed[0]), self._side(1, teacher, packed[1]), chunks)
 
-    def _packed(self, sides: tuple[FlatTokens, FlatTokens]) -> tuple[Packed, ...]:
-        length_BK = np.stack([side.length_B for side in sides], 1)
-        row_B, start_BK = lay_out(length_BK, self._lengths)
+    def _packed(self, sides: tuple[Rows, Rows]) -> tuple[Packed, ...]:
+        row_B, start_BK = lay_out(np.stack([side.length_B for side in sides], 1), self._lengths)
         return tuple(
-            packed_rows(side.ids_N, side.length_B, row_B, start_BK[:, number], self._pads[number])
-            for number, side in enumerate(sides)
+            packed_rows(side.flat.ids_N, side.length_B, side.T, row_B, start_B, pad_id)
+            for side, start_B, pad_id in zip(sides, start_BK.T, self._pads, strict=True)
         )
 
     def nothing_trained(self, rows: int) -> str:
@@ -246,8 +245,8 @@ class Rows:
 
     def __init__(self, flat: FlatTokens, multiple: int = 1) -> None:
         self.flat, self.length_B = flat, flat.length_B
-        T = -(-int(self.length_B.max(initial=1)) // multiple) * multiple
-        self._filled_BT = np.arange(T) < self.length_B[:, None]
+        self.T = -(-int(self.length_B.max(initial=1)) // multiple) * multiple
+        self._filled_BT = np.arange(self.T) < self.length_B[:, None]
 
     def pad(self, value_N: NDArray[Any], fill: int) -> Tensor:
         """Return a value of each token as [B, T]."""

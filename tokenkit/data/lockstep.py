@@ -58,12 +58,15 @@ def _filled(length_BK: Ints, most_K: Ints, num_rows: int) -> tuple[Ints, Ints, I
     return row_B, start_BK, used_RK
 
 
-def packed_rows(ids_N: NDArray[Any], length_B: Ints, row_B: Ints, start_B: Ints, pad_id: int) -> Packed:
+def packed_rows(
+    ids_N: NDArray[Any], length_B: Ints, T: int, row_B: Ints, start_B: Ints, pad_id: int
+) -> Packed:
     """Lay one side out.
 
     Args:
         ids_N: tokens of all documents, one behind the other.
         length_B: tokens of each.
+        T: positions of a document's own row.
         row_B: what `lay_out` returned.
         start_B: the same, of this side.
         pad_id: fills rows up.
@@ -77,7 +80,7 @@ def packed_rows(ids_N: NDArray[Any], length_B: Ints, row_B: Ints, start_B: Ints,
     ids_RP[place_N] = ids_N
     position_RP = np.arange(P) - used_R[:, None]  # of the padding: a document of its own
     position_RP.reshape(-1)[place_N] = within_N
-    place_BT = np.zeros((len(length_B), max(1, int(length_B.max(initial=1)))), np.int64)
-    place_BT[np.arange(place_BT.shape[1]) < length_B[:, None]] = place_N
+    place_BT = np.zeros((len(length_B), T), np.int64)
+    place_BT[np.arange(T) < length_B[:, None]] = place_N
     ids, position = torch.from_numpy(ids_RP.reshape(num_rows, P)), torch.from_numpy(position_RP)
     return Packed(ids, position, torch.from_numpy(place_BT))

@@ -24,7 +24,7 @@ from tokenkit.integrations.forward import Wrapped, unwrapped
 from tokenkit.integrations.whole_batches import real_rows
 from tokenkit.losses import Loss, make_loss
 from tokenkit.models.causal_lm import CausalLM, LoadOptions, load_causal_lm
-from tokenkit.models.check import settle
+from tokenkit.models.check import check_packing, settle
 from tokenkit.structs import Batch, LossTerm
 from tokenkit.training.distillation import Distillation
 from tokenkit.training.pair import Pair
@@ -60,7 +60,7 @@ class Distiller:
 
     Raises:
         ValueError: an unknown loss or option, a weight that is not finite, a tokenizer with more ids than its
-            model has rows, a model whose head is not known.
+            model has rows, a model whose head is not known, one that does not keep packed documents apart.
     """
 
     def __init__(
@@ -81,6 +81,9 @@ class Distiller:
         self.collator = collator
         self.student = Wrapped(student, tokenizers[0].vocab_size)
         self.teacher = load_teacher(teacher, tokenizers[1].vocab_size, device)
+        if collator.pack_documents:
+            check_apart(self.student)
+            check_apart(self.teacher)
         self.step = Distillation(self.student, self.teacher, active, compute_dtype)
         self.parts = self.step.parts.to(device)
         self.template = collator.collate([])
@@ -219,14 +222,33 @@ class FlatCollator:
 
     Args:
         collator: makes the batches.
+
+    Raises:
+        ValueError: it packs documents, and flat tensors have a row for each.
     """
 
     def __init__(self, collator: AlignedCollator):
+        if collator.pack_documents:
+            raise ValueError(
+                "pack_documents would do nothing here: this trainer moves flat tensors, a row for each "
+                "document; set it to false, or pass the collator's batches on as they are"
+            )
         self.collator = collator
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return `dict(batch)`; one micro-batch of many may well have nothing to train on."""
         return dict(self.collator.collate(real_rows(rows)))
+
+
+def check_apart(model: CausalLM) -> None:
+    """Raise ValueError where documents of one row see each other in a model; see `check_packing`."""
+    is_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        check_packing(model, 2, "pack_documents")
+    finally:
+        for module, was_training in is_training.items():
+            module.training = was_training
 
 
 def load_teacher(teacher: Any, vocab_size: int, device: torch.device) -> CausalLM:
