@@ -57,10 +57,15 @@ class ExpertReports:
         }
         draw_heatmap(self.folder / HEATMAP, rows, "the most used experts of each layer, times the mean")
 
-    def after_checkpoint(self, step: int, world: World) -> None:
-        """Write the newest window beside the checkpoint of this step."""
-        if self.found and world.is_main:
-            about = {"step": self.step, "window": self.usage.every, "threshold": self.usage.threshold}
-            layers = {str(number): stats for number, stats in self.found.items()}
-            text = json.dumps({**about, "layers": layers}, indent=1) + "\n"
-            write_durably(self.folder / "checkpoints" / f"expert_stats_{step:08d}.json", text)
+    def newest(self) -> str | None:
+        """Return the newest window as a file holds it; None: there was none yet."""
+        if not self.found:
+            return None
+        about = {"step": self.step, "window": self.usage.every, "threshold": self.usage.threshold}
+        layers = {str(number): stats for number, stats in self.found.items()}
+        return json.dumps({**about, "layers": layers}, indent=1) + "\n"
+
+    def after_checkpoint(self, step: int, window: str | None, world: World) -> None:
+        """Write what was the newest window when the checkpoint of this step was taken beside it."""
+        if window is not None and world.is_main:
+            write_durably(self.folder / "checkpoints" / f"expert_stats_{step:08d}.json", window)

@@ -325,6 +325,7 @@ def _save(training: Training) -> None:
     left_out = _left_out(training)
     training.reports.saved(run.step, left_out.rows)
     session.state.optimizer = run.stage.optimizer
+    window = None if training.experts is None else training.experts.newest()
     session.save(
         {
             "data": batches.state_dict(),
@@ -334,15 +335,15 @@ def _save(training: Training) -> None:
             "untrained_steps": run.untrained_steps,
             "nonfinite_steps": run.nonfinite_steps,
         },
-        then=partial(_after_checkpoint, training, run.step),
+        then=partial(_after_checkpoint, training, run.step, window),
     )
     training.reports.save_seconds += session.save_seconds
     session.save_seconds = 0.0
 
 
-def _after_checkpoint(training: Training, step: int) -> None:
+def _after_checkpoint(training: Training, step: int, window: str | None) -> None:
     if training.experts is not None:
-        training.experts.after_checkpoint(step, training.session.world)
+        training.experts.after_checkpoint(step, window, training.session.world)
     training.reports.record.upload(training.session.folder / "checkpoints" / f"step_{step:08d}")
 
 
