@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -133,8 +132,6 @@ class Background:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._is_written = False
-        self.seconds = 0.0
-        """That the last one took, from its start until it was committed."""
 
     @property
     def is_busy(self) -> bool:
@@ -186,13 +183,11 @@ class Background:
             self._thread = None
 
     def _run(self, job: Callable[[], Path]) -> None:
-        began = time.monotonic()
         try:
             job()
         except BaseException as error:  # `finish` raises it where the run can end
             self._error = error
         else:
-            self.seconds = time.monotonic() - began
             self._is_written = True
 
 
