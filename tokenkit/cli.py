@@ -10,7 +10,15 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from tokenkit.errors import MEMORY_REMEDY, ExitCode, OtherRankError, exit_code, is_out_of_memory, nearest
+from tokenkit.errors import (
+    MEMORY_REMEDY,
+    ExitCode,
+    OtherRankError,
+    exit_code,
+    is_out_of_memory,
+    leave_code,
+    nearest,
+)
 from tokenkit.run.redaction import complain, redact_logs, shortened
 
 try:
@@ -234,6 +242,7 @@ def run(door: Callable[[], object], *, debug: bool = False) -> int:
         if _is_said_by_another(error):
             time.sleep(PATIENCE)
             return code
+        leave_code(code)
         is_told = code != 1 or getattr(error, "is_told", False)
         if debug or not is_told:
             complain(traceback.format_exc().rstrip())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -221,6 +222,18 @@ def names_a_new_file(name: str, value: str | None) -> None:
         raise FileExistsError(f"{name} {value} exists: give another name, or move the file away")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{name} {value}: the folder {path.parent} does not exist: make it first")
+
+
+CODE_FILE = "TOKENKIT_CODE_FILE"
+"""Variable by which `tokenkit.launch` names a file for the code of a run that ends before it has a folder."""
+
+
+def leave_code(code: int) -> None:
+    """Write an exit code where `tokenkit.launch` looks for it; of several processes the first one's stays."""
+    path = os.environ.get(CODE_FILE)
+    if path:
+        with suppress(OSError), open(path, "x", encoding="ascii") as file:
+            file.write(str(int(code)))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -19,14 +19,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from tokenkit.errors import ExitCode
+from tokenkit.errors import CODE_FILE, ExitCode
 from tokenkit.run.ending import RUNNING, read_outcome
 from tokenkit.run.folder import OUTCOME_NAME
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, command = (
         (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     )
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m tokenkit.launch",
         usage="%(prog)s OUTPUT [--restarts N] [--linger SECONDS] -- COMMAND ...",
         description="Run a training, and exit with the code that OUTPUT/outcome.json names.",
@@ -65,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--restarts needs --resume in the command: a new start goes on from the last checkpoint"
         )
     return Launch(options.output, command, options.linger).run(options.restarts)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it as every door does, with its exit code."""
+        raise SystemExit(_refuse(f"{message}; {self.prog} --help says more"))
 
 
 def _refuse(words: str) -> int:
@@ -114,14 +121,19 @@ class Launch:
     def _start(self) -> int:
         """Run the command to its end; return the code that is the run's own."""
         stamp = _stamp(self.output)
-        try:  # in a group of its own: a terminal's Ctrl-C comes once, by `_pass_on`
-            self._child = subprocess.Popen(self.command, start_new_session=True)
-        except OSError as error:
-            return _refuse(f"{self.command[0]} could not be started: {error.strerror}")
-        code = self._wait(self._child, stamp)
+        with tempfile.TemporaryDirectory() as folder:
+            left = Path(folder) / "code"
+            surroundings = os.environ | {CODE_FILE: str(left)}
+            try:  # in a group of its own: a terminal's Ctrl-C comes once, by `_pass_on`
+                self._child = subprocess.Popen(self.command, start_new_session=True, env=surroundings)
+            except OSError as error:
+                return _refuse(f"{self.command[0]} could not be started: {error.strerror}")
+            code = self._wait(self._child, stamp)
+            own = self._said(stamp).get("code")
+            if own is None and left.exists():  # refused before there was a folder
+                own = int(left.read_text(encoding="ascii") or ExitCode.FAULT)
         if code == 0:
             return 0
-        own = self._said(stamp).get("code")
         return own if isinstance(own, int) and own else code if code > 0 else int(ExitCode.FAULT)
 
     def _said(self, stamp: tuple[int, int] | None) -> dict[str, Any]:

@@ -50,6 +50,34 @@ def test_a_crash_is_started_again_until_it_is_done(tmp_path):
     assert launched(tmp_path / "other", [(1, 1), (1, 2)], restarts=1) == (1, 2)
 
 
+def test_what_is_refused_before_there_is_a_folder_is_not_started_again(tmp_path, capfd):
+    train = f"{sys.executable} -m tokenkit.train --output {tmp_path / 'out'} --losses clmm || exit 1"
+    command = ["sh", "-c", train, "sh", "--resume"]  # 1, as torchrun
+    assert main([str(tmp_path / "out"), "--restarts", "2", "--", *command]) == 64
+    assert "starting again" not in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: output"),
+        (["out", "--restarts", "x", "--", "true"], "argument --restarts: invalid int value: 'x'"),
+        (["out"], "write the command behind --"),
+    ],
+)
+def test_a_mistake_is_one_line(words, says, capsys):
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    told = capsys.readouterr().err
+    assert code == 64
+    assert told.startswith("tokenkit: ")
+    assert says in told
+    assert told.count("\n") == 1
+
+
 @fault(
     "A run that crashes at the same step each time, under `python -m tokenkit.launch --restarts N`",
     "after three starts without a new checkpoint there is no other",
