@@ -1,6 +1,6 @@
 """Language models from nothing on TinyStories: a dense MLP, PEER with 2-D and with 3-D keys, each with MLA.
 
-    python bench/peer_mla.py FOLDER [STEPS]      # prints a row of the table for each; FOLDER must be vacant
+    python bench/peer_mla.py FOLDER [STEPS [RATE ...]]    # prints a row for each; FOLDER must be vacant
 
 All three have about as many parameters that a token meets, see the same tokens in the same order, and are
 measured on the same held-out text. Text and tokenizer come from the folder that `TOKENKIT_DATA` names.
@@ -37,15 +37,17 @@ MODELS = {  # of a token: 27 thousand parameters in each such layer
 }  # fmt: skip
 
 
-def run(name: str, folder: Path, steps: int) -> dict[str, object]:
+def run(name: str, folder: Path, steps: int, rate: float) -> dict[str, object]:
     """Train one model and return its row."""
     import yaml
 
+    folder = folder / f"{rate:g}"
+    folder.mkdir(exist_ok=True)
     text = str(DATA / "text/tinystories.train.txt")
     given = {
         "model_config": MODEL | MODELS[name],
         "train_config": {
-            "output_dir": str(folder / name), "per_device_train_batch_size": 16, "learning_rate": 3e-3,
+            "output_dir": str(folder / name), "per_device_train_batch_size": 16, "learning_rate": rate,
             "max_steps": steps, "warmup_ratio": 0.1, "logging_steps": 20, "save_steps": steps,
             "eval_steps": steps, "seed": 0,
         },
@@ -64,7 +66,7 @@ def run(name: str, folder: Path, steps: int) -> dict[str, object]:
     for line in lines:
         usage |= {key: value for key, value in line.items() if key.startswith("experts/")}
     return {
-        "model": name, "bits per byte": round(bits[-1], 4), "before": round(bits[0], 4),
+        "model": name, "rate": rate, "bits per byte": round(bits[-1], 4), "before": round(bits[0], 4),
         "seconds": round(wall), "cpu seconds": round(cpu),
         "coverage": [round(v, 3) for k, v in sorted(usage.items()) if k.endswith("usage_coverage")],
         "unevenness": [round(v, 3) for k, v in sorted(usage.items()) if k.endswith("unevenness")],
@@ -74,5 +76,6 @@ def run(name: str, folder: Path, steps: int) -> dict[str, object]:
 if __name__ == "__main__":
     target, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 150
     target.mkdir(parents=True)
-    for name in MODELS:
-        print(json.dumps(run(name, target, steps)), flush=True)
+    for rate in map(float, sys.argv[3:] or ["3e-3"]):
+        for name in MODELS:
+            print(json.dumps(run(name, target, steps, rate)), flush=True)
