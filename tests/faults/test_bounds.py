@@ -360,7 +360,7 @@ def test_what_a_killed_export_left_is_swept_and_nothing_else(tmp_path, capsys):
 
 def test_a_folder_of_which_nobody_knows_whether_it_is_in_use_is_named(tmp_path, capsys, monkeypatch):
     (tmp_path / ".export-01234567").mkdir()
-    monkeypatch.setattr(run_folder, "_lock", lambda handle: False)
+    monkeypatch.setattr(run_folder, "_lock", lambda handle, *, wait: False)
     with staging_folder(tmp_path / "export"):
         pass
     assert (tmp_path / ".export-01234567").is_dir()

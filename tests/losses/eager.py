@@ -11,7 +11,9 @@ from tokenkit.kernels.reference import linear_divergence as divergence
 from tokenkit.kernels.reference import linear_logprob as logprob
 from tokenkit.kernels.reference import projected_divergence as projected
 from tokenkit.kernels.reference import sorted_distance as distance
-from tokenkit.losses import alm, dskd, gold, gold_js, score, uld, xtoken
+from tokenkit.losses import alm, dskd, gold, gold_js, score, side_path, uld, xtoken
+
+PAIRS = "student_index", "teacher_index"
 
 
 def linear_logprob(hidden_ND, head, target_N, *, subset_V=None, temperature=1.0, workspace_bytes=0):
@@ -21,7 +23,7 @@ def linear_logprob(hidden_ND, head, target_N, *, subset_V=None, temperature=1.0,
 
 
 def linear_divergence(*args, workspace_bytes=0, outcomes=None, **options):
-    """The definition; `match_outcomes` was made to hand the pairs through."""
+    """The definition; `paired_outcomes` was made to hand the pairs through."""
     return divergence.linear_divergence(*args, **(outcomes or {}), **options)
 
 
@@ -56,7 +58,10 @@ def use(monkeypatch) -> None:
     for module in (uld, gold):
         monkeypatch.setattr(module, "hybrid_distance", hybrid.hybrid_distance)
     monkeypatch.setattr(score, "linear_divergence", linear_divergence)
-    monkeypatch.setattr(score, "match_outcomes", lambda *heads, whole, **indices: indices)
+    for module in (side_path, gold_js):
+        monkeypatch.setattr(
+            module, "paired_outcomes", lambda *given, whole: dict(zip(PAIRS, given, strict=False))
+        )
     monkeypatch.setattr(xtoken, "projected_divergence", projected_divergence)
     monkeypatch.setattr(alm, "alm_difference", difference.alm_difference)
     monkeypatch.setattr(alm, "chunk_likelihood", chunk_likelihood)

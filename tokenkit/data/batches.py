@@ -152,11 +152,13 @@ class Batches:
             StuckError: nothing came for so many seconds.
         """
         self._read_ahead()
-        began = time.monotonic()
+        waited, looked = 0.0, time.monotonic()
         while not wait([self._pending[0]], timeout=_LOOK_SECONDS).done:
             if stop():
                 return False
-            if time.monotonic() - began > seconds:
+            before, looked = looked, time.monotonic()
+            waited += min(looked - before, 2 * _LOOK_SECONDS)  # a process that was suspended did not wait
+            if waited > seconds:
                 raise StuckError(
                     f"rank {self._rank} (host {socket.gethostname()}, process {os.getpid()}) has waited "
                     f"{seconds:g} s for data (hang_timeout), and reads {self._mix.reading}: look at the disk "
