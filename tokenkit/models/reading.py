@@ -191,7 +191,7 @@ def _one_line(name_or_path: str, options: LoadOptions | None) -> Iterator[None]:
         yield
     except ImportError as error:
         wanted = None if options is None else options.attn_implementation
-        what = "it" if wanted is None else f"{wanted!r} attention"
+        what = "it" if wanted is None else f"{wanted!r} attention (sdpa needs no package)"
         raise ValueError(f"{name_or_path!r}: {what} cannot be used here: {error}") from error
     except Exception as error:  # safetensors, json, tokenizers and hub each raise their own kinds
         if "trust_remote_code=True" in str(error):
